@@ -40,24 +40,45 @@ Invariants of every event stream (checked by tests/helpers.py on every test):
 """
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import re
+import select
+import socket
+import sys
+import threading
+import time
+from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import (
+    TYPE_CHECKING,
+    AbstractSet,
     Any,
     Callable,
+    ClassVar,
     Dict,
     Iterable,
     List,
     Mapping,
     NamedTuple,
     Optional,
+    Sequence,
+    Set,
     Tuple,
+    Type,
+    TypeVar,
     Union,
 )
+
+if TYPE_CHECKING:
+    import argparse
 
 __version__ = "0.1.0"
 
 Json = Dict[str, Any]
+Value = TypeVar("Value")
 
 
 class Pattern:
@@ -89,15 +110,45 @@ class Pattern:
 # Bytes of a request body: the Messages API answers 413 above 32 MB, so the CLI
 # never sends more (reliability: Anthropic API errors).
 MAX_BODY_BYTES = 32 * 1024 * 1024
+# Bytes of a request line and headers together: nginx takes 8 KB a line, h11 and
+# Node 16 KB for all; the CLI's are under 2 KB.
+MAX_HEAD_BYTES = 16 * 1024
+MAX_HEADERS = 100  # http.client's bound
 # Bytes of one upstream line: Ollama's own client stops at 8 MB, its runner hop too,
 # but a relay may put more behind it (contract/ollama.md 2, "Line length").
 MAX_LINE_BYTES = 32 * 1024 * 1024
+# Bytes of an upstream answer that is read whole: /api/show of a large model is 1 MB,
+# a rendered prompt as long as the body it was made from, escaped.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+MAX_ERROR_CHARS = 2000  # of an upstream's error text that is passed on
 # Characters of held text behind a possible tool call where later words may decide.
 MAX_HOLD_CHARS = 4096
+READ_BYTES = 65536  # one read of a socket: 64 KB is what loopback delivers at once
+
+# Seconds until message_start goes out although Ollama is silent, and between
+# keep-alives from then on: the CLI drops a stream after 300 s without an event that
+# is no ping (contract/claude-code.md B3), gateways after 20 s.
+FIRST_EVENT_S = 15.0
+KEEP_ALIVE_S = 10.0
+# Seconds: nginx gives a header or a part of a body 60, CIS asks for less.
+HEAD_PROGRESS_S = 30.0
+IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
+CONNECT_S = 10.0  # a server that takes longer to accept is not there
+HEALTH_S = 0.8  # /health answers within a second
+DRAIN_S = 5.0  # running streams at shutdown
+# A client that lags: bytes that may wait for it, and seconds without taking any.
+MAX_PENDING_BYTES = 4 * 1024 * 1024
+CLIENT_STALL_S = 30.0
+FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
+MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
+MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
+BASH_CHECK_S = 2.0
+MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
+MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
+DEFAULT_MAX_TOKENS = 32000  # what the CLI asks for with a model it does not know (A4)
 
 
 # ============================== 2. ERRORS ==============================
-
 
 class ShimError(Exception):
     """Base of every failure that a client is told about.
@@ -129,6 +180,142 @@ class PromptTooLongError(BadRequestError):
     def __init__(self, tokens: int, maximum: int) -> None:
         super().__init__(f"prompt is too long: {tokens} tokens > {maximum} maximum")
         self.tokens, self.maximum = tokens, maximum
+
+
+class ModelMissingError(BadRequestError):
+    """Ollama lacks the model. A 400: the CLI never shows a 404's text (B1)."""
+
+
+class UnauthorizedError(ShimError):
+    """The client's key is missing or wrong."""
+
+    status, kind, retry = 401, "authentication_error", False
+
+
+class ForbiddenError(ShimError):
+    """A Host or Origin that is not this machine's."""
+
+    status, kind, retry = 403, "permission_error", False
+
+
+class NotFoundError(ShimError):
+    """No such route."""
+
+    status, kind, retry = 404, "not_found_error", False
+
+
+class MethodNotAllowedError(ShimError):
+    """A known route, another method; allow is the Allow header."""
+
+    status, kind, retry = 405, "invalid_request_error", False
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
+class SlowRequestError(ShimError):
+    """A header or body that stopped arriving."""
+
+    status, kind, retry = 408, "timeout_error", False
+
+
+class BodyTooLargeError(ShimError):
+    """More than MAX_BODY_BYTES."""
+
+    status, kind, retry = 413, "request_too_large", False
+
+
+class HeadTooLargeError(ShimError):
+    """More header bytes or lines than a client needs."""
+
+    status, kind, retry = 431, "invalid_request_error", False
+
+
+class NotImplementedCodingError(ShimError):
+    """A transfer coding other than chunked (RFC 9112 6.1)."""
+
+    status, kind, retry = 501, "invalid_request_error", False
+
+
+class BusyError(ShimError):
+    """Too much at once, here or at Ollama."""
+
+    status, kind = 529, "overloaded_error"
+
+
+class RateLimitError(ShimError):
+    """The upstream answered 429."""
+
+    status, kind = 429, "rate_limit_error"
+
+
+class StoppingError(ShimError):
+    """The shim is being stopped."""
+
+    status, kind, retry = 503, "api_error", False
+
+
+class UpstreamRefusedError(ShimError):
+    """Nothing answers at the base URL: trying again at once cannot help."""
+
+    status, retry = 502, False
+
+
+class UpstreamBrokenError(ShimError):
+    """The answer broke off or made no sense; another try may succeed."""
+
+    status = 502
+
+
+class UpstreamGarbageError(UpstreamBrokenError):
+    """A line that is not JSON."""
+
+
+class UpstreamLostError(UpstreamBrokenError):
+    """The answer ended well but its text is gone or empty: asking again repeats it."""
+
+    retry = False
+
+
+class UpstreamInvalidError(ShimError):
+    """A whole answer that is not JSON."""
+
+    status, kind, retry = 502, "invalid_response_error", False
+
+
+class UpstreamDeniedError(ShimError):
+    """The upstream wants another login: its 401 or 403 is not the client's."""
+
+    status, retry = 502, False
+
+
+class UpstreamTimeoutError(ShimError):
+    """The upstream was silent for longer than the timeout."""
+
+    status, kind, retry = 504, "timeout_error", False
+
+
+class UpstreamFailedError(ShimError):
+    """The upstream answered 5xx; retry is decided by its text."""
+
+    def __init__(self, message: str, retry: bool, status: int = 500) -> None:
+        super().__init__(message)
+        self.retry = retry
+        self.status = status
+
+
+class ClientGoneError(Exception):
+    """The client left: nobody is told, the upstream request is cancelled."""
+
+
+def error_body(error: ShimError, request_id: str) -> Json:
+    """Make the Messages API error object."""
+    return {
+        "type": "error",
+        "error": {"type": error.kind, "message": error.message},
+        "request_id": request_id,
+    }
 
 
 # ============================== 3. CONFIG ==============================
@@ -210,9 +397,17 @@ OPTIONS: Tuple[Option, ...] = (
            "file that keeps the learned token counts between runs"),
 )
 
+OPTION_BY_NAME = {option.name: option for option in OPTIONS}
+# Model load and prefill of a long prompt take minutes on a small GPU (OL 2).
+FIRST_TOKEN_TIMEOUT_MS = 600_000
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("0", "false", "no", "off", "")
 WHOLE_NUMBER = Pattern(r"[0-9]{1,12}")
+BASE_URL = Pattern(r"https?://[^\s/?#]+(?:/[^\s?#]*)?", re.IGNORECASE)
+BRACKETED_HOST = Pattern(r"\[([0-9a-fA-F:.]+)\](?::(.*))?")
+URL_LOGIN = Pattern(r"://([^/@\s]+)@")
+KEEP_ALIVE = Pattern(r"-?[0-9]+(?:\.[0-9]+)?(?:(?:ns|us|ms|s|m|h)(?:[0-9.]+(?:ns|us|ms|s|m|h))*)?")
+CONTROL_CHARS = Pattern(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class ConfigError(Exception):
@@ -232,7 +427,7 @@ class Config(NamedTuple):
     max_tools: int
     api_key: str
     use_requested_model: bool
-    model_map: str
+    model_map: Tuple[Tuple[str, str], ...]
     small_model: str
     log: str
     log_format: str
@@ -249,6 +444,161 @@ class Config(NamedTuple):
     warm: bool
     max_concurrent: int
     counts_file: str
+
+
+def parse_base_url(text: str) -> str:
+    """Return the URL without a trailing slash; raise ConfigError where it is none."""
+    if not BASE_URL.fullmatch(text):
+        raise ConfigError("is not a URL such as http://127.0.0.1:11434")
+    return text.rstrip("/")
+
+
+def url_from_ollama_host(text: str) -> str:
+    """Read OLLAMA_HOST as Ollama does (contract/ollama.md 6).
+
+    A host that means "all interfaces" becomes loopback, since one connects to it.
+    """
+    text = text.strip().strip("\"'").strip()
+    scheme, found, rest = text.partition("://")
+    if not found:
+        scheme, rest = ("https", text) if text == "ollama.com" else ("http", text)
+    port = {"http": "80", "https": "443"}.get(scheme, "11434") if found else "11434"
+    port = "443" if text == "ollama.com" else port
+    hostport, slash, path = rest.partition("/")
+    bracketed = BRACKETED_HOST.fullmatch(hostport)
+    if bracketed:
+        host, given = bracketed.group(1), bracketed.group(2) or ""
+    elif hostport.count(":") > 1:
+        host, given = hostport, ""
+    else:
+        host, _, given = hostport.partition(":")
+    if given and WHOLE_NUMBER.fullmatch(given) and int(given) < 65536:
+        port = given
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{host}:{port}{slash}{path}".rstrip("/")
+
+
+def _whole_number(text: str) -> int:
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise ConfigError("is not a whole number")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    number = _whole_number(text)
+    if number > 65535:
+        raise ConfigError("is above 65535, the last port")
+    return number
+
+
+def _milliseconds(text: str) -> int:
+    number = _whole_number(text)
+    if number == 0:
+        raise ConfigError("must be at least 1 millisecond")
+    return number
+
+
+def _truth(text: str) -> bool:
+    word = text.lower()
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise ConfigError("is neither on nor off")
+    return word in TRUE_WORDS
+
+
+def _plain(text: str) -> str:
+    if CONTROL_CHARS.search(text):
+        raise ConfigError("holds a control character")
+    return text
+
+
+READERS: Dict[str, Callable[[str], Any]] = {
+    "text": _plain, "secret": _plain, "port": _port, "count": _whole_number,
+    "milliseconds": _milliseconds, "bool": _truth, "url": parse_base_url,
+}
+
+
+def read_option(option: Option, text: str, source: str) -> Any:
+    """Turn text into the option's value; raise ConfigError with one line."""
+    try:
+        if option.kind == "choice":
+            if text.lower() not in option.choices:
+                raise ConfigError(f"is none of {', '.join(option.choices)}")
+            return text.lower()
+        if option.kind == "list":
+            words = tuple(word.strip().lower() for word in text.split(",") if word.strip())
+            wrong = [word for word in words if word not in option.choices]
+            if wrong:
+                raise ConfigError(f"holds {wrong[0]!r}, none of {', '.join(option.choices)}")
+            return () if "off" in words else words
+        return READERS[option.kind](text)
+    except ConfigError as problem:
+        shown = "the value" if option.kind == "secret" or "@" in text else repr(text)
+        raise ConfigError(f"{source}: {shown} {problem}") from None
+
+
+def load_config(flags: Mapping[str, Optional[str]], env: Mapping[str, str]) -> Config:
+    """Read flags (by option name) over environment over defaults.
+
+    An empty variable counts as not set. Raises ConfigError with one line that names
+    the flag or variable and the value (never a secret's).
+    """
+    values: Dict[str, Any] = {}
+    for option in OPTIONS:
+        flag, variable = flags.get(option.name), env.get(option.variable, "")
+        if flag is not None:
+            values[option.name] = read_option(option, flag, flag_of(option))
+        elif variable:
+            values[option.name] = read_option(option, variable, option.variable)
+        elif option.name == "base_url" and env.get("OLLAMA_HOST", "").strip():
+            url = url_from_ollama_host(env["OLLAMA_HOST"])
+            values["base_url"] = read_option(option, url, "OLLAMA_HOST")
+        elif option.name in ("num_ctx", "first_token_timeout_ms"):
+            values[option.name] = None
+        else:
+            values[option.name] = read_option(option, option.default, option.variable)
+    return _finish_config(values, bool(flags.get("timeout_ms") or env.get("SHIM_REQUEST_TIMEOUT_MS")))
+
+
+def _finish_config(values: Dict[str, Any], timeout_given: bool) -> Config:
+    if values["first_token_timeout_ms"] is None:
+        values["first_token_timeout_ms"] = (
+            values["timeout_ms"] if timeout_given else FIRST_TOKEN_TIMEOUT_MS)
+    if values["num_ctx"] == 0:
+        values["num_ctx"] = None
+    if values["auto_ctx"].lower() not in ("auto", "off"):
+        values["num_ctx"] = values["num_ctx"] or read_option(
+            OPTION_BY_NAME["num_ctx"], values["auto_ctx"], "SHIM_NUM_CTX")
+    if not KEEP_ALIVE.fullmatch(values["keep_alive"]):
+        raise ConfigError(f"SHIM_KEEP_ALIVE: {values['keep_alive']!r} is neither seconds"
+                          " nor a duration such as 30m")
+    if values["max_concurrent"] == 0:
+        raise ConfigError("SHIM_MAX_CONCURRENT: '0' would let no request work")
+    values["model_map"] = parse_model_map(values["model_map"])
+    return Config(**values)
+
+
+def parse_model_map(text: str) -> Tuple[Tuple[str, str], ...]:
+    """Read "haiku=qwen3:4b,opus=qwen3:30b" into pairs."""
+    pairs = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        role, equals, model = (piece.strip() for piece in part.partition("="))
+        if not (role and equals and model):
+            raise ConfigError(f"SHIM_MODEL_MAP: {part!r} is not ROLE=MODEL")
+        pairs.append((role.lower(), model))
+    return tuple(pairs)
+
+
+def flag_of(option: Option) -> str:
+    """Name the command-line flag of an option."""
+    return "--" + option.name.replace("_", "-")
+
+
+def secrets_of(config: Config) -> Tuple[str, ...]:
+    """List the texts that must appear in no log and no answer."""
+    url = URL_LOGIN.search(config.base_url)
+    login = (url.group(1), url.group(1).partition(":")[2]) if url else ()
+    return tuple(text for text in (config.api_key, config.auth_token, *login) if len(text) > 2)
 
 
 # ============================== 4. TYPES ==============================
@@ -398,21 +748,530 @@ class FileOp(NamedTuple):
 
 # ============================== 5. CODECS ==============================
 
+_scan_json = json.JSONDecoder().raw_decode
+_quote = json.encoder.encode_basestring_ascii
+
+LOW_SURROGATES = Pattern(r"[\ud800-\udfff]")
+MAX_LOG_CHARS = 300
+
+
+def clean(text: str, limit: int = MAX_LOG_CHARS) -> str:
+    """Make foreign text fit for a log line or header (CWE-117)."""
+    text = text if len(text) <= limit else text[:limit] + "…"
+    return LOW_SURROGATES.sub("\ufffd", CONTROL_CHARS.sub(" ", text))
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """Replace every secret, also where an upstream quotes it back."""
+    for secret in secrets:
+        text = text.replace(secret, "[secret]")
+    return text
+
+
+def to_json(value: Any) -> str:
+    """Write compact ASCII JSON: safe for lone surrogates and twice as fast as UTF-8."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(data: bytes) -> Any:
+    """Read a JSON document strictly; raise ValueError with the reason.
+
+    Refuses NaN and Infinity, bad UTF-8 (replaced bytes would change the user's code)
+    and nesting beyond what Python reads.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"byte {problem.start} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class LineSplitter:
+    """Cut a byte stream into runs of whole lines.
+
+    feed() returns every complete line so far as one bytes object (ending in a line
+    feed) or b""; rest() the unfinished tail. Raises UpstreamBrokenError once a line is
+    longer than MAX_LINE_BYTES.
+    """
+
+    def __init__(self) -> None:
+        self._parts: List[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> bytes:
+        cut = data.rfind(b"\n") + 1
+        if not cut:
+            self._keep(data)
+            return b""
+        self._parts.append(data[:cut])
+        whole = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        self._keep(data[cut:])
+        return whole
+
+    def _keep(self, tail: bytes) -> None:
+        self._size += len(tail)
+        if self._size > MAX_LINE_BYTES:
+            raise UpstreamBrokenError(
+                f"Ollama sent a line of more than {MAX_LINE_BYTES} bytes; the answer was given up.")
+        if tail:
+            self._parts.append(tail)
+
+    def rest(self) -> bytes:
+        return b"".join(self._parts)
+
+
+class Event(NamedTuple):
+    """One server-sent event: its name and its payload."""
+
+    name: str
+    payload: Json
+
+
+def sse(events: Iterable[Event]) -> bytes:
+    """Write events for the wire."""
+    return "".join(
+        [f"event: {name}\ndata: {to_json(payload)}\n\n" for name, payload in events]).encode()
+
+
+CHUNK_SIZE = Pattern(r"([0-9a-fA-F]{1,16})(?:;[^\r\n]*)?")
+
+
+class ChunkDecoder:
+    """Take the chunked coding off a body (RFC 9112 7.1), strictly.
+
+    feed() returns the payload so far; finished is set by the last chunk; rest holds
+    bytes behind it. Raises ValueError on a bad size or a missing CRLF: skipping two
+    bytes unseen let requests be smuggled through h11 (CVE-2025-43859).
+    """
+
+    def __init__(self) -> None:
+        self.finished = False
+        self.rest = b""
+        self._need = 0
+        self._in_trailer = False
+
+    def feed(self, data: bytes) -> bytes:
+        buffer = self.rest + data if self.rest else data
+        at, end, out = 0, len(buffer), []
+        while not self.finished:
+            if self._need > 2:
+                piece = buffer[at:at + self._need - 2]
+                if not piece:
+                    break
+                out.append(piece)
+                at += len(piece)
+                self._need -= len(piece)
+                continue
+            if self._need:
+                if end - at < self._need:
+                    break
+                if buffer[at:at + self._need] != b"\r\n"[2 - self._need:]:
+                    raise ValueError("a chunk does not end where its size says")
+                at += self._need
+                self._need = 0
+                continue
+            line_end = buffer.find(b"\r\n", at)
+            if line_end < 0:
+                if end - at > 256:
+                    raise ValueError("a chunk size line is too long")
+                break
+            self._size_line(buffer[at:line_end])
+            at = line_end + 2
+        self.rest = buffer[at:]
+        return b"".join(out)
+
+    def _size_line(self, line: bytes) -> None:
+        if self._in_trailer:
+            self.finished = not line
+            return
+        size = CHUNK_SIZE.fullmatch(line.decode("latin-1"))
+        if not size:
+            raise ValueError(f"{clean(line.decode('latin-1'), 40)!r} is no chunk size")
+        length = int(size.group(1), 16)
+        self._in_trailer = not length
+        self._need = length + 2 if length else 0
+
 
 # ============================== 6. REQUEST IN ==============================
 
 # ------------------------------ tool names and inputs ------------------------------
 
+def resolve_tool(name: str, tools: Mapping[str, Tool]) -> Optional[Tool]:
+    """STUB until merged."""
+    return tools.get(name)
+
+
+def repair_input(tool: Tool, arguments: Any) -> Optional[Json]:
+    """STUB until merged."""
+    return arguments if isinstance(arguments, dict) else None
+
 
 # ------------------------------ the tool table ------------------------------
 
+PLACEHOLDER_TOOL = "DeferredToolPlaceholder"  # never for a model (CC F1)
+
+
+def rank_tools(
+    tools: Sequence[Tool], limit: int, in_use: AbstractSet[str] = frozenset(),
+) -> List[Tool]:
+    """STUB until merged."""
+    kept = [tool for tool in tools if tool.name != PLACEHOLDER_TOOL]
+    return kept[:limit] if limit else kept
+
 
 # ------------------------------ parsing ------------------------------
+
+class ToolChoice(NamedTuple):
+    """kind is auto, any, tool or none; name belongs to tool."""
+
+    kind: str = "auto"
+    name: str = ""
+
+
+class Request(NamedTuple):
+    """A Messages request, every field understood or deliberately left out.
+
+    system holds the texts in order, without the billing header. loaded names the
+    tools that a tool search result brought in. thinking is None where the request
+    says nothing; schema is the JSON schema that the answer must fit.
+    """
+
+    model: str
+    system: Tuple[str, ...]
+    messages: Tuple[Message, ...]
+    tools: Tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    max_tokens: Optional[int] = None
+    stop_sequences: Tuple[str, ...] = ()
+    sampling: Tuple[Tuple[str, float], ...] = ()
+    thinking: Optional[bool] = None
+    schema: Optional[Json] = None
+    stream: bool = False
+    safeguards: bool = False
+    loaded: AbstractSet[str] = frozenset()
+    session: str = ""
+
+
+JSON_TYPES = {
+    str: "a string", bool: "a boolean", int: "a number", float: "a number",
+    dict: "an object", list: "an array", type(None): "null",
+}
+TYPE_WORDS = {str: "a string", dict: "an object", list: "an array", bool: "a boolean",
+              int: "a whole number"}
+
+
+def _wrong(path: str, expected: str, value: Any) -> BadRequestError:
+    return BadRequestError(f"{path}: expected {expected}, got {JSON_TYPES[type(value)]}")
+
+
+def _take(holder: Json, key: str, kind: Type[Value], path: str, default: Value) -> Value:
+    """Read holder[key]; null and absent give the default, a wrong type 400."""
+    value = holder.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _wrong(f"{path}.{key}" if path else key, TYPE_WORDS[kind], value)
+    return value
+
+
+def _need(holder: Any, key: str, kind: Type[Value], path: str) -> Value:
+    """Read holder[key], which must be there."""
+    where = f"{path}.{key}" if path else key
+    if holder.get(key) is None:
+        raise BadRequestError(f"{where}: {TYPE_WORDS[kind]} is required")
+    return _take(holder, key, kind, path, kind())
+
+
+def _object(value: Any, path: str) -> Json:
+    if not isinstance(value, dict):
+        raise _wrong(path, "an object", value)
+    return value
+
+
+# Claude Code's first system block changes with the first user message, and with it
+# every token behind it (contract/claude-code.md A5).
+BILLING_HEADER = Pattern(r"\Ax-anthropic-billing-header:[^\n]*\n*")
+DATA_URI = Pattern(r"\Adata:[^,]{0,200},")
+URL_SAFE_ALPHABET = {ord("-"): "+", ord("_"): "/"}
+REMINDER_START = "<system-reminder>"
+
+
+def as_reminder(text: str) -> str:
+    """Mark text that is not the user's own, as the CLI does."""
+    if text.lstrip().startswith(REMINDER_START):
+        return text
+    return f"{REMINDER_START}\n{text}\n</system-reminder>"
+
+
+def _read_system(value: Any, path: str = "system") -> Tuple[str, ...]:
+    """Read a system prompt: a string or text blocks."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        texts = [value]
+    elif isinstance(value, list):
+        blocks = [_object(block, f"{path}.{i}") for i, block in enumerate(value)]
+        texts = [_need(block, "text", str, f"{path}.{i}") if block.get("type", "text") == "text"
+                 else _notice_of(block) for i, block in enumerate(blocks)]
+    else:
+        raise _wrong(path, "a string or an array of text blocks", value)
+    return tuple(text for text in (BILLING_HEADER.sub("", text) for text in texts) if text)
+
+
+def _notice_of(block: Json) -> str:
+    """Say in words what cannot be passed on: never base64 in the prompt."""
+    kind = clean(str(block.get("type", "unknown")), 60)
+    source = block.get("source")
+    source = source if isinstance(source, dict) else {}
+    if kind == "document" and source.get("type") == "text" and isinstance(source.get("data"), str):
+        return str(source["data"])
+    media = clean(str(source.get("media_type") or ""), 60)
+    size = len(source["data"]) * 3 // 4096 if isinstance(source.get("data"), str) else 0
+    detail = ", ".join(filter(None, (media, f"{size} KB" if size else "")))
+    return f"[A block of type {kind}{f' ({detail})' if detail else ''} was left out here:" \
+           " this model reads text only.]"
+
+
+def _text_block(block: Json, path: str) -> Block:
+    return Text(_need(block, "text", str, path))
+
+
+def _thinking_block(block: Json, path: str) -> Block:
+    return Thinking(_take(block, "thinking", str, path, ""))
+
+
+def _image_block(block: Json, path: str) -> Block:
+    source = _need(block, "source", dict, path)
+    if source.get("type") != "base64":
+        return Text("[An image was left out here: only images sent as base64 can be shown"
+                    " to the model.]")
+    data = _need(source, "data", str, f"{path}.source")
+    return Image(DATA_URI.sub("", data).translate(URL_SAFE_ALPHABET))
+
+
+def _tool_use_block(block: Json, path: str) -> Block:
+    return ToolUse(_need(block, "id", str, path), _need(block, "name", str, path),
+                   _take(block, "input", dict, path, {}))
+
+
+def _tool_result_block(block: Json, path: str) -> Block:
+    content = block.get("content")
+    if content is None or isinstance(content, str):
+        parts: List[Block] = [Text(content or "")]
+    elif isinstance(content, list):
+        parts = [_result_part(_object(part, f"{path}.content.{i}"), f"{path}.content.{i}")
+                 for i, part in enumerate(content)]
+    else:
+        raise _wrong(f"{path}.content", "a string or an array of blocks", content)
+    text = "\n".join(part.text for part in parts if isinstance(part, Text) and part.text)
+    images = tuple(part for part in parts if isinstance(part, Image))
+    failed = _take(block, "is_error", bool, path, False)
+    if failed:
+        text = f"[The tool call failed]\n{text}"
+    return ToolResult(_need(block, "tool_use_id", str, path),
+                      text or ("[image]" if images else "(no output)"), images, failed)
+
+
+def _result_part(part: Json, path: str) -> Block:
+    if part.get("type") == "tool_reference":
+        name = _need(part, "tool_name", str, path)
+        return Text(f"The tool {name} is loaded now and can be called.")
+    return _read_block(part, path)
+
+
+BLOCK_READERS: Dict[str, Callable[[Json, str], Block]] = {
+    "text": _text_block, "thinking": _thinking_block, "image": _image_block,
+    "tool_use": _tool_use_block, "tool_result": _tool_result_block,
+}
+
+
+def _read_block(block: Json, path: str) -> Block:
+    kind = _need(block, "type", str, path)
+    if kind == "redacted_thinking":
+        return Thinking("")
+    reader = BLOCK_READERS.get(kind)
+    return reader(block, path) if reader else Text(_notice_of(block))
+
+
+def _read_message(value: Any, path: str) -> Message:
+    message = _object(value, path)
+    role = _need(message, "role", str, path)
+    if role == "developer":
+        role = "system"
+    if role not in ("user", "assistant", "system"):
+        raise BadRequestError(f"{path}.role: expected user, assistant or system,"
+                              f" got {clean(role, 40)!r}")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return Message(role, (Text(content),) if content else ())
+    if not isinstance(content, list):
+        raise _wrong(f"{path}.content", "a string or an array of blocks", content)
+    return Message(role, tuple(
+        _read_block(_object(block, f"{path}.content.{i}"), f"{path}.content.{i}")
+        for i, block in enumerate(content)))
+
+
+def _read_tools(value: List[Any]) -> Tuple[Tool, ...]:
+    """Read the client's own tools; server tools (typed) cannot run here."""
+    tools = []
+    for i, entry in enumerate(value):
+        tool = _object(entry, f"tools.{i}")
+        if tool.get("type") not in (None, "custom"):
+            continue
+        tools.append(Tool(_need(tool, "name", str, f"tools.{i}"),
+                          _take(tool, "description", str, f"tools.{i}", ""),
+                          _take(tool, "input_schema", dict, f"tools.{i}", {})))
+    return tuple(tools)
+
+
+def _read_tool_choice(value: Optional[Json]) -> ToolChoice:
+    if value is None:
+        return ToolChoice()
+    kind = _need(value, "type", str, "tool_choice")
+    if kind not in ("auto", "any", "tool", "none"):
+        raise BadRequestError("tool_choice.type: expected auto, any, tool or none,"
+                              f" got {clean(kind, 40)!r}")
+    name = _need(value, "name", str, "tool_choice") if kind == "tool" else ""
+    return ToolChoice(kind, name)
+
+
+def _read_sampling(body: Json) -> Tuple[Tuple[str, float], ...]:
+    found: List[Tuple[str, float]] = []
+    for key in ("temperature", "top_p", "top_k"):
+        value = body.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _wrong(key, "a number", value)
+        found.append((key, value))
+    return tuple(found)
+
+
+def _loaded_tools(messages: List[Any]) -> AbstractSet[str]:
+    """Collect the tools that tool search results brought in (CC F1)."""
+    found = set()
+    for message in messages:
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            inner = block.get("content")
+            for part in inner if isinstance(inner, list) else ():
+                if isinstance(part, dict) and part.get("type") == "tool_reference":
+                    found.add(str(part.get("tool_name", "")))
+    return frozenset(found)
+
+
+def _read_session(body: Json) -> str:
+    metadata = body.get("metadata")
+    user_id = metadata.get("user_id") if isinstance(metadata, dict) else None
+    return user_id if isinstance(user_id, str) else ""
+
+
+def _answer_schema(body: Json) -> Optional[Json]:
+    output = body.get("output_config")
+    form = output.get("format") if isinstance(output, dict) else None
+    schema = form.get("schema") if isinstance(form, dict) else None
+    return schema if isinstance(schema, dict) else None
+
+
+def parse_request(body: Any) -> Request:
+    """Read a Messages body; raise BadRequestError with the field's path.
+
+    Unknown fields are ignored, as Anthropic's own additions come without notice:
+    context_management, service_tier, betas, safeguards' details and the like.
+    """
+    body = _object(body, "body")
+    messages = _need(body, "messages", list, "")
+    if not messages:
+        raise BadRequestError("messages: at least one message is required")
+    parsed = tuple(_read_message(value, f"messages.{i}") for i, value in enumerate(messages))
+    max_tokens = _take(body, "max_tokens", int, "", DEFAULT_MAX_TOKENS)
+    if max_tokens < 1:
+        raise BadRequestError(f"max_tokens: expected at least 1, got {max_tokens}")
+    stops = _take(body, "stop_sequences", list, "", [])
+    for i, stop in enumerate(stops):
+        if not isinstance(stop, str):
+            raise _wrong(f"stop_sequences.{i}", "a string", stop)
+    thinking = _take(body, "thinking", dict, "", {}).get("type")
+    return Request(
+        model=_take(body, "model", str, "", ""),
+        system=_read_system(body.get("system")),
+        messages=parsed,
+        tools=_read_tools(_take(body, "tools", list, "", [])),
+        tool_choice=_read_tool_choice(_take(body, "tool_choice", dict, "", None)),
+        max_tokens=max_tokens,
+        stop_sequences=tuple(stop for stop in stops if stop),
+        sampling=_read_sampling(body),
+        thinking=None if thinking is None else thinking != "disabled",
+        schema=_answer_schema(body),
+        stream=_take(body, "stream", bool, "", False),
+        safeguards=bool(body.get("safeguards")),
+        loaded=_loaded_tools(messages),
+        session=_read_session(body),
+    )
+
+
+class ToolTable(NamedTuple):
+    """The request's tools: all that the client can run, and those the model sees.
+
+    A call of a tool that was capped still goes through.
+    """
+
+    offered: Mapping[str, Tool]
+    sent: Tuple[Tool, ...]
+    dropped: Tuple[str, ...]
+
+
+def tool_table(request: Request, limit: int, kept: Sequence[str] = ()) -> ToolTable:
+    """Choose what the model sees; kept names what an earlier turn of the session sent.
+
+    As long as the client offers the same tools the same are sent, whichever were
+    called since: a changed list makes the model read everything again (OL 5b).
+    """
+    tools = [tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL]
+    offered = {tool.name: tool for tool in tools}
+    if request.tool_choice.kind == "none":
+        return ToolTable({}, (), ())
+    if kept and all(name in offered for name in kept) and not (request.loaded - set(kept)):
+        sent = [tool for tool in tools if tool.name in kept]
+    else:
+        used = {block.name for message in request.messages for block in message.blocks
+                if isinstance(block, ToolUse)}
+        sent = rank_tools(tools, limit, frozenset(used | request.loaded))
+    names = {tool.name for tool in sent}
+    return ToolTable(offered, tuple(sent), tuple(name for name in offered if name not in names))
 
 
 # ============================== 7. REQUEST OUT ==============================
 
 # ------------------------------ counting ------------------------------
+
+def unwrap_error(text: str) -> str:
+    """STUB until merged."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text.strip()
+    while isinstance(value, dict):
+        value = value.get("error", value.get("message", ""))
+    return str(value)
+
+
+def parse_overflow(text: str, status: int) -> Optional[Tuple[Optional[int], Optional[int]]]:
+    """STUB until merged."""
+    if status == 400 and "context" in text and "exceed" in text:
+        return None, None
+    return None
+
+
+def estimate_tokens(text: str) -> int:
+    """STUB until merged."""
+    return len(text) // 3 + 1
 
 
 # ------------------------------ slimming ------------------------------
@@ -420,23 +1279,1326 @@ class FileOp(NamedTuple):
 
 # ------------------------------ bodies ------------------------------
 
+class ModelFacts(NamedTuple):
+    """What is known of a model; the defaults serve where Ollama tells nothing.
+
+    path is A (Ollama's own renderer), B (Go template), C (the GGUF's own template) or
+    "" (contract/ollama.md 0). tools_in_text: tool definitions must go into the system
+    text, since the template would misprint them or the model has no tool support.
+    drops_calls: the template prints no tool calls beside text. chatml: prompts are
+    ChatML, so that the raw way can serve.
+    """
+
+    name: str
+    path: str = ""
+    renderer: str = ""
+    capabilities: Optional[AbstractSet[str]] = None
+    trained: Optional[int] = None
+    num_ctx: Optional[int] = None
+    digest: str = ""
+    remote: bool = False
+    tools_in_text: bool = False
+    drops_calls: bool = False
+    chatml: bool = False
+    think_refused: bool = False
+
+    def can(self, capability: str) -> bool:
+        """Say whether the model is known to have a capability."""
+        return self.capabilities is not None and capability in self.capabilities
+
+    def lacks(self, capability: str) -> bool:
+        return self.capabilities is not None and capability not in self.capabilities
+
+
+RENDERER_LINE = Pattern(r"^RENDERER\s+(\S+)", re.MULTILINE)
+FROM_DIGEST = Pattern(r"^FROM\s.*sha256-([0-9a-f]{12,64})", re.MULTILINE)
+NUM_CTX_LINE = Pattern(r"^num_ctx\s+([0-9]{1,9})\s*$", re.MULTILINE)
+
+
+def facts_from_show(name: str, show: Any) -> ModelFacts:
+    """Read /api/show; whatever is missing or of another type is left unknown."""
+    show = show if isinstance(show, dict) else {}
+    texts = {key: show[key] if isinstance(show.get(key), str) else ""
+             for key in ("modelfile", "template", "parameters")}
+    renderer = RENDERER_LINE.search(texts["modelfile"])
+    digest = FROM_DIGEST.search(texts["modelfile"])
+    window = NUM_CTX_LINE.search(texts["parameters"])
+    capabilities = show.get("capabilities")
+    return ModelFacts(
+        name=name,
+        path=_path_of(bool(renderer), texts["template"]),
+        renderer=renderer.group(1) if renderer else "",
+        capabilities=frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None,
+        trained=_trained_window(show.get("model_info")),
+        num_ctx=int(window.group(1)) if window else None,
+        digest=digest.group(1) if digest else "",
+        remote=bool(show.get("remote_model") or show.get("remote_host")),
+        tools_in_text=isinstance(capabilities, list) and "tools" not in capabilities,
+    )
+
+
+def _path_of(renderer: bool, template: str) -> str:
+    if renderer:
+        return "A"
+    if not template:
+        return ""
+    if "{%" in template or template.strip() == "{{ .Prompt }}":
+        return "C"
+    return "B"
+
+
+def _trained_window(model_info: Any) -> Optional[int]:
+    if not isinstance(model_info, dict):
+        return None
+    for key, value in model_info.items():
+        if str(key).endswith(".context_length") and isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+# One canned conversation shows what a template does with tools (contract/ollama.md 0).
+PROBE_TOOL = Tool("ProbeTool", "probe", {
+    "type": "object", "properties": {"probe_arg": {"type": "string"}}, "required": ["probe_arg"]})
+PROBE_MESSAGES: Tuple[Json, ...] = (
+    {"role": "system", "content": "probe system"},
+    {"role": "user", "content": "probe question"},
+    {"role": "assistant", "content": "probe said", "tool_calls": [
+        {"id": "call_1", "function": {"name": "ProbeTool", "arguments": {"probe_arg": "probe value"}}}]},
+    {"role": "tool", "tool_name": "ProbeTool", "tool_call_id": "call_1", "content": "probe result"},
+)
+GO_STRUCT = Pattern(r"\{ProbeTool probe \{object")
+CHATML_START = "<|im_start|>"
+
+
+def probe_body(name: str, options: Json) -> Json:
+    """Make the render-only request; options must be those of every turn, or it reloads."""
+    return {"model": name, "messages": list(PROBE_MESSAGES), "tools": [tool_json(PROBE_TOOL)],
+            "stream": True, "_debug_render_only": True, "truncate": False, "shift": False,
+            "options": options}
+
+
+def rendered_prompt(answer: Any) -> Optional[str]:
+    """Take the prompt out of a render-only answer; None where it has another shape."""
+    detail = answer.get("_debug_info") if isinstance(answer, dict) else None
+    text = detail.get("rendered_template") if isinstance(detail, dict) else None
+    return text if isinstance(text, str) and text else None
+
+
+def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:
+    """Add what the rendered probe shows."""
+    return facts._replace(
+        tools_in_text=facts.tools_in_text or bool(GO_STRUCT.search(prompt))
+        or "ProbeTool" not in prompt.split("probe question")[0],
+        drops_calls="probe value" not in prompt,
+        chatml=CHATML_START in prompt)
+
+
+SCHEMA_DEPTH = 12  # nesting of a schema; deeper parts become {} (also ends $ref circles)
+KEPT_KEYWORDS = ("type", "description", "enum", "items", "properties", "required", "anyOf")
+
+
+def normal_schema(schema: Any, defs: Optional[Json] = None, depth: int = 0) -> Json:
+    """Rewrite a JSON schema so that Ollama's strict decoder takes it (OL 1, tools).
+
+    References are put in place; boolean schemas become {}; oneOf and allOf, which
+    Ollama drops, become anyOf and a merge; keywords that it drops are left out.
+    """
+    if not isinstance(schema, dict) or depth > SCHEMA_DEPTH:
+        return {}
+    if defs is None:
+        defs = {**_mapping(schema.get("definitions")), **_mapping(schema.get("$defs"))}
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        target = _mapping(defs.get(reference.rpartition("/")[2]))
+        schema = {**target, **{k: v for k, v in schema.items() if k != "$ref"}}
+    for part in schema.get("allOf") if isinstance(schema.get("allOf"), list) else ():
+        schema = {**_mapping(part), **schema}
+    if "anyOf" not in schema and isinstance(schema.get("oneOf"), list):
+        schema = {**schema, "anyOf": schema["oneOf"]}
+    if "const" in schema and "enum" not in schema:
+        schema = {**schema, "enum": [schema["const"]]}
+    result: Json = {}
+    for key in KEPT_KEYWORDS:
+        if key in schema:
+            value = _normal_keyword(key, schema[key], defs, depth)
+            if value is not None:
+                result[key] = value
+    return result
+
+
+def _mapping(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def _normal_keyword(key: str, value: Any, defs: Json, depth: int) -> Any:
+    """Return one keyword's value in a form that Ollama decodes, or None to leave it out."""
+    if key == "properties" and isinstance(value, dict):
+        return {str(name): normal_schema(part, defs, depth + 1) for name, part in value.items()}
+    if key == "items":
+        return normal_schema(value, defs, depth + 1) or None
+    if key == "anyOf" and isinstance(value, list):
+        return [normal_schema(part, defs, depth + 1) for part in value] or None
+    if key == "description":
+        return value if isinstance(value, str) else None
+    if key == "type":
+        return value if isinstance(value, str) or _all_strings(value) else None
+    if key == "required":
+        return value if _all_strings(value) else None
+    return value if key == "enum" and isinstance(value, list) else None
+
+
+def _all_strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _single_extra(schema: Json) -> Json:
+    """Leave a property one keyword besides type and description, the rest as words.
+
+    The qwen3-coder renderer prints two or more in random order, which breaks the
+    prefix (OL 1; public Ollama issue 18430).
+    """
+    extra = [key for key in ("properties", "items", "anyOf", "enum", "required") if key in schema]
+    if len(extra) < 2:
+        return schema
+    words = "; ".join(f"{key}: {to_json(schema[key])}" for key in extra[1:])
+    description = " ".join(filter(None, (schema.get("description", ""), f"({words})")))
+    return {**{k: v for k, v in schema.items() if k not in extra[1:]}, "description": description}
+
+
+def tool_json(tool: Tool, renderer: str = "") -> Json:
+    """Make Ollama's form of a tool definition."""
+    schema = normal_schema(tool.schema)
+    properties = schema.get("properties", {})
+    if renderer == "qwen3-coder":
+        properties = {name: _single_extra(part) for name, part in properties.items()}
+    parameters: Json = {"type": "object"}
+    if schema.get("required"):
+        parameters["required"] = schema["required"]
+    parameters["properties"] = properties
+    return {"type": "function", "function": {
+        "name": tool.name, "description": tool.description, "parameters": parameters}}
+
+
+# The wording that Qwen 2.5 and 3 were trained on, as their own templates print it.
+TOOLS_HEAD = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+"""
+TOOLS_TAIL = """
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+
+
+def tools_as_text(tools: Iterable[Tool]) -> str:
+    """Write tool definitions for the system text."""
+    return TOOLS_HEAD + "\n".join(
+        json.dumps(tool_json(tool), ensure_ascii=False) for tool in tools) + TOOLS_TAIL
+
+
+class ChatMessage(NamedTuple):
+    """One message of /api/chat; calls hold (id, name, arguments)."""
+
+    role: str
+    content: str
+    thinking: str = ""
+    images: Tuple[str, ...] = ()
+    calls: Tuple[Tuple[str, str, Json], ...] = ()
+    tool_name: str = ""
+    call_id: str = ""
+
+
+def message_json(message: ChatMessage) -> Json:
+    """Make the JSON object that Ollama reads."""
+    made: Json = {"role": message.role, "content": message.content}
+    if message.thinking:
+        made["thinking"] = message.thinking
+    if message.images:
+        made["images"] = list(message.images)
+    if message.calls:
+        made["tool_calls"] = [
+            {"id": call_id, "function": {"index": i, "name": name, "arguments": arguments}}
+            for i, (call_id, name, arguments) in enumerate(message.calls)]
+    if message.role == "tool":
+        made["tool_name"], made["tool_call_id"] = message.tool_name, message.call_id
+    return made
+
+
+Recall = Callable[[int, Message], Optional[str]]
+
+
+def _join_texts(texts: Iterable[str]) -> str:
+    """Join text blocks with a blank line.
+
+    The CLI adds a line feed to a block once another follows it (A6): without this
+    the same block would change after a failed prompt.
+    """
+    kept = [text for text in texts if text]
+    return "\n\n".join([text[:-1] if text.endswith("\n") else text for text in kept[:-1]]
+                       + kept[-1:])
+
+
+def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, Message]]]:
+    """Put system messages where every template keeps them and join like neighbours.
+
+    Returns the system texts that came before any turn, and the turns, each with the
+    index of its first message. A later system message rides as a reminder in the user
+    turn before it, else in the one after it: templates drop it or hoist it to the top,
+    which loses it or makes the model read everything again (OL 1, OL 5).
+    """
+    leading: List[str] = []
+    turns: List[Tuple[int, Message]] = []
+    for index, message in enumerate(messages):
+        role, blocks = message.role, message.blocks
+        if role == "system":
+            text = _join_texts(b.text for b in blocks if isinstance(b, Text))
+            text = BILLING_HEADER.sub("", text)
+            if not text:
+                continue
+            if not turns:
+                leading.append(text)
+                continue
+            role, blocks = "user", (Text(as_reminder(text)),)
+        if turns and turns[-1][1].role == role:
+            start, last = turns[-1]
+            turns[-1] = (start, Message(role, last.blocks + blocks))
+        else:
+            turns.append((index, Message(role, blocks)))
+    return leading, turns
+
+
+def call_markup(name: str, arguments: Json) -> str:
+    """Write a call as Qwen models do (Hermes form)."""
+    return "<tool_call>\n" + json.dumps(
+        {"name": name, "arguments": arguments}, ensure_ascii=False) + "\n</tool_call>"
+
+
+def _assistant_message(message: Message, facts: ModelFacts, raw: Optional[str]) -> ChatMessage:
+    if raw is not None:
+        return ChatMessage("assistant", raw)
+    text = _join_texts(b.text for b in message.blocks if isinstance(b, Text))
+    thought = "\n".join(b.text for b in message.blocks if isinstance(b, Thinking) and b.text)
+    calls = tuple((b.id, b.name, b.input) for b in message.blocks if isinstance(b, ToolUse))
+    if calls and (facts.tools_in_text or (facts.drops_calls and text)):
+        marks = [call_markup(name, arguments) for _, name, arguments in calls]
+        return ChatMessage("assistant", "\n".join(filter(None, [text, *marks])), thought)
+    return ChatMessage("assistant", text, thought, (), calls)
+
+
+NO_RESULT = "[No result: the call was interrupted before it ended.]"
+
+
+def _in_call_order(results: List[ToolResult], calls: Sequence[ToolUse]) -> List[ToolResult]:
+    """Sort results by the calls they answer, since Ollama pairs them by order alone.
+
+    The CLI sends them as they were completed (A7). A call without a result gets a
+    placeholder where others have one, or the rest would answer the wrong call.
+    """
+    by_id = {result.id: result for result in results}
+    ordered = [by_id.pop(call.id, ToolResult(call.id, NO_RESULT)) for call in calls]
+    return ordered + [result for result in results if result.id in by_id]
+
+
+def _user_messages(
+    message: Message, calls: Sequence[ToolUse], facts: ModelFacts,
+) -> List[ChatMessage]:
+    """Make the tool messages and the user message of one client turn."""
+    results = [b for b in message.blocks if isinstance(b, ToolResult)]
+    rest = [b for b in message.blocks if isinstance(b, (Text, Image))]
+    made: List[ChatMessage] = []
+    names = {call.id: call.name for call in calls}
+    for result in _in_call_order(results, calls) if results else ():
+        text, images = _pictures(result.images, result.text, facts)
+        if images and facts.path == "C":  # jinja templates print a tool's text only
+            rest = [Image(image) for image in images] + rest
+            images = ()
+        made.append(ChatMessage("tool", text, "", images, (), names.get(result.id, ""), result.id))
+    texts = [b.text for b in rest if isinstance(b, Text)]
+    pictures = tuple(b for b in rest if isinstance(b, Image))
+    if made and not pictures and all(t.lstrip().startswith(REMINDER_START) for t in texts):
+        # A user turn behind tool results makes thinking models read everything since the
+        # last one again: 1,774 tokens against 32 (OL 5b).
+        last = made[-1]
+        made[-1] = last._replace(content=_join_texts([last.content, *texts]))
+    elif rest:
+        text, images = _pictures(pictures, _join_texts(texts), facts)
+        made.append(ChatMessage("user", text, "", images))
+    return made
+
+
+def _pictures(
+    images: Sequence[Image], text: str, facts: ModelFacts,
+) -> Tuple[str, Tuple[str, ...]]:
+    """Pass images on, or say in the text that this model cannot see them."""
+    if not images or not facts.lacks("vision"):
+        return text, tuple(image.base64 for image in images)
+    notice = f"[{len(images)} image{'s were' if len(images) > 1 else ' was'} left out here:" \
+             f" the model {facts.name} cannot see images.]"
+    return _join_texts([text, notice]), ()
+
+
+CHOICE_WORDS = {
+    "any": "Answer with a tool call now: this turn must call one of the tools.",
+    "tool": "Answer with a call of the tool {name} now, and of no other tool.",
+}
+
+
+def chat_messages(
+    request: Request, tools: Sequence[Tool], facts: ModelFacts, recall: Recall,
+    slim: Callable[[str], str],
+) -> List[ChatMessage]:
+    """Make all messages of /api/chat.
+
+    recall(index, turn) gives an assistant turn's raw text where it is remembered;
+    slim shortens texts that are not the user's.
+    """
+    leading, turns = fold_turns(request.messages)
+    system = [slim(text) for text in (*request.system, *leading)]
+    if tools and facts.tools_in_text:
+        system.append(tools_as_text(tools))
+    made = [ChatMessage("system", "\n\n".join(system))] if any(system) else []
+    calls: Sequence[ToolUse] = ()
+    for index, turn in turns:
+        if turn.role == "assistant":
+            calls = [b for b in turn.blocks if isinstance(b, ToolUse)]
+            message = _assistant_message(turn, facts, recall(index, turn))
+            if message.content or message.calls:
+                made.append(message)
+        else:
+            slimmed = Message("user", tuple(
+                Text(slim(b.text)) if isinstance(b, Text) and b.text.startswith(REMINDER_START)
+                else b for b in turn.blocks))
+            made.extend(_user_messages(slimmed, calls, facts))
+            calls = ()
+    if request.tool_choice.kind in CHOICE_WORDS and tools and made:
+        words = CHOICE_WORDS[request.tool_choice.kind].format(name=request.tool_choice.name)
+        last = made[-1]
+        made[-1] = last._replace(content=_join_texts([last.content, as_reminder(words)]))
+    return made
+
+
+def keep_alive_value(text: str) -> Union[int, float, str]:
+    """Make Ollama's keep_alive: a number of seconds, or a duration with its unit.
+
+    A bare number as a string is refused: "missing unit in duration" (OL 1).
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def load_options(num_ctx: Optional[int]) -> Json:
+    """Make the options that decide how a model is loaded: alike on every request."""
+    return {"num_ctx": num_ctx} if num_ctx else {}
+
+
+class ReusedJson:
+    """Write message lists, taking over what the last list of the session had.
+
+    A 1 MB session of 78 messages costs 2.4 ms to write, its newest turn 0.1 ms.
+    """
+
+    def __init__(self) -> None:
+        self._messages: List[ChatMessage] = []
+        self._written: List[str] = []
+
+    def write(self, messages: List[ChatMessage]) -> str:
+        """Return the JSON of the messages, comma-separated."""
+        same = 0
+        for old, new in zip(self._messages, messages):
+            if old != new:
+                break
+            same += 1
+        written = self._written[:same] + [to_json(message_json(m)) for m in messages[same:]]
+        self._messages, self._written = messages, written
+        return ",".join(written)
+
+
+def wants_thinking(request: Request, facts: ModelFacts) -> Optional[bool]:
+    """Decide `think`: None leaves it out, for a model that cannot or may not.
+
+    Where a capable model is not told, it thinks (OL 1), so a request without a
+    thinking field says false.
+    """
+    if facts.think_refused or not facts.can("thinking"):
+        return None
+    return bool(request.thinking)
+
+
+def chat_body(
+    request: Request, tools: Sequence[Tool], facts: ModelFacts, messages_json: str,
+    config: Config, options: Json,
+) -> str:
+    """Write the body of /api/chat. options holds load options and num_predict."""
+    merged = {**options, **dict(request.sampling)}
+    fields: Json = {"stream": True, "truncate": False, "shift": False,
+                    "keep_alive": keep_alive_value(config.keep_alive), "options": merged}
+    think = wants_thinking(request, facts)
+    if think is not None:
+        fields["think"] = think
+    if request.schema is not None:
+        fields["format"] = request.schema
+    if tools and not facts.tools_in_text:
+        fields["tools"] = [tool_json(tool, facts.renderer) for tool in tools]
+    head = to_json({"model": facts.name})[:-1]
+    return f'{head},"messages":[{messages_json}],{to_json(fields)[1:]}'
+
+
+def render_body(chat: str) -> str:
+    """Turn a chat body into one that only renders the prompt."""
+    return chat[:-1] + ',"_debug_render_only":true}'
+
+
+def generate_body(
+    request: Request, facts: ModelFacts, prompt: str, config: Config, options: Json,
+) -> str:
+    """Write the body of /api/generate that has the model continue a rendered prompt.
+
+    think:false keeps Ollama from splitting the thought off on path B (OL 6).
+    """
+    fields: Json = {"model": facts.name, "prompt": prompt, "raw": True, "think": False,
+                    "stream": True, "truncate": False, "shift": False,
+                    "keep_alive": keep_alive_value(config.keep_alive),
+                    "options": {**options, **dict(request.sampling)}}
+    if request.schema is not None:
+        fields["format"] = request.schema
+    return to_json(fields)
+
 
 # ============================== 8. UPSTREAM STREAMS ==============================
+
+class NativeCall(NamedTuple):
+    """A call that Ollama's own parser read; arguments as they came."""
+
+    name: str
+    arguments: Any
+
+
+class Failure(NamedTuple):
+    """The upstream told of an error, or made no sense; nothing follows."""
+
+    error: ShimError
+
+
+Part = Union[TextDelta, ThinkingDelta, NativeCall, Finish, Failure]
+
+MODEL_MISSING = Pattern(r"model\b.*\bnot found|try pulling it", re.IGNORECASE)
+NO_TOOLS_ERROR = Pattern(r"does not support tools", re.IGNORECASE)
+NO_THINKING_ERROR = Pattern(r"does not support thinking", re.IGNORECASE)
+# Failures that the same request meets again: parsers of the same text, memory that is
+# not there, values of a wrong type (contract/ollama.md 3, 8).
+LASTING_FAILURE = Pattern(
+    r"XML syntax error|failed to parse JSON|invalid tool call|unexpected EOF|^EOF$|out.of.memory"
+    r"|requires more|more system memory|unable to load|must be of type|invalid format|no user query"
+    r"|process has terminated|timed out waiting|multimodal|image input|mmproj|invalid character"
+    r"|repeat limit|Unexpected empty grammar", re.IGNORECASE)
+HTML_TAG = Pattern(r"<[^<>]{0,500}>")
+
+
+def upstream_error(
+    status: int, body: str, model: str, retry_after: Optional[str] = None,
+    prompt_tokens: int = 0, window: int = 0,
+) -> ShimError:
+    """Choose the error for a refusal of the upstream (contract/ollama.md 3).
+
+    prompt_tokens and window serve where an overflow is told without numbers.
+    """
+    overflow = parse_overflow(body, status)
+    if overflow:
+        needed, limit = overflow
+        limit = limit or window or 4096
+        return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit)
+    text = clean(HTML_TAG.sub(" ", unwrap_error(body)), MAX_ERROR_CHARS).strip()
+    said = f": {text}" if text else "."
+    if MODEL_MISSING.search(text) and status in (404, 400, 500):
+        return ModelMissingError(
+            f"Ollama has no model {model!r}. Get it with: ollama pull {model}  (Ollama said{said})")
+    if status in (401, 403):
+        return UpstreamDeniedError(
+            f"Ollama denied the request ({status}){said} Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
+    if status == 429:
+        return RateLimitError(f"Ollama asks for fewer requests (429){said}", retry_after)
+    if status in (503, 529):
+        return BusyError(f"Ollama is busy ({status}){said}", retry_after)
+    if status == 413:
+        return BodyTooLargeError(f"The server at OLLAMA_BASE_URL takes no request of this size{said}")
+    if status in (404, 405):
+        return UpstreamDeniedError(
+            f"The server at OLLAMA_BASE_URL does not know this call ({status}){said}"
+            " Is it an Ollama server?")
+    if status in (408, 504):
+        return UpstreamTimeoutError(f"Ollama took too long ({status}){said}")
+    if status < 500:
+        return BadRequestError(f"Ollama refused the request ({status}){said}")
+    return UpstreamFailedError(
+        f"Ollama failed ({status}){said}", not LASTING_FAILURE.search(text),
+        status if status in (500, 502) else 502)
+
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+def held_prefix(text: str, mark: str) -> int:
+    """Count the characters at the end of text that may begin mark."""
+    for size in range(min(len(mark) - 1, len(text)), 0, -1):
+        if mark.startswith(text[-size:]):
+            return size
+    return 0
+
+
+class ThinkSplitter:
+    """Split `<think>` blocks off the text, in pieces cut anywhere.
+
+    thinking=True: the prompt's end has opened the block. A block counts at the start
+    of the answer only; a stray closing tag on a line of its own, which a model leaves
+    that was told not to think (OL 8, 5), is taken out.
+    """
+
+    def __init__(self, thinking: bool = False) -> None:
+        self._state = "opened" if thinking else "start"
+        self._held = ""
+        self._stray = False
+
+    def feed(self, text: str) -> List[Part]:
+        if self._state == "text" and not self._held and "<" not in text and text[-1:] != "\n":
+            return [TextDelta(text)]  # nearly every token
+        self._held += text
+        parts: List[Part] = []
+        while self._step(parts):
+            pass
+        return parts
+
+    def _step(self, parts: List[Part]) -> bool:
+        """Take one piece off what is held; False when more is needed."""
+        return bool(getattr(self, "_in_" + self._state)(parts))
+
+    def _in_start(self, _parts: List[Part]) -> bool:
+        body = self._held.lstrip()
+        for mark, state in ((THINK_OPEN, "opened"), (THINK_CLOSE, "closed")):
+            if body.startswith(mark):
+                self._state, self._held = state, body[len(mark):]
+                return True
+        if body and not THINK_OPEN.startswith(body) and not THINK_CLOSE.startswith(body):
+            self._state = "text"
+            return True
+        return False
+
+    def _in_opened(self, _parts: List[Part]) -> bool:
+        self._held = self._held.lstrip("\r\n")
+        if self._held:
+            self._state = "thinking"
+        return bool(self._held)
+
+    def _in_thinking(self, parts: List[Part]) -> bool:
+        end = self._held.find(THINK_CLOSE)
+        if end >= 0:
+            thought = self._held[:end].rstrip()
+            self._held, self._state = self._held[end + len(THINK_CLOSE):], "closed"
+        else:
+            held = held_prefix(self._held, THINK_CLOSE)
+            ready = self._held[:len(self._held) - held].rstrip()
+            thought, self._held = ready, self._held[len(ready):]
+        if thought:
+            parts.append(ThinkingDelta(thought))
+        return end >= 0
+
+    def _in_closed(self, _parts: List[Part]) -> bool:
+        self._held = self._held.lstrip("\r\n")
+        if self._held:
+            self._state = "text"
+        return bool(self._held)
+
+    def _in_text(self, parts: List[Part]) -> bool:
+        text, at = self._held, -1
+        if not self._stray:
+            at = text.find("\n" + THINK_CLOSE) + 1 or -1
+        if at >= 0:
+            self._stray, self._held = True, text[at + len(THINK_CLOSE):]
+            text = text[:at]
+        else:
+            keep = 0 if self._stray else held_prefix(text, "\n" + THINK_CLOSE)
+            self._held, text = text[len(text) - keep:], text[:len(text) - keep]
+        if text:
+            parts.append(TextDelta(text))
+        return at >= 0 and bool(self._held)
+
+    def close(self) -> List[Part]:
+        """Release what is still held."""
+        text, self._held = self._held, ""
+        if not text or self._state in ("opened", "closed"):
+            return []
+        if self._state == "thinking":
+            return [ThinkingDelta(text.rstrip())] if text.rstrip() else []
+        return [TextDelta(text)]
+
+
+def _count(value: Any) -> Optional[int]:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _seconds(value: Any) -> float:
+    return (_count(value) or 0) / 1e9
+
+
+def _finish(line: Json) -> Finish:
+    reason = line.get("done_reason")
+    return Finish(
+        reason if isinstance(reason, str) else "",
+        _count(line.get("prompt_eval_count")), _count(line.get("eval_count")),
+        _seconds(line.get("prompt_eval_duration")), _seconds(line.get("eval_duration")),
+        _seconds(line.get("load_duration")))
+
+
+def _calls_of(value: Any) -> List[Part]:
+    """Read tool_calls; odd ones go out with what can be read."""
+    calls: List[Part] = []
+    for entry in value if isinstance(value, list) else ():
+        function = entry.get("function") if isinstance(entry, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            calls.append(NativeCall(function["name"], function.get("arguments")))
+    return calls
+
+
+class ChatDecoder:
+    """Read the NDJSON of /api/chat.
+
+    feed() takes bytes cut anywhere and returns the parts they complete; neighbouring
+    text comes as one part. finished is set by the done line: EOF without it is a
+    broken stream (contract/ollama.md 2).
+    """
+
+    def __init__(self, model: str, thinking: bool = False) -> None:
+        self.model = model
+        self.finished = False
+        self.failed = False
+        self.lines = 0
+        self._lines = LineSplitter()
+        self._think = ThinkSplitter(thinking)
+
+    def feed(self, data: bytes) -> List[Part]:
+        parts: List[Part] = []
+        if self.finished or self.failed:
+            return parts
+        try:
+            whole = self._lines.feed(data)
+            if whole:
+                self._read(whole, parts)
+        except ShimError as error:
+            self._fail(parts, error)
+        return parts
+
+    def _read(self, whole: bytes, parts: List[Part]) -> None:
+        """Decode whole lines: one sweep costs a third of json.loads a line."""
+        try:
+            text = whole.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.") from None
+        at, end, run = 0, len(text), []
+        while at < end and not (self.finished or self.failed):
+            if text[at] in " \t\r\n":
+                at += 1
+                continue
+            try:
+                line, at = _scan_json(text, at)
+            except (ValueError, RecursionError):
+                self._flush(run, parts)
+                raise self._garbage(text[at:at + 200]) from None
+            self.lines += 1
+            piece = self._plain_text(line)
+            if piece is None:
+                self._flush(run, parts)
+                self._line(line, parts)
+            elif piece:
+                run.append(piece)
+        self._flush(run, parts)
+
+    @staticmethod
+    def _plain_text(line: Any) -> Optional[str]:
+        """Return the text of a line that holds nothing else, else None."""
+        if type(line) is dict and line.get("done") is False and "error" not in line:
+            message = line.get("message")
+            if type(message) is dict and "tool_calls" not in message and "thinking" not in message:
+                content = message.get("content")
+                if type(content) is str:
+                    return content
+        return None
+
+    def _flush(self, run: List[str], parts: List[Part]) -> None:
+        if run:
+            parts.extend(self._think.feed("".join(run)))
+            run.clear()
+
+    def _garbage(self, text: str) -> ShimError:
+        return UpstreamGarbageError(
+            f"Ollama sent a line that is not JSON: {clean(text, 80)!r}")
+
+    def _fail(self, parts: List[Part], error: ShimError) -> None:
+        parts.extend(self._think.close())
+        parts.append(Failure(error))
+        self.failed = True
+
+    def _line(self, line: Any, parts: List[Part]) -> None:
+        if not isinstance(line, dict):
+            self._fail(parts, self._garbage(to_json(line)))
+            return
+        if "error" in line:
+            self._fail(parts, upstream_error(500, to_json(line), self.model))
+            return
+        self._content(line, parts)
+        if line.get("done") is True:
+            self.finished = True
+            parts.extend(self._think.close())
+            parts.append(_finish(line))
+
+    def _content(self, line: Json, parts: List[Part]) -> None:
+        """Take thinking, content and calls, in the order that Ollama means (OL 2)."""
+        message = _mapping(line.get("message"))
+        thinking, content = message.get("thinking"), message.get("content")
+        if isinstance(thinking, str) and thinking:
+            parts.append(ThinkingDelta(thinking))
+        if isinstance(content, str) and content:
+            parts.extend(self._think.feed(content))
+        parts.extend(_calls_of(message.get("tool_calls")))
+
+    def close(self) -> List[Part]:
+        """End of the stream: release held text, or tell what is missing."""
+        parts: List[Part] = []
+        if self.finished or self.failed:
+            return parts
+        tail = self._lines.rest()
+        if tail.strip():
+            parts.extend(self.feed(b"\n"))
+            if self.finished or self.failed:
+                return parts
+        self._fail(parts, self._cut_off())
+        return parts
+
+    def _cut_off(self) -> ShimError:
+        if not self.lines:
+            return UpstreamLostError(
+                f"Ollama ended its answer without a word. The model {self.model} may have"
+                " crashed or repeated itself; see Ollama's log.")
+        return UpstreamBrokenError(
+            "Ollama's answer broke off before its end: the connection closed without a done line.")
+
+
+class GenerateDecoder(ChatDecoder):
+    """Read the NDJSON of /api/generate with raw:true: the model's own text.
+
+    raw is that text so far, as the next turn's history wants it.
+    """
+
+    def __init__(self, model: str, thinking: bool = False) -> None:
+        super().__init__(model, thinking)
+        self._raw: List[str] = []
+
+    @property
+    def raw(self) -> str:
+        return "".join(self._raw)
+
+    def _flush(self, run: List[str], parts: List[Part]) -> None:
+        self._raw.extend(run)
+        super()._flush(run, parts)
+
+    @staticmethod
+    def _plain_text(line: Any) -> Optional[str]:
+        if type(line) is dict and line.get("done") is False and "error" not in line:
+            response = line.get("response")
+            if type(response) is str and "thinking" not in line:
+                return response
+        return None
+
+    def _content(self, line: Json, parts: List[Part]) -> None:
+        thinking, response = line.get("thinking"), line.get("response")
+        if isinstance(thinking, str) and thinking:
+            parts.append(ThinkingDelta(thinking))
+        if isinstance(response, str) and response:
+            self._raw.append(response)
+            parts.extend(self._think.feed(response))
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Say whether a rendered prompt ends in an open think block."""
+    tail = prompt[-40:].rstrip()
+    return tail.endswith(THINK_OPEN)
+
+
+class Dialect(NamedTuple):
+    """One way to ask Ollama: its route and its decoder."""
+
+    way: str
+    path: str
+    decoder: Type[ChatDecoder]
+
+
+DIALECTS: Dict[str, Dialect] = {
+    "chat": Dialect("chat", "/api/chat", ChatDecoder),
+    "verbatim": Dialect("verbatim", "/api/generate", GenerateDecoder),
+}
 
 
 # ============================== 9. TOOL CALLS IN TEXT ==============================
 
+class ToolTextParser:
+    """STUB until merged."""
+
+    def __init__(self, tools: Mapping[str, Tool], *, stream_inputs: bool = False,
+                 enabled: bool = True) -> None:
+        self.tools = tools
+
+    def feed(self, text: str) -> List[Delta]:
+        return [TextDelta(text)]
+
+    def native(self, name: str, arguments: Any) -> List[Delta]:
+        tool = resolve_tool(name, self.tools)
+        arguments = arguments if isinstance(arguments, dict) else {}
+        return [Call(tool.name if tool else name, arguments)]
+
+    def thought(self, text: str) -> List[Delta]:
+        return [ThinkingDelta(text)]
+
+    def close(self, reason: str) -> List[Delta]:
+        return []
+
 
 # ============================== 10. SHELL COMMANDS ==============================
+
+def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
+    """STUB until merged."""
+    return tools.get("Bash")
+
+
+def rescue_call(
+    ops: Sequence[FileOp], tools: Mapping[str, Tool], style: str, max_read_bytes: int,
+    cwd: str = "",
+) -> Optional[Tuple[str, Json]]:
+    """STUB until merged."""
+    return None
 
 
 # ============================== 11. RESCUE ==============================
 
+class Rescue(NamedTuple):
+    """STUB until merged."""
+
+    rule: str
+    ops: Tuple[FileOp, ...]
+
+
+def find_rescue(turns: Sequence[Message], answer: str, *, home_ok: bool = True) -> Optional[Rescue]:
+    """STUB until merged."""
+    return None
+
 
 # ============================== 12. REPLIES ==============================
 
+class Usage(NamedTuple):
+    """Token counts of a turn, as the Messages API splits them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read: int = 0
+    cache_creation: int = 0
+
+    def payload(self) -> Json:
+        return {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens,
+                "cache_read_input_tokens": self.cache_read,
+                "cache_creation_input_tokens": self.cache_creation}
+
+
+# Thinking is echoed with its signature, which nobody here checks (CC A6).
+SIGNATURE = "cXdlbmNvZGU="
+
+
+class StreamTranslator:
+    """Turn deltas into Messages API events; the only owner of block indexes.
+
+    One method opens a block, one closes it. Errors are told without closing the open
+    block: after a completed block the CLI would not ask again (CC B2, F5).
+    """
+
+    def __init__(self, message_id: str, model: str, new_id: Callable[[], str]) -> None:
+        self._message_id, self._model, self._new_id = message_id, model, new_id
+        self._index = -1
+        self._open = ""
+        self.call_ids: List[str] = []
+
+    @property
+    def in_text(self) -> bool:
+        return self._open == "text"
+
+    def start(self, usage: Usage) -> Event:
+        return Event("message_start", {"type": "message_start", "message": {
+            "id": self._message_id, "type": "message", "role": "assistant", "model": self._model,
+            "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage.payload()}})
+
+    def translate(self, deltas: Iterable[Delta]) -> List[Event]:
+        events: List[Event] = []
+        for delta in deltas:
+            TRANSLATIONS[type(delta)](self, delta, events)
+        return events
+
+    def _open_block(self, kind: str, block: Json, events: List[Event]) -> None:
+        self._close_block(events)
+        self._index += 1
+        self._open = kind
+        events.append(Event("content_block_start", {
+            "type": "content_block_start", "index": self._index, "content_block": block}))
+
+    def _close_block(self, events: List[Event]) -> None:
+        if not self._open:
+            return
+        if self._open == "thinking":
+            events.append(self._delta("signature_delta", "signature", SIGNATURE))
+        self._open = ""
+        events.append(Event("content_block_stop",
+                            {"type": "content_block_stop", "index": self._index}))
+
+    def _delta(self, kind: str, key: str, text: str) -> Event:
+        return Event("content_block_delta", {
+            "type": "content_block_delta", "index": self._index,
+            "delta": {"type": kind, key: text}})
+
+    def _text(self, delta: TextDelta, events: List[Event]) -> None:
+        if self._open != "text":
+            self._open_block("text", {"type": "text", "text": ""}, events)
+        events.append(self._delta("text_delta", "text", delta.text))
+
+    def _thinking(self, delta: ThinkingDelta, events: List[Event]) -> None:
+        if self._open != "thinking":
+            self._open_block("thinking", {"type": "thinking", "thinking": "", "signature": ""}, events)
+        events.append(self._delta("thinking_delta", "thinking", delta.text))
+
+    def _call_start(self, delta: Union[Call, CallStart], events: List[Event]) -> None:
+        call_id = self._new_id()
+        self.call_ids.append(call_id)
+        self._open_block("tool_use", {
+            "type": "tool_use", "id": call_id, "name": delta.name, "input": {}}, events)
+
+    def _call_input(self, delta: CallInput, events: List[Event]) -> None:
+        events.append(self._delta("input_json_delta", "partial_json", delta.json))
+
+    def _call_end(self, _delta: CallEnd, events: List[Event]) -> None:
+        self._close_block(events)
+
+    def _call(self, delta: Call, events: List[Event]) -> None:
+        self._call_start(delta, events)
+        self._call_input(CallInput(to_json(delta.input)), events)
+        self._close_block(events)
+
+    def keep_alive(self) -> Event:
+        """Make an event that the CLI counts as life: pings do not (CC B3)."""
+        kinds = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+                 "tool_use": ("input_json_delta", "partial_json")}
+        if self._open:
+            return self._delta(*kinds[self._open], "")
+        return Event("message_delta", {
+            "type": "message_delta", "delta": {}, "usage": {"output_tokens": 0}})
+
+    def finish(self, reason: str, stop_sequence: Optional[str], usage: Usage) -> List[Event]:
+        events: List[Event] = []
+        self._close_block(events)
+        events.append(Event("message_delta", {
+            "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": stop_sequence},
+            "usage": usage.payload()}))
+        events.append(Event("message_stop", {"type": "message_stop"}))
+        return events
+
+
+TRANSLATIONS: Dict[type, Callable[[StreamTranslator, Any, List[Event]], None]] = {
+    TextDelta: StreamTranslator._text, ThinkingDelta: StreamTranslator._thinking,
+    Call: StreamTranslator._call, CallStart: StreamTranslator._call_start,
+    CallInput: StreamTranslator._call_input, CallEnd: StreamTranslator._call_end,
+}
+
+
+def error_event(error: ShimError) -> Event:
+    """Make the event that ends a stream which cannot go on."""
+    return Event("error", {"type": "error", "error": {"type": error.kind, "message": error.message}})
+
+
+def fold(events: Iterable[Event]) -> Json:
+    """Fold a stream's events into the message of a non-streaming answer.
+
+    A call that the model left unfinished gets the input {}.
+    """
+    message: Json = {}
+    pieces: Dict[int, List[str]] = {}
+    for name, payload in events:
+        if name == "message_start":
+            message = {**payload["message"], "content": []}
+        elif name == "content_block_start":
+            message["content"].append(dict(payload["content_block"]))
+            pieces[payload["index"]] = []
+        elif name == "content_block_delta":
+            _fold_delta(message["content"][payload["index"]], payload["delta"],
+                        pieces[payload["index"]])
+        elif name == "content_block_stop":
+            _fold_block(message["content"][payload["index"]], pieces.pop(payload["index"]))
+        elif name == "message_delta" and payload["delta"]:
+            message.update(payload["delta"])
+            message["usage"] = {**message["usage"], **payload["usage"]}
+    return message
+
+
+def _fold_delta(block: Json, delta: Json, pieces: List[str]) -> None:
+    if delta["type"] == "signature_delta":
+        block["signature"] = delta["signature"]
+    else:
+        pieces.append(str(delta.get("text", delta.get("thinking", delta.get("partial_json", "")))))
+
+
+def _fold_block(block: Json, pieces: List[str]) -> None:
+    joined = "".join(pieces)
+    if block["type"] != "tool_use":
+        block[block["type"]] = joined
+        return
+    try:
+        block["input"] = json.loads(joined or "{}")
+    except ValueError:
+        block["input"] = {}
+
 
 # ============================== 13. TURN ==============================
+
+class StopScanner:
+    """Find the first stop sequence in text that comes in pieces.
+
+    feed() returns the text that is certain and the sequence that was met, if any.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def feed(self, text: str) -> Tuple[str, Optional[str]]:
+        if not self._stops:
+            return text, None
+        text = self._held + text
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            at, stop = min(found)
+            self._held = ""
+            return text[:at], stop
+        keep = max(held_prefix(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep:]
+        return text[:len(text) - keep], None
+
+    def close(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+# Text after these is no part of an answer; /api/chat stops there by itself, raw
+# generation only where the Modelfile says so.
+CHATML_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+# Tokens beyond what the shown characters can account for until an answer counts as
+# swallowed: a Qwen token holds 1.7 Chinese characters or 4 of code (OL 5a), and small
+# differences are white space that Ollama's parsers drop.
+LOST_TOKENS = 64
+LOST_RATIO = 2.0
+CHARS_PER_TOKEN_LEAST = 1.5
+
+NOTHING_SHOWN = (
+    "The model {model} ended its answer without any text or tool call ({tokens} tokens were"
+    " generated). Ollama's parser may have dropped a malformed tool call; SHIM_VERBATIM=on reads"
+    " the model's own text instead. Otherwise ask again in other words.")
+SWALLOWED = (
+    "Ollama dropped the greater part of the answer of {model}: {tokens} tokens were generated,"
+    " about {shown} arrived. A malformed tool call does this; SHIM_VERBATIM=on reads the model's"
+    " own text instead.")
+CUT_BEFORE_ANYTHING = (
+    "The answer of {model} was cut at its length limit before anything could be shown: the context"
+    " window or max_tokens is too small for this conversation.")
+
+
+class TurnTools(NamedTuple):
+    """What a turn may do beyond translating.
+
+    rescue(answer) returns a call and its rule, or None; it is asked once, at the end.
+    """
+
+    offered: Mapping[str, Tool]
+    text_calls: bool
+    stream_inputs: bool
+    rescue: Callable[[str], Optional[Call]]
+
+
+class Turn:
+    """One request from Ollama's first byte to the last event.
+
+    The only place that composes decoder, parser, rescue and translator. feed() and
+    close() return the events that became certain; afterwards `done` says that the
+    stream ended well, `error` that it cannot go on. The caller sends start() before
+    the first events.
+    """
+
+    def __init__(
+        self, decoder: ChatDecoder, translator: StreamTranslator, tools: TurnTools,
+        estimate: int, stops: Sequence[str] = (),
+    ) -> None:
+        verbatim = isinstance(decoder, GenerateDecoder)
+        self._decoder, self._translator, self._tools = decoder, translator, tools
+        self._parser = ToolTextParser(tools.offered, stream_inputs=tools.stream_inputs and verbatim,
+                                      enabled=tools.text_calls)
+        self._stops, self._ends = tuple(stops), CHATML_ENDS if verbatim else ()
+        self._scanner = StopScanner(self._stops + self._ends)
+        self._blank = ""
+        self._text: List[str] = []
+        self._shown_chars = 0
+        self._unfinished = False
+        self.estimate = estimate
+        self.calls: List[Tuple[str, str]] = []
+        self.done = False
+        self.error: Optional[ShimError] = None
+        self.finish: Optional[Finish] = None
+        self.stop_reason = ""
+        self.usage = Usage(estimate)
+
+    @property
+    def answer(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def raw(self) -> Optional[str]:
+        """The model's own text, where the dialect brings it."""
+        return self._decoder.raw if isinstance(self._decoder, GenerateDecoder) else None
+
+    @property
+    def call_ids(self) -> Tuple[str, ...]:
+        return tuple(self._translator.call_ids)
+
+    def start(self) -> List[Event]:
+        return [self._translator.start(Usage(self.estimate, 1))]
+
+    def keep_alive(self) -> List[Event]:
+        return [self._translator.keep_alive()]
+
+    def feed(self, data: bytes) -> List[Event]:
+        return self._take(self._decoder.feed(data))
+
+    def close(self) -> List[Event]:
+        """The upstream's stream ended."""
+        return self._take(self._decoder.close())
+
+    def _take(self, parts: List[Part]) -> List[Event]:
+        events: List[Event] = []
+        for part in parts:
+            if self.done or self.error:
+                break
+            if isinstance(part, TextDelta):
+                self._take_text(part.text, events)
+            elif isinstance(part, ThinkingDelta):
+                self._show(self._parser.thought(part.text), events)
+            elif isinstance(part, NativeCall):
+                self._show(self._parser.native(part.name, part.arguments), events)
+            elif isinstance(part, Finish):
+                self._end(part, None, events)
+            else:
+                self._show(self._parser.feed(self._scanner.close()), events)
+                self._show(self._parser.close("error"), events)
+                self.error = part.error
+        return events
+
+    def _take_text(self, text: str, events: List[Event]) -> None:
+        text, stop = self._scanner.feed(text)
+        if text:
+            self._show(self._parser.feed(text), events)
+        if stop is not None:
+            self._end(Finish("stop"), None if stop in self._ends else stop, events)
+
+    def _show(self, deltas: List[Delta], events: List[Event]) -> None:
+        """Pass deltas on; white space that would open a block of its own waits."""
+        kept: List[Delta] = []
+        for delta in deltas:
+            if isinstance(delta, TextDelta):
+                shown = self._with_blank(delta.text)
+                if shown:
+                    kept.append(TextDelta(shown))
+                continue
+            self._blank = ""
+            self._note_call(delta)
+            kept.append(delta)
+        if kept:
+            events.extend(self._translator.translate(kept))
+
+    def _with_blank(self, text: str) -> str:
+        if not self._translator.in_text:
+            text = self._blank + text
+            if not text.strip():
+                self._blank = text
+                return ""
+            self._blank = ""
+        self._text.append(text)
+        self._shown_chars += len(text)
+        return text
+
+    def _note_call(self, delta: Delta) -> None:
+        if isinstance(delta, (Call, CallStart)):
+            self.calls.append((delta.name, delta.rule))
+        if isinstance(delta, Call):
+            self._shown_chars += len(to_json(delta.input)) + len(delta.name)
+        elif isinstance(delta, CallInput):
+            self._shown_chars += len(delta.json)
+        elif isinstance(delta, CallEnd):
+            self._unfinished = not delta.finished
+        elif isinstance(delta, ThinkingDelta):
+            self._shown_chars += len(delta.text)
+
+    def _end(self, finish: Finish, stop: Optional[str], events: List[Event]) -> None:
+        """The model is done: release what is held, rescue, and close the message."""
+        held = self._scanner.close() if stop is None else ""
+        if held:
+            self._show(self._parser.feed(held), events)
+        self._show(self._parser.close(finish.reason), events)
+        self.finish = finish
+        self.error = self._loss(finish) if stop is None else None
+        if self.error:
+            return
+        if not self.calls and stop is None and finish.reason != "length" and self._text:
+            call = self._tools.rescue(self.answer)
+            if call:
+                self._show([call], events)
+        self.stop_reason = self._reason(finish, stop)
+        self.usage = self._count_usage(finish)
+        events.extend(self._translator.finish(self.stop_reason, stop, self.usage))
+        self.done = True
+
+    def _reason(self, finish: Finish, stop: Optional[str]) -> str:
+        if stop is not None:
+            return "stop_sequence"
+        if finish.reason == "length" and (self._unfinished or not self.calls):
+            return "max_tokens"
+        return "tool_use" if self.calls else "end_turn"
+
+    def _count_usage(self, finish: Finish) -> Usage:
+        prompt = finish.prompt_tokens if finish.prompt_tokens else self.estimate
+        output = finish.output_tokens
+        return Usage(prompt, output if output is not None else max(1, self._shown_chars // 4))
+
+    def _loss(self, finish: Finish) -> Optional[ShimError]:
+        """Tell an answer of which nothing or little arrived: never an empty success."""
+        model, tokens = self._decoder.model, finish.output_tokens or 0
+        if not self._shown_chars and not self.calls:
+            words = CUT_BEFORE_ANYTHING if finish.reason == "length" else NOTHING_SHOWN
+            return UpstreamLostError(words.format(model=model, tokens=tokens))
+        possible = self._shown_chars / CHARS_PER_TOKEN_LEAST
+        if isinstance(self._decoder, GenerateDecoder) or tokens <= LOST_TOKENS + LOST_RATIO * possible:
+            return None
+        return UpstreamLostError(SWALLOWED.format(
+            model=model, tokens=tokens, shown=self._shown_chars // 4))
 
 
 # ============================== 14. STATUS ==============================
@@ -447,8 +2609,1507 @@ class FileOp(NamedTuple):
 
 # ============================== 15. UPSTREAM ==============================
 
+STATUS_LINE = Pattern(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)")
+# What a socket that would block raises; TLS sockets have errors of their own, whose
+# module is loaded only when TLS is used.
+WOULD_BLOCK: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)
+
+def wait_ready(
+    readers: Sequence[socket.socket], writers: Sequence[socket.socket], timeout_s: float,
+) -> List[socket.socket]:
+    """Wait until a socket can be read or written; return those that can.
+
+    poll() where there is one: select() fails above descriptor 1,023.
+    """
+    if not hasattr(select, "poll"):
+        readable, writable, broken = select.select(
+            readers, writers, {*readers, *writers}, max(0.0, timeout_s))
+        return [*readable, *writable, *broken]
+    poll, by_fd = select.poll(), {}
+    for sock in readers:
+        by_fd[sock.fileno()] = sock
+        poll.register(sock, select.POLLIN)
+    for sock in writers:
+        by_fd[sock.fileno()] = sock
+        poll.register(sock, select.POLLOUT | (select.POLLIN if sock in readers else 0))
+    return [by_fd[fd] for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)]
+
+
+class Waiter:
+    """Wait for an upstream socket and nothing else."""
+
+    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
+        """Return True once sock is ready, False when the time is over."""
+        left = until - time.monotonic()
+        return bool(wait_ready((), (sock,), left) if writing else wait_ready((sock,), (), left))
+
+
+class UpstreamCall:
+    """One request to Ollama, its answer read as it comes.
+
+    Made by Upstream.open. Every wait goes through the waiter, which may raise
+    ClientGoneError; close() cancels whatever Ollama is doing for us.
+    """
+
+    def __init__(self, sock: socket.socket, waiter: Waiter, url: str) -> None:
+        self._sock, self._waiter, self._url = sock, waiter, url
+        self._buffer = b""
+        self._chunks: Optional[ChunkDecoder] = None
+        self._left: Optional[int] = None
+        self._ended = False
+        self.status = 0
+        self.headers: Dict[str, str] = {}
+
+    def send(self, data: bytes, until: float) -> None:
+        """Write the request; an upstream that answers before it read all is heard."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view):]
+            except WOULD_BLOCK:
+                self._wait(True, until)
+            except OSError:
+                return  # its answer, or the lack of one, tells why
+
+    def _wait(self, writing: bool, until: float) -> None:
+        if not self._waiter.wait(self._sock, writing, until):
+            raise UpstreamTimeoutError(f"Ollama at {self._url} did not answer in time.")
+
+    def _receive(self, until: float) -> bytes:
+        while True:
+            try:
+                return self._sock.recv(READ_BYTES)
+            except WOULD_BLOCK:
+                self._wait(False, until)
+            except OSError as problem:
+                raise UpstreamBrokenError(
+                    f"The connection to Ollama broke: {clean(str(problem))}") from None
+
+    def read_head(self, until: float) -> None:
+        """Read status and headers; raise UpstreamBrokenError where they make no sense."""
+        while True:
+            head, found, rest = self._buffer.partition(b"\r\n\r\n")
+            if found:
+                self._buffer = rest
+                self._parse_head(head.decode("latin-1"))
+                if self.status >= 200:
+                    return
+                continue
+            if len(self._buffer) > 4 * MAX_HEAD_BYTES:
+                raise UpstreamBrokenError("The server at OLLAMA_BASE_URL sent endless headers.")
+            data = self._receive(until)
+            if not data:
+                raise UpstreamBrokenError(
+                    "Ollama closed the connection without an answer." if not self._buffer
+                    else "Ollama's answer broke off within its headers.")
+            self._buffer += data
+
+    def _parse_head(self, head: str) -> None:
+        lines = head.split("\r\n")
+        status = STATUS_LINE.match(lines[0])
+        if not status:
+            raise UpstreamBrokenError(
+                f"The server at OLLAMA_BASE_URL does not speak HTTP: {clean(lines[0], 60)!r}")
+        self.status = int(status.group(1))
+        pairs = (line.partition(":") for line in lines[1:])
+        self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        if "chunked" in self.headers.get("transfer-encoding", "").lower():
+            self._chunks = ChunkDecoder()
+        elif WHOLE_NUMBER.fullmatch(self.headers.get("content-length", "")):
+            self._left = int(self.headers["content-length"])
+
+    def read(self, until: float) -> bytes:
+        """Return the next piece of the body, b"" at its end, also where it was cut."""
+        while not self._ended:
+            data, self._buffer = self._buffer, b""
+            if not data and self._left != 0:
+                data = self._receive(until)
+            payload = self._unframe(data)
+            if payload:
+                return payload
+        return b""
+
+    def _unframe(self, data: bytes) -> bytes:
+        if self._chunks is not None:
+            try:
+                payload = self._chunks.feed(data)
+            except ValueError as problem:
+                raise UpstreamBrokenError(f"Ollama's answer is framed wrongly: {problem}.") from None
+            self._ended = self._chunks.finished or not data
+            return payload
+        if self._left is not None:
+            data = data[:self._left]
+            self._left -= len(data)
+            self._ended = not self._left or not data
+            return data
+        self._ended = not data
+        return data
+
+    def read_all(self, until: float) -> bytes:
+        """Read the whole body, at most MAX_ANSWER_BYTES."""
+        pieces, size = [], 0
+        while True:
+            piece = self.read(until)
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_ANSWER_BYTES:
+                raise UpstreamBrokenError(f"Ollama's answer is over {MAX_ANSWER_BYTES} bytes.")
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __enter__(self) -> UpstreamCall:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Answer(NamedTuple):
+    """A whole answer of the upstream; body is parsed JSON or None."""
+
+    status: int
+    text: str
+    body: Any
+    retry_after: Optional[str] = None
+
+
+class Upstream:
+    """The HTTP client of every dialect: a new connection for each call.
+
+    A loopback connect costs 0.07 ms; in return no connection is ever stale, and
+    closing one cancels exactly its request. Proxies of the environment are not used:
+    they would carry prompts off the machine.
+    """
+
+    def __init__(self, config: Config) -> None:
+        from urllib.parse import unquote, urlsplit
+        parts = urlsplit(config.base_url)
+        self.tls = parts.scheme.lower() == "https"
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if self.tls else 80)
+        self._prefix = parts.path.rstrip("/")
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"{parts.scheme}://{shown}:{self.port}{self._prefix}"
+        login = unquote(parts.netloc.rpartition("@")[0])
+        authorization = f"Bearer {config.auth_token}" if config.auth_token else ""
+        if login and not authorization:
+            import base64
+            authorization = "Basic " + base64.b64encode(login.encode()).decode()
+        self._fixed = f"Host: {shown}:{self.port}\r\nAccept: application/json\r\nConnection: close\r\n"
+        if authorization:
+            self._fixed += f"Authorization: {authorization}\r\n"
+
+    def open(
+        self, method: str, path: str, body: Optional[str], waiter: Waiter, until: float,
+    ) -> UpstreamCall:
+        """Connect and send; the answer is read from the returned call."""
+        payload = body.encode() if body is not None else b""
+        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._fixed}"
+        if body is not None:
+            head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+        sock = self._connect(waiter, min(until, time.monotonic() + CONNECT_S))
+        call = UpstreamCall(sock, waiter, self.url)
+        try:
+            call.send(head.encode("latin-1") + b"\r\n" + payload, until)
+        except BaseException:
+            call.close()
+            raise
+        return call
+
+    def _connect(self, waiter: Waiter, until: float) -> socket.socket:
+        """Try each address in turn; raise UpstreamRefusedError with the reason."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as problem:
+            raise self._refused(f"the name cannot be resolved ({problem})") from None
+        reason = "no address"
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                reason = self._connect_one(sock, address, waiter, until)
+                if not reason:
+                    return self._wrap(sock) if self.tls else sock
+            except BaseException:
+                sock.close()
+                raise
+            sock.close()
+        raise self._refused(reason)
+
+    @staticmethod
+    def _connect_one(
+        sock: socket.socket, address: Any, waiter: Waiter, until: float,
+    ) -> str:
+        """Connect; return "" or why it failed."""
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = sock.connect_ex(address)
+        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", -1)):
+            if not waiter.wait(sock, True, until):
+                return "it does not accept connections in time"
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return os.strerror(code) if code else ""
+
+    def _wrap(self, sock: socket.socket) -> socket.socket:
+        import ssl
+        sock.settimeout(CONNECT_S)
+        try:
+            wrapped = ssl.create_default_context().wrap_socket(sock, server_hostname=self.host)
+        except (OSError, ValueError) as problem:
+            raise self._refused(f"TLS failed ({clean(str(problem))})") from None
+        wrapped.setblocking(False)
+        return wrapped
+
+    def _refused(self, reason: str) -> UpstreamRefusedError:
+        return UpstreamRefusedError(
+            f"Cannot reach Ollama at {self.url}: {clean(reason)}. Start it with `ollama serve`,"
+            " or set OLLAMA_BASE_URL.")
+
+    def ask(
+        self, method: str, path: str, body: Optional[str], waiter: Waiter, until: float,
+    ) -> Answer:
+        """Make a call and read its whole answer."""
+        with self.open(method, path, body, waiter, until) as call:
+            call.read_head(until)
+            text = call.read_all(until).decode("utf-8", "replace")
+        try:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError):
+            parsed = None
+        return Answer(call.status, text, parsed, call.headers.get("retry-after"))
+
 
 # ============================== 16. SERVER ==============================
 
+class Log:
+    """Write one line per message to stderr; secrets never pass."""
+
+    LEVELS: ClassVar[Dict[str, int]] = {"error": 0, "warn": 1, "info": 2, "debug": 3}
+
+    def __init__(self, config: Config) -> None:
+        self._limit = self.LEVELS[config.log]
+        self._json = config.log_format == "json"
+        self._secrets = secrets_of(config)
+        self._lock = threading.Lock()
+
+    def on(self, level: str) -> bool:
+        return self.LEVELS[level] <= self._limit
+
+    def write(self, level: str, message: str) -> None:
+        """Log a message; a debug message may be of any length."""
+        if not self.on(level):
+            return
+        text = clean(redact(message, self._secrets), 10_000_000 if level == "debug" else 2000)
+        stamp = time.strftime("%H:%M:%S")
+        line = to_json({"time": stamp, "level": level, "message": text}) if self._json else \
+            f"{stamp} {'' if level == 'info' else level + ': '}{text}"
+        self.line(line)
+
+    def line(self, text: str) -> None:
+        """Write a finished line as it is."""
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+class ClientLink(Waiter):
+    """The connection to one client: reads requests, writes without blocking.
+
+    While the shim waits for Ollama this waits for the client too: it sees it leave at
+    once (ClientGoneError), drains what is pending, and calls on_tick when tick_at has
+    come. A client that lags keeps at most MAX_PENDING_BYTES and is cut off after
+    CLIENT_STALL_S without taking any: Ollama must never wait for it (OL 2).
+    """
+
+    def __init__(self, sock: socket.socket, stop: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock, self._stop = sock, stop
+        self.input = bytearray()
+        self._pending = bytearray()
+        self._taken_at = 0.0
+        self._eof = False
+        self.tick_at = float("inf")
+        self.on_tick: Callable[[], None] = lambda: None
+        self.serving = False
+
+    def send(self, data: bytes) -> None:
+        """Send now what the client takes and keep the rest."""
+        if self._pending:
+            self._pending += data
+            self._check_pending()
+            return
+        try:
+            sent = self._sock.send(data)
+        except WOULD_BLOCK:
+            sent = 0
+        except OSError:
+            raise ClientGoneError from None
+        if sent < len(data):
+            self._pending += memoryview(data)[sent:]
+            self._taken_at = time.monotonic()
+            self._check_pending()
+
+    def _check_pending(self) -> None:
+        if len(self._pending) > MAX_PENDING_BYTES and self._lagged > 0:
+            raise ClientGoneError
+
+    @property
+    def _lagged(self) -> float:
+        return time.monotonic() - self._taken_at
+
+    def _flush(self) -> None:
+        try:
+            sent = self._sock.send(self._pending)
+        except WOULD_BLOCK:
+            return
+        except OSError:
+            raise ClientGoneError from None
+        del self._pending[:sent]
+        self._taken_at = time.monotonic()
+
+    def _take_input(self) -> None:
+        """Read what the client sends; while a request is served its end means it left."""
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except WOULD_BLOCK:
+            return
+        except OSError:
+            raise ClientGoneError from None
+        if not data:
+            self._eof = True
+            raise ClientGoneError
+        self.input += data
+
+    def wait(self, sock: Optional[socket.socket], writing: bool, until: float) -> bool:
+        """Wait for sock (or, if None, for any input), serving the client meanwhile."""
+        while True:
+            now = time.monotonic()
+            if now >= self.tick_at:
+                self.on_tick()
+                continue
+            ready = wait_ready(*self._watched(sock, writing), min(until, self.tick_at, now + self._patience(now)) - now)
+            if self._stop in ready and not self.serving:
+                raise ClientGoneError
+            if self._stop in ready:
+                raise StoppingError("The shim is being stopped; the answer ends here.")
+            if self._sock in ready:
+                if self._pending:
+                    self._flush()
+                before = len(self.input)
+                if before < READ_BYTES:
+                    self._take_input()
+                if sock is None and len(self.input) > before:
+                    return True
+            if sock is not None and sock in ready:
+                return True
+            if time.monotonic() >= until:
+                return False
+
+    def _watched(
+        self, sock: Optional[socket.socket], writing: bool,
+    ) -> Tuple[List[socket.socket], List[socket.socket]]:
+        readers, writers = [self._stop], []
+        if len(self.input) < READ_BYTES:
+            readers.append(self._sock)
+        if self._pending:
+            writers.append(self._sock)
+        if sock is not None:
+            (writers if writing else readers).append(sock)
+        return readers, writers
+
+    def _patience(self, now: float) -> float:
+        """Seconds until a client that takes nothing is given up."""
+        if not self._pending:
+            return 3600.0
+        left = self._taken_at + CLIENT_STALL_S - now
+        if left <= 0:
+            raise ClientGoneError
+        return left
+
+    def drain(self) -> None:
+        """Wait until everything is sent."""
+        while self._pending:
+            self.wait_writable()
+
+    def wait_writable(self) -> None:
+        now = time.monotonic()
+        if self._sock in wait_ready((), (self._sock,), self._patience(now)):
+            self._flush()
+
+
+class HttpRequest(NamedTuple):
+    """The head of a request. path has no query and no prefix before /v1."""
+
+    method: str
+    target: str
+    path: str
+    version: str
+    headers: Dict[str, str]
+
+    def header(self, name: str) -> str:
+        return self.headers.get(name, "")
+
+
+REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (\S{1,8000}) HTTP/(1\.[01])")
+HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*")
+DOUBLED_V1 = Pattern(r".*(/v1/.*)")
+CONTENT_LENGTH = Pattern(r"[0-9]{1,15}", re.ASCII)
+
+
+def parse_head(head: bytes) -> HttpRequest:
+    """Read request line and headers; raise a ShimError for what is not plain HTTP/1.1.
+
+    Strict, since leniency is what request smuggling lives on (reliability, RFC 9112).
+    """
+    lines = head.decode("latin-1").split("\r\n")
+    first = REQUEST_LINE.fullmatch(lines[0])
+    if not first:
+        raise BadRequestError(f"This is not an HTTP/1.1 request: {clean(lines[0], 60)!r}")
+    if len(lines) > MAX_HEADERS + 1:
+        raise HeadTooLargeError(f"More than {MAX_HEADERS} headers.")
+    headers: Dict[str, str] = {}
+    for line in lines[1:]:
+        match = HEADER_LINE.fullmatch(line)
+        if not match or CONTROL_CHARS.search(match.group(2).replace("\t", " ")):
+            raise BadRequestError(f"Malformed header: {clean(line, 60)!r}")
+        name = match.group(1).lower()
+        if name in headers and name in ("host", "content-length", "transfer-encoding"):
+            raise BadRequestError(f"The header {name} is repeated.")
+        headers[name] = match.group(2)
+    if first.group(3) == "1.1" and "host" not in headers:
+        raise BadRequestError("The Host header is missing.")
+    path = first.group(2).partition("?")[0].partition("#")[0]
+    v1 = DOUBLED_V1.fullmatch(path)
+    return HttpRequest(first.group(1), first.group(2), v1.group(1) if v1 else path,
+                       first.group(3), headers)
+
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+HOST_HEADER = Pattern(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]*))(?::[0-9]{1,5})?")
+LOOPBACK_V4 = Pattern(r"127(?:\.[0-9]{1,3}){3}")
+ORIGIN = Pattern(r"(?:https?|vscode-webview|app|tauri|file)://(.*)")
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host name or address is this machine's loopback."""
+    host = host.lower().rstrip(".")
+    return host in LOCAL_HOSTS or host.endswith(".localhost") or bool(LOOPBACK_V4.fullmatch(host))
+
+
+def header_host(value: str) -> Optional[str]:
+    """Take the host out of a Host header or an Origin's authority."""
+    match = HOST_HEADER.fullmatch(value)
+    return (match.group(1) or match.group(2) or "") if match else None
+
+
+class Gate:
+    """Let a bounded number of requests work; as many more wait in order."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._working = limit, 0
+        self._waiting: List[socket.socket] = []
+        self._lock = threading.Lock()
+
+    def enter(self, link: ClientLink) -> None:
+        """Wait for a place; raise BusyError where too many wait already."""
+        with self._lock:
+            if self._working < self._limit and not self._waiting:
+                self._working += 1
+                return
+            if len(self._waiting) >= self._limit:
+                raise BusyError("Too many requests are waiting; try again in a moment.", "5")
+            mine, wake = socket.socketpair()
+            self._waiting.append(wake)
+        with mine, wake:
+            try:
+                link.wait(mine, False, float("inf"))
+            except BaseException:
+                self._withdraw(wake)
+                raise
+
+    def _withdraw(self, wake: socket.socket) -> None:
+        with self._lock:
+            if wake in self._waiting:
+                self._waiting.remove(wake)
+                return
+        self.leave()  # the place had been given already
+
+    def leave(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.pop(0).send(b"x")
+            else:
+                self._working -= 1
+
+    @property
+    def load(self) -> Tuple[int, int]:
+        """Requests at work and waiting."""
+        return self._working, len(self._waiting)
+
+
+class Registry:
+    """What is known of Ollama's models; asked once and remembered for a while."""
+
+    def __init__(self, config: Config, upstream: Upstream, log: Log) -> None:
+        self._config, self._upstream, self._log = config, upstream, log
+        self._facts: Dict[str, Tuple[float, ModelFacts]] = {}
+        self._version: Optional[Tuple[float, str]] = None
+        self._windows: Dict[str, Optional[int]] = {}
+        self._no_render: Set[str] = set()
+        self._lock = threading.Lock()
+
+    def facts(self, model: str, waiter: Waiter, until: float) -> ModelFacts:
+        """Return the model's facts; defaults where Ollama does not tell them.
+
+        Raises UpstreamRefusedError where nothing answers, ModelMissingError where
+        Ollama says the model is missing.
+        """
+        known = self._facts.get(model)
+        if known and known[0] > time.monotonic():
+            return known[1]
+        facts = self._learn(model, waiter, until)
+        with self._lock:
+            if len(self._facts) > 64:
+                self._facts.clear()
+            self._facts[model] = (time.monotonic() + FACTS_TTL_S, facts)
+        return facts
+
+    def _learn(self, model: str, waiter: Waiter, until: float) -> ModelFacts:
+        try:
+            answer = self._upstream.ask("POST", "/api/show", to_json({"model": model}), waiter, until)
+        except (UpstreamBrokenError, UpstreamTimeoutError):
+            return ModelFacts(model)
+        if answer.status != 200:
+            error = upstream_error(answer.status, answer.text, model)
+            if isinstance(error, ModelMissingError):
+                raise error
+            return ModelFacts(model)
+        facts = facts_from_show(model, answer.body)
+        if facts.path == "B" or (facts.path and self._config.verbatim != "off"):
+            facts = self._probe(facts, waiter, until)
+        return facts
+
+    def _probe(self, facts: ModelFacts, waiter: Waiter, until: float) -> ModelFacts:
+        options = load_options(self.window(facts, waiter, until))
+        try:
+            answer = self._upstream.ask(
+                "POST", "/api/chat", to_json(probe_body(facts.name, options)), waiter, until)
+        except (UpstreamBrokenError, UpstreamTimeoutError):
+            return facts
+        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
+        return facts_from_probe(facts, prompt) if prompt else facts
+
+    def window(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[int]:
+        """Choose the context window to ask for; fixed once chosen."""
+        return self._config.num_ctx
+
+    def forget(self, model: str) -> None:
+        with self._lock:
+            self._facts.pop(model, None)
+
+    def amend(self, model: str, **known: Any) -> None:
+        """Remember what a refusal has taught."""
+        with self._lock:
+            until, facts = self._facts.get(model, (time.monotonic() + FACTS_TTL_S, ModelFacts(model)))
+            self._facts[model] = (until, facts._replace(**known))
+
+    def version(self, waiter: Waiter, until: float) -> str:
+        """Ask Ollama's version; "" where it does not tell."""
+        if self._version and self._version[0] > time.monotonic():
+            return self._version[1]
+        try:
+            answer = self._upstream.ask("GET", "/api/version", None, waiter, until)
+        except (UpstreamBrokenError, UpstreamTimeoutError):
+            return ""
+        version = _mapping(answer.body).get("version") if answer.status == 200 else None
+        version = version if isinstance(version, str) else ""
+        self._version = (time.monotonic() + FACTS_TTL_S, version)
+        return version
+
+    def verbatim(self, request: Request, facts: ModelFacts, waiter: Waiter, until: float) -> bool:
+        """Decide whether this turn reads the model's own text (issue: verbatim)."""
+        mode = self._config.verbatim
+        if mode == "off" or facts.remote or not facts.chatml or facts.digest in self._no_render:
+            return False
+        if any(isinstance(b, Image) or (isinstance(b, ToolResult) and b.images)
+               for m in request.messages for b in m.blocks):
+            return False
+        return mode == "on" or new_enough(self.version(waiter, until))
+
+    def no_render(self, facts: ModelFacts, why: str) -> None:
+        """Remember that rendering failed for this model; said once in the log."""
+        if facts.digest not in self._no_render:
+            self._no_render.add(facts.digest)
+            self._log.write("warn", f"verbatim is off for {facts.name}: {why}")
+
+
+VERSION_NUMBER = Pattern(r"v?([0-9]{1,6})\.([0-9]{1,6})")
+
+
+def new_enough(version: str) -> bool:
+    """Say whether verbatim was tried with this Ollama: 0.24 or newer, or built from source."""
+    match = VERSION_NUMBER.match(version)
+    if not match:
+        return False
+    number = (int(match.group(1)), int(match.group(2)))
+    return number >= (0, 24) or version.startswith("0.0.0")
+
+
+class Session:
+    """What is kept between the turns of one conversation; bounded, lost at the end."""
+
+    def __init__(self) -> None:
+        self.tools: Tuple[str, ...] = ()
+        self.written = ReusedJson()
+        self.lock = threading.Lock()
+
+
+class RawTurns:
+    """Assistant turns as the model wrote them, for the next turn's history (OL 5b)."""
+
+    def __init__(self) -> None:
+        self._turns: Dict[Any, str] = {}
+        self._chars = 0
+        self._lock = threading.Lock()
+
+    def remember(self, key: Any, raw: str) -> None:
+        with self._lock:
+            self._chars += len(raw) - len(self._turns.pop(key, ""))
+            self._turns[key] = raw
+            while len(self._turns) > MAX_RAW_TURNS or self._chars > MAX_RAW_CHARS:
+                oldest = next(iter(self._turns))
+                self._chars -= len(self._turns.pop(oldest))
+
+    def recall(self, index: int, turn: Message) -> Optional[str]:
+        return self._turns.get(self.key(index, turn))
+
+    @staticmethod
+    def key(index: int, turn: Message) -> Any:
+        """Tell a turn apart: by its calls' ids, else by its place and text."""
+        ids = tuple(b.id for b in turn.blocks if isinstance(b, ToolUse))
+        text = "".join(b.text for b in turn.blocks if isinstance(b, Text))
+        return ids or (index, text)
+
+
+class Exchange:
+    """One Messages request, from the parsed body to the last byte."""
+
+    def __init__(self, handler: Handler, request: Request) -> None:
+        self.handler, self.request = handler, request
+        self.server, self.link = handler.server, handler.link
+        self.config = handler.server.config
+        self.started = False
+        self.begun_at = time.monotonic()
+        self.turn: Optional[Turn] = None
+        self.events: List[Event] = []
+        self.way = "chat"
+        self._call: Optional[UpstreamCall] = None
+
+    def run(self) -> None:
+        """Carry the request out; whatever fails is told to the client."""
+        self.link.on_tick = self._tick
+        self.link.tick_at = self.begun_at + FIRST_EVENT_S
+        try:
+            self.server.gate.enter(self.link)
+            try:
+                self._relay()
+            finally:
+                self.server.gate.leave()
+        except ShimError as error:
+            self._tell(error)
+        finally:
+            self.link.tick_at = float("inf")
+
+    def _relay(self) -> None:
+        request, server = self.request, self.server
+        model = server.local_model(request.model)
+        own_until = time.monotonic() + self.config.first_token_timeout_ms / 1000
+        facts = server.registry.facts(model, self.link, own_until)
+        try:
+            self._ask(facts, own_until)
+        except BadRequestError as error:
+            amended = self._learn_refusal(facts, error)
+            if not amended or self.started:
+                raise
+            self._ask(amended, own_until)
+
+    def _learn_refusal(self, facts: ModelFacts, error: ShimError) -> Optional[ModelFacts]:
+        """Take a missing capability from Ollama's refusal: the model was not asked yet."""
+        if NO_TOOLS_ERROR.search(error.message) and not facts.tools_in_text:
+            known = {"tools_in_text": True}
+        elif NO_THINKING_ERROR.search(error.message) and not facts.think_refused:
+            known = {"think_refused": True}
+        else:
+            return None
+        self.server.registry.amend(facts.name, **known)
+        return facts._replace(**known)
+
+    def _ask(self, facts: ModelFacts, own_until: float) -> None:
+        """Build the body, choose the way, and relay the answer."""
+        request, server = self.request, self.server
+        session = server.session(self.handler.session_id or request.session)
+        with session.lock:
+            table = tool_table(request, self.config.max_tools, session.tools)
+            session.tools = tuple(tool.name for tool in table.sent)
+            messages = chat_messages(request, table.sent, facts, server.raw_turns.recall,
+                                     lambda text: text)
+            messages_json = session.written.write(messages)
+        window = server.registry.window(facts, self.link, own_until)
+        estimate = sum(estimate_tokens(m.content) for m in messages)
+        options = {**load_options(window), "num_predict": request.max_tokens}
+        body = chat_body(request, table.sent, facts, messages_json, self.config, options)
+        dialect, thinking = DIALECTS["chat"], False
+        if server.registry.verbatim(request, facts, self.link, own_until):
+            prompt = self._render(facts, body, own_until)
+            if prompt is not None:
+                dialect = DIALECTS["verbatim"]
+                thinking = opens_thinking(prompt)
+                body = generate_body(request, facts, prompt, self.config, options)
+        self.way = dialect.way
+        if server.log.on("debug"):
+            server.log.write("debug", f"{dialect.path} {body}")
+        self.turn = self._make_turn(dialect.decoder(facts.name, thinking), table, estimate)
+        until = time.monotonic() + self.config.first_token_timeout_ms / 1000
+        with server.upstream.open("POST", dialect.path, body, self.link, until) as call:
+            self._pump(call, until, facts)
+        self._remember(self.turn, thinking)
+
+    def _render(self, facts: ModelFacts, body: str, until: float) -> Optional[str]:
+        """Have Ollama render the prompt; None where it cannot."""
+        answer = self.server.upstream.ask(
+            "POST", "/api/chat", render_body(body), self.link, until)
+        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
+        if prompt is None and answer.status != 200:
+            error = upstream_error(answer.status, answer.text, facts.name, answer.retry_after)
+            if answer.status >= 500 or isinstance(error, (ModelMissingError, PromptTooLongError)):
+                raise error
+        if prompt is None:
+            self.server.registry.no_render(
+                facts, f"Ollama rendered no prompt (status {answer.status})")
+        return prompt
+
+    def _make_turn(self, decoder: ChatDecoder, table: ToolTable, estimate: int) -> Turn:
+        translator = StreamTranslator(
+            "msg_" + new_id(), self.request.model or decoder.model, lambda: "toolu_" + new_id())
+        tools = TurnTools(table.offered, "text" in self.config.rescue, True,
+                          lambda answer: self._rescue(answer, table))
+        return Turn(decoder, translator, tools, estimate, self.request.stop_sequences)
+
+    def _rescue(self, answer: str, table: ToolTable) -> Optional[Call]:
+        """Carry out what was asked or described; at most one verified command."""
+        if "intent" not in self.config.rescue or not shell_tool(table.offered):
+            return None
+        found = find_rescue(self.request.messages, answer)
+        if not found:
+            return None
+        call = rescue_call(found.ops, table.offered, self.config.bash_style,
+                           self.config.max_read_bytes)
+        if not call or not self.server.bash_accepts(call[1].get("command")):
+            return None
+        choice = self.request.tool_choice
+        if choice.kind == "tool" and choice.name != call[0]:
+            return None
+        return Call(call[0], call[1], f"intent:{found.rule}")
+
+    def _pump(self, call: UpstreamCall, until: float, facts: ModelFacts) -> None:
+        """Relay Ollama's answer until the turn is done."""
+        turn = self.turn
+        assert turn is not None  # noqa: S101 - set by _ask
+        silence = self.config.timeout_ms / 1000
+        call.read_head(until)
+        if call.status != 200:
+            text = call.read_all(time.monotonic() + silence).decode("utf-8", "replace")
+            raise upstream_error(call.status, text, facts.name, call.headers.get("retry-after"),
+                                 turn.estimate)
+        while not turn.done:
+            data = call.read(until)
+            until = time.monotonic() + silence
+            events = turn.feed(data) if data else turn.close()
+            if turn.error and not self.started and not events:
+                self._refuse(turn.error, turn)
+            if data and not self.started:
+                self._begin()
+            if events:
+                self._send(events)
+            if turn.error:
+                raise turn.error
+        self._end()
+
+    def _refuse(self, error: ShimError, turn: Turn) -> None:
+        """An answer that starts with nonsense: a stream is begun, a whole answer is 502."""
+        if not isinstance(error, UpstreamGarbageError):
+            raise error
+        if not self.request.stream:
+            raise UpstreamInvalidError(error.message)
+
+    def _remember(self, turn: Turn, thinking: bool) -> None:
+        """Keep the turn as the model wrote it, unless a rescue added to it."""
+        raw = turn.raw
+        if raw is None or not turn.done or any(rule.startswith("intent:") for _, rule in turn.calls):
+            return
+        text = THINK_OPEN + "\n" + raw if thinking else raw
+        key = turn.call_ids or (len(self.request.messages), turn.answer)
+        self.server.raw_turns.remember(key, text)
+
+    def _begin(self) -> None:
+        assert self.turn is not None  # noqa: S101 - begun only with a turn
+        self.started = True
+        self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
+        if self.request.stream:
+            self.handler.start_stream("text/event-stream; charset=utf-8")
+            self._send(self.turn.start())
+        else:
+            self.events.extend(self.turn.start())
+
+    def _tick(self) -> None:
+        """Keep the client waiting: the first event after 15 s, then one every 10 s."""
+        self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
+        if self.request.stream:
+            if not self.started:
+                if self.turn is not None:
+                    self._begin()
+                return
+            assert self.turn is not None  # noqa: S101 - started
+            self._send(self.turn.keep_alive())
+        elif not self.handler.streaming:
+            self.handler.start_stream("application/json")
+            self.handler.send_piece(b" ")
+        else:
+            self.handler.send_piece(b" ")
+
+    def _send(self, events: List[Event]) -> None:
+        if self.request.stream:
+            self.handler.send_piece(sse(events))
+            self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
+        else:
+            self.events.extend(events)
+
+    def _end(self) -> None:
+        if self.request.stream:
+            self.handler.end_stream()
+            return
+        body = to_json(fold(self.events)).encode()
+        if self.handler.streaming:
+            self.handler.send_piece(body)
+            self.handler.end_stream()
+        else:
+            self.handler.reply(200, body)
+
+    def _tell(self, error: ShimError) -> None:
+        """Tell a failure: an HTTP status before the first byte, an event after it."""
+        self.server.log.write("warn", f"{error.kind}: {error.message}")
+        error.message = redact(error.message, secrets_of(self.config))
+        if not self.handler.streaming:
+            self.handler.reply_error(error)
+        elif self.request.stream:
+            self.handler.send_piece(sse([error_event(error)]))
+            self.handler.end_stream()
+        else:
+            self.handler.send_piece(to_json(error_body(error, self.handler.request_id)).encode())
+            self.handler.end_stream()
+
+
+def new_id() -> str:
+    """Make an id that is unique for ever: the CLI merges turns of one id (CC B4)."""
+    return os.urandom(12).hex()
+
+
+REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+           404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+           413: "Content Too Large", 429: "Too Many Requests",
+           431: "Request Header Fields Too Large", 500: "Internal Server Error",
+           501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
+           504: "Gateway Timeout", 529: "Overloaded"}
+
+
+class Handler:
+    """One client connection: read requests, guard them, route them, answer."""
+
+    def __init__(self, sock: socket.socket, _address: Any, server: ShimServer) -> None:
+        self.server = server
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.link = ClientLink(sock, server.stop_signal)
+        self.http = HttpRequest("GET", "/", "/", "1.1", {})
+        self.request_id = ""
+        self.streaming = False
+        self.keep = True
+        with contextlib.suppress(ClientGoneError):
+            while self.keep:
+                self._serve_one()
+            self._linger(sock)
+
+    @staticmethod
+    def _linger(sock: socket.socket) -> None:
+        """Close without a reset that would take the answer from the client."""
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(1.0)
+            for _ in range(64):
+                if not sock.recv(READ_BYTES):
+                    break
+
+    @property
+    def session_id(self) -> str:
+        agent = self.http.header("x-claude-code-agent-id")
+        return self.http.header("x-claude-code-session-id") + (f"/{agent}" if agent else "")
+
+    def _serve_one(self) -> None:
+        """Read and answer one request."""
+        self.streaming, self.request_id = False, "req_" + new_id()
+        self.link.serving = False
+        self.http = HttpRequest("GET", "/", "/", "1.1", {})
+        try:
+            head = self._read_head()
+            self.link.serving = True
+            self.http = parse_head(head)
+            self.keep = self._wants_keep()
+            self._guard()
+            handle = self._route()
+            handle(self)
+        except ShimError as error:
+            if isinstance(error, (BadRequestError, HeadTooLargeError, BodyTooLargeError,
+                                  SlowRequestError, NotImplementedCodingError, ForbiddenError)) \
+                    and not self._body_done:
+                self.keep = False
+            self.reply_error(error)
+        except ClientGoneError:
+            raise
+        except Exception as problem:  # a bug: told as such, and the server goes on
+            self.server.log.write("error", f"internal error: {problem!r} {trace_of(problem)}")
+            self.keep = False
+            if not self.streaming:
+                self.reply_error(ShimError("The shim met an internal error; see its log."))
+        finally:
+            self.link.drain()
+
+    _body_done = False
+
+    def _read_head(self) -> bytes:
+        """Read up to the empty line; raise for what is too long or too slow."""
+        self._body_done = False
+        link = self.link
+        while link.input[:2] == b"\r\n":  # an empty line before a request (RFC 9112 2.2)
+            del link.input[:2]
+        if not link.input and not link.wait(None, False, time.monotonic() + IDLE_CONNECTION_S):
+            raise ClientGoneError
+        until = time.monotonic() + HEAD_PROGRESS_S
+        while True:
+            end = link.input.find(b"\r\n\r\n")
+            if end >= 0 and end <= MAX_HEAD_BYTES:
+                head = bytes(link.input[:end])
+                del link.input[:end + 4]
+                return head
+            if len(link.input) > MAX_HEAD_BYTES:
+                raise HeadTooLargeError(f"The request's headers are over {MAX_HEAD_BYTES} bytes.")
+            if not link.wait(None, False, until):
+                raise SlowRequestError("The request's headers did not arrive in time.")
+
+    def _wants_keep(self) -> bool:
+        connection = self.http.header("connection").lower()
+        if self.http.version == "1.0":
+            return "keep-alive" in connection
+        return "close" not in connection
+
+    def _guard(self) -> None:
+        """Refuse foreign hosts, origins and keys before anything is read."""
+        config, http = self.server.config, self.http
+        if is_loopback(config.host):
+            host = header_host(http.header("host"))
+            if host is None or (host and not is_loopback(host)):
+                raise ForbiddenError("This Host is not served here: use localhost or 127.0.0.1.")
+        origin = http.header("origin")
+        if origin and not self._origin_allowed(origin):
+            raise ForbiddenError("Requests of this Origin are not served.")
+        if config.api_key and self._needs_key() and not self.has_key():
+            raise UnauthorizedError("A key is needed here: send SHIM_API_KEY as x-api-key"
+                                    " or as Bearer token.")
+
+    def _needs_key(self) -> bool:
+        public = self.http.path == "/health" or self.http.method == "OPTIONS" \
+            or (self.http.path == "/" and self.http.method in ("GET", "HEAD"))
+        return not public
+
+    def has_key(self) -> bool:
+        """Compare in constant time; bytes, since text beyond ASCII would raise."""
+        import hmac
+        wanted = self.server.config.api_key.encode()
+        bearer = self.http.header("authorization")
+        given = [self.http.header("x-api-key")]
+        if bearer[:7].lower() == "bearer ":
+            given.append(bearer[7:].strip())
+        return any([hmac.compare_digest(text.encode("latin-1", "replace"), wanted)
+                    for text in given])
+
+    def _origin_allowed(self, origin: str) -> bool:
+        if self.server.config.cors_wildcard:
+            return True
+        match = ORIGIN.fullmatch(origin)
+        if not match:
+            return False
+        host = header_host(match.group(1))
+        return bool(host) and is_loopback(host or "")
+
+    def _route(self) -> Callable[[Handler], None]:
+        """Find the row of ROUTES; raise 404 or 405."""
+        path, method = self.http.path, self.http.method
+        if method == "OPTIONS":
+            return Handler.options
+        for pattern, methods in ROUTES:
+            if pattern.fullmatch(path):
+                if method in methods:
+                    return methods[method]
+                allow = ", ".join([*methods, "OPTIONS"])
+                raise MethodNotAllowedError(f"{method} is not possible here, only {allow}.", allow)
+        raise NotFoundError(f"There is no {clean(path, 100)} here.")
+
+    def read_body(self) -> bytes:
+        """Read the request's body, by length or chunked; raise 4xx for what is not plain."""
+        http = self.http
+        coding, length = http.header("transfer-encoding"), http.header("content-length")
+        if coding and (length or http.version == "1.0"):
+            raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
+        if coding and coding.lower() != "chunked":
+            raise NotImplementedCodingError(f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
+        if not coding and not length:
+            self._body_done = True
+            return b""
+        if not coding and not CONTENT_LENGTH.fullmatch(length):
+            raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
+        if not coding and int(length) > MAX_BODY_BYTES:
+            raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
+        if http.header("expect").lower() == "100-continue" and not self.link.input:
+            self.link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self._read_chunks() if coding else self._read_length(int(length))
+        self._body_done = True
+        return body
+
+    def _more_input(self, until: float) -> None:
+        if not self.link.wait(None, False, until):
+            raise SlowRequestError("The request's body stopped arriving.")
+
+    def _read_length(self, length: int) -> bytes:
+        link = self.link
+        pieces, missing = [], length
+        until = time.monotonic() + HEAD_PROGRESS_S
+        while True:
+            piece = bytes(link.input[:missing])
+            del link.input[:len(piece)]
+            pieces.append(piece)
+            missing -= len(piece)
+            if not missing:
+                return b"".join(pieces)
+            if len(piece) >= MIN_PROGRESS_BYTES:
+                until = time.monotonic() + HEAD_PROGRESS_S
+            self._more_input(until)
+
+    def _read_chunks(self) -> bytes:
+        link, decoder = self.link, ChunkDecoder()
+        pieces, size = [], 0
+        until = time.monotonic() + HEAD_PROGRESS_S
+        while True:
+            try:
+                piece = decoder.feed(bytes(link.input))
+            except ValueError as problem:
+                raise BadRequestError(f"The chunked body is malformed: {problem}.") from None
+            link.input.clear()
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_BODY_BYTES:
+                raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
+            if decoder.finished:
+                link.input += decoder.rest
+                return b"".join(pieces)
+            if len(piece) >= MIN_PROGRESS_BYTES:
+                until = time.monotonic() + HEAD_PROGRESS_S
+            self._more_input(until)
+
+    def read_json(self) -> Any:
+        """Read the body as JSON; raise 400 with the reason."""
+        body = self.read_body()
+        try:
+            return parse_json(body)
+        except ValueError as problem:
+            raise BadRequestError(f"The body is not JSON: {clean(str(problem))}.") from None
+
+    def _head(self, status: int, headers: Dict[str, str]) -> bytes:
+        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}"]
+        origin = self.http.header("origin")
+        if origin and self._origin_allowed(origin):
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Vary"] = "Origin"
+        headers["request-id"] = self.request_id
+        headers["Connection"] = "keep-alive" if self.keep else "close"
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def reply(self, status: int, body: bytes, kind: str = "application/json",
+              headers: Optional[Dict[str, str]] = None) -> None:
+        """Answer with a whole body."""
+        made = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}
+        head = self._head(status, made)
+        self.link.send(head if self.http.method == "HEAD" else head + body)
+
+    def reply_json(self, value: Any) -> None:
+        self.reply(200, to_json(value).encode())
+
+    def reply_error(self, error: ShimError) -> None:
+        """Answer with the Messages API error object."""
+        headers = {}
+        if not error.retry:
+            headers["x-should-retry"] = "false"
+        if error.retry_after:
+            headers["retry-after"] = clean(error.retry_after, 60)
+        if isinstance(error, MethodNotAllowedError):
+            headers["Allow"] = error.allow
+        self.reply(error.status, to_json(error_body(error, self.request_id)).encode(),
+                   headers=headers)
+
+    def start_stream(self, kind: str) -> None:
+        """Send the head of a body of unknown length; HTTP/1.0 gets it until the close."""
+        self.streaming = True
+        headers = {"Content-Type": kind, "Cache-Control": "no-cache"}
+        if self.http.version == "1.0":
+            self.keep = False
+        else:
+            headers["Transfer-Encoding"] = "chunked"
+        self._unsent = self._head(200, headers)
+
+    _unsent = b""
+
+    def send_piece(self, data: bytes) -> None:
+        if self.http.version != "1.0":
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        data, self._unsent = self._unsent + data, b""
+        self.link.send(data)
+
+    def end_stream(self) -> None:
+        if self.http.version != "1.0":
+            self.link.send(b"0\r\n\r\n")
+
+    # ---- routes ----
+
+    def messages(self) -> None:
+        Exchange(self, parse_request(self.read_json())).run()
+
+    def count_tokens(self) -> None:
+        request = parse_request(self.read_json())
+        texts = [*request.system]
+        texts += [b.text for m in request.messages for b in m.blocks if isinstance(b, Text)]
+        self.reply_json({"input_tokens": sum(map(estimate_tokens, texts)) + 1})
+
+    def models(self) -> None:
+        self.read_body()
+        names = self.server.model_names(self.link)
+        rows = [model_row(name) for name in names]
+        self.reply_json({"data": rows, "has_more": False, "first_id": rows[0]["id"],
+                         "last_id": rows[-1]["id"]})
+
+    def model(self) -> None:
+        self.read_body()
+        self.reply_json(model_row(clean(self.http.path[len("/v1/models/"):], 200)))
+
+    def health(self) -> None:
+        self.read_body()
+        full = not self.server.config.api_key or self.has_key()
+        self.reply_json(self.server.health(self.link, full))
+
+    def root(self) -> None:
+        self.read_body()
+        self.reply(200, f"qwencode {__version__} is running\n".encode(), "text/plain; charset=utf-8")
+
+    def options(self) -> None:
+        """Answer a CORS preflight; _guard has refused foreign origins."""
+        self.read_body()
+        self.reply(204, b"", headers={
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+            "Access-Control-Allow-Headers": "content-type, x-api-key, authorization,"
+                                            " anthropic-version, anthropic-beta",
+            "Access-Control-Max-Age": "600"})
+
+
+Route = Callable[[Handler], None]
+ROUTES: Tuple[Tuple[Pattern, Dict[str, Route]], ...] = (
+    (Pattern(r"/v1/messages/?"), {"POST": Handler.messages}),
+    (Pattern(r"/v1/messages/count_tokens/?"), {"POST": Handler.count_tokens}),
+    (Pattern(r"/v1/models/?"), {"GET": Handler.models, "HEAD": Handler.models}),
+    (Pattern(r"/v1/models/.+"), {"GET": Handler.model, "HEAD": Handler.model}),
+    (Pattern(r"/health/?"), {"GET": Handler.health, "HEAD": Handler.health}),
+    (Pattern(r"/|/v1/?|/api/hello"), {"GET": Handler.root, "HEAD": Handler.root}),
+)
+
+
+def model_row(name: str) -> Json:
+    """Make a row of /v1/models."""
+    return {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+
+
+def trace_of(problem: BaseException) -> str:
+    """Name where an internal error arose: the last three places."""
+    import traceback
+    places = traceback.extract_tb(problem.__traceback__)[-3:]
+    return " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
+
+
+class ShimServer(ThreadingHTTPServer):
+    """The server: one daemon thread for each connection."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.log = Log(config)
+        self.upstream = Upstream(config)
+        self.registry = Registry(config, self.upstream, self.log)
+        self.gate = Gate(config.max_concurrent)
+        self.raw_turns = RawTurns()
+        self._sessions: Dict[str, Session] = {}
+        self._bash_shapes: Dict[str, bool] = {}
+        self.stop_signal, self._stop_sender = socket.socketpair()
+        self._connections = 0
+        self._idle = threading.Condition()
+        if ":" in config.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((config.host, config.port), Handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Bind without the name lookup that http.server makes: it may take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.config.host, self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        host = self.config.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept until stop(); sleeps in between (socketserver's wakes twice a second)."""
+        while self.stop_signal not in wait_ready((self.socket, self.stop_signal), (), 3600.0):
+            self._handle_request_noblock()  # type: ignore[attr-defined]
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        with self._idle:
+            self._connections += 1
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._idle:
+                self._connections -= 1
+                self._idle.notify_all()
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Refuse connections beyond what the waiting room and idle clients need."""
+        return self._connections < 4 * self.config.max_concurrent + 512
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.log.write("error", f"connection failed: {sys.exc_info()[1]!r}")
+
+    def stop(self) -> None:
+        """Stop accepting and tell every running stream; returns at once."""
+        with contextlib.suppress(OSError):
+            self._stop_sender.send(b"x")
+
+    def finish(self, timeout_s: float = DRAIN_S) -> None:
+        """Wait until the connections have ended, at most timeout_s, then close."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._connections, timeout_s)
+        self.server_close()
+
+    def session(self, key: str) -> Session:
+        """Return the conversation's session; the least recently used go first."""
+        session = self._sessions.pop(key, None) or Session()
+        self._sessions[key] = session
+        while len(self._sessions) > MAX_SESSIONS:
+            self._sessions.pop(next(iter(self._sessions)), None)
+        return session
+
+    def local_model(self, requested: str) -> str:
+        """Choose the model: SHIM_MODEL_MAP by role, then the request's where allowed."""
+        for role, model in self.config.model_map:
+            if role in requested.lower():
+                return model
+        if self.config.use_requested_model and requested:
+            return requested
+        return self.config.model
+
+    def model_names(self, waiter: Waiter) -> List[str]:
+        """List the configured model and what Ollama has."""
+        try:
+            answer = self.upstream.ask("GET", "/api/tags", None, waiter,
+                                       time.monotonic() + HEALTH_S)
+        except ShimError:
+            return [self.config.model]
+        rows = _mapping(answer.body).get("models")
+        names = [row["name"] for row in rows if isinstance(row, dict)
+                 and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
+        return [self.config.model, *(name for name in names if name != self.config.model)]
+
+    def health(self, waiter: Waiter, full: bool) -> Json:
+        """Tell how things are, within a second; without the key only up or down."""
+        until = time.monotonic() + HEALTH_S
+        upstream: Json = {"url": self.upstream.url, "reachable": False}
+        model: Json = {"name": self.config.model, "present": None}
+        try:
+            answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
+            upstream["reachable"] = True
+            upstream["version"] = _mapping(answer.body).get("version")
+            show = self.upstream.ask("POST", "/api/show", to_json({"model": self.config.model}),
+                                     waiter, until)
+            facts = facts_from_show(self.config.model, show.body)
+            missing = show.status != 200 and isinstance(
+                upstream_error(show.status, show.text, self.config.model), ModelMissingError)
+            model["present"] = show.status == 200 if show.status == 200 or missing else None
+            model["capabilities"] = sorted(facts.capabilities or ())
+            model["context_length"] = facts.trained
+            if missing:
+                upstream["error"] = f"model {self.config.model} is missing: ollama pull {self.config.model}"
+        except ShimError as error:
+            upstream["error"] = redact(error.message, secrets_of(self.config))
+        ok = bool(upstream["reachable"])
+        if not full:
+            return {"ok": ok, "status": "ok" if ok else "down"}
+        working, waiting = self.gate.load
+        return {"ok": ok, "status": "ok" if ok and model["present"] is not False else "degraded",
+                "shim": "qwencode", "version": __version__, "upstream": upstream, "model": model,
+                "requests": {"working": working, "waiting": waiting}}
+
+    def bash_accepts(self, command: Any) -> bool:
+        """Check a rescue's command with `bash -n`, where a bash is at hand."""
+        if not isinstance(command, str):
+            return True
+        known = self._bash_shapes.get(command)
+        if known is None:
+            known = bash_parses(command)
+            if len(self._bash_shapes) > 256:
+                self._bash_shapes.clear()
+            self._bash_shapes[command] = known
+        return known
+
+
+def bash_parses(command: str) -> bool:
+    """Run `bash -n` on a command, bounded; True where there is no bash to ask."""
+    import shutil
+    import subprocess
+    bash = shutil.which("bash")
+    if not bash:
+        return True
+    try:
+        done = subprocess.run(
+            [bash, "-n"], input=command.encode("utf-8", "replace"), check=False,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=BASH_CHECK_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return done.returncode == 0
+
 
 # ============================== 17. CLI ==============================
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the command line from COMMANDS and OPTIONS."""
+    import argparse
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for option in OPTIONS:
+        default = f" (default {option.default})" if option.default else ""
+        common.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
+                            help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
+    parser = argparse.ArgumentParser(
+        prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
+        " of Ollama.", parents=[common])
+    parser.add_argument("--version", action="version", version=f"qwencode {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, parents=[common],
+                                  description=command.help)
+        command.arguments(sub)
+    return parser
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def open_server(config: Config) -> ShimServer:
+    """Bind; raise ConfigError with what to do where that is not possible."""
+    if not is_loopback(config.host) and not config.api_key:
+        raise ConfigError(f"HOST: {config.host!r} is reachable by others; set SHIM_API_KEY"
+                          " to a long random text, or keep HOST=127.0.0.1")
+    try:
+        return ShimServer(config)
+    except OverflowError:
+        raise ConfigError(f"PORT: {config.port} is no port") from None
+    except OSError as problem:
+        if problem.errno == errno.EADDRINUSE:
+            raise ConfigError(f"PORT: {config.port} on {config.host} is in use; stop the other"
+                              " program or choose another port with --port") from None
+        raise ConfigError(f"HOST and PORT: cannot listen on {config.host}:{config.port}"
+                          f" ({problem.strerror or problem})") from None
+
+
+def run_serve(args: Any, env: Mapping[str, str]) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 and 130."""
+    import signal
+    config = load_config(vars(args), env)
+    server = open_server(config)
+    ended: List[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if ended:
+            os._exit(130)
+        ended.append(number)
+        server.stop()
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    say(f"qwencode {__version__} on {server.url} -> {server.upstream.url} model {config.model}")
+    server.serve_forever()
+    server.finish()
+    return 130 if signal.SIGINT in ended else 0
+
+
+def run_demo(args: Any, env: Mapping[str, str]) -> int:
+    """Show the shim at work with a stand-in for the model."""
+    say("demo is not here yet")
+    return 1
+
+
+class Command(NamedTuple):
+    """A subcommand: its name, help, own arguments and function."""
+
+    name: str
+    help: str
+    arguments: Callable[[Any], None]
+    run: Callable[[Any, Mapping[str, str]], int]
+
+
+COMMANDS: Tuple[Command, ...] = (
+    Command("serve", "serve the Messages API (the default)", lambda sub: None, run_serve),
+    Command("demo", "see it work without Ollama or Claude Code", lambda sub: None, run_demo),
+)
+
+
+def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a command; returns its exit code. 2 is a mistake of the user's."""
+    try:
+        args = make_parser().parse_args(list(argv))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 2
+    command = next(c for c in COMMANDS if c.name == (args.command or "serve"))
+    try:
+        return command.run(args, env)
+    except ConfigError as problem:
+        sys.stderr.write(f"qwencode: {problem}\n")
+        return 2
+
+
+def console_main() -> None:
+    """Entry point of the installed `qwencode` command."""
+    sys.exit(main(sys.argv[1:], os.environ))
+
+
+if __name__ == "__main__":
+    console_main()
