@@ -39,7 +39,6 @@ from datetime import datetime, timedelta, timezone
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
-from random import Random
 from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 MAX_HEAD_BYTES = 65_536  # request line and headers; more is answered 431
@@ -47,6 +46,7 @@ CHARS_PER_TOKEN = 3.5  # code and prose together, Qwen vocabulary
 TOKEN_S = 0.005  # what eval_duration claims for one token
 LOAD_S = 0.8  # what load_duration claims for a load; a tiny model on a CPU
 LIVE_S = 300  # Ollama's default keep_alive
+FOR_EVER_S = 9_000_000_000  # what a negative keep_alive becomes, about 290 years
 NUM_KEEP = 4  # tokens kept at the start when Ollama cuts the middle out
 REPEAT_LIMIT = 30  # equal tokens in a row before Ollama gives up without a word
 ID_ALPHABET = string.ascii_lowercase + string.digits
@@ -1122,19 +1122,22 @@ class SimulatedSlot:
         self.read: List[int] = []  # tokens read anew, one entry for each request
         self.cached = ""
         self.ram: List[str] = []
+        self._lock = threading.RLock()
 
     def prefill(self, prompt: str, count: Callable[[str], int]) -> Tuple[int, float]:
         """Return (tokens read anew, seconds) for this prompt and keep it."""
-        self._choose(prompt)
-        common = common_length(self.cached, prompt)
-        fresh = max(1, count(prompt) - count(prompt[:common]))
-        self.cached = prompt
-        self.read.append(fresh)
-        return fresh, self._charge(fresh * self.prefill_s_per_token)
+        with self._lock:
+            self._choose(prompt)
+            common = common_length(self.cached, prompt)
+            fresh = max(1, count(prompt) - count(prompt[:common]))
+            self.cached = prompt
+            self.read.append(fresh)
+            return fresh, self._charge(fresh * self.prefill_s_per_token)
 
     def generate(self, piece: str) -> float:
-        self.cached += piece
-        return self._charge(self.token_s)
+        with self._lock:
+            self.cached += piece
+            return self._charge(self.token_s)
 
     def forget(self) -> None:
         """Lose everything, as an unload does."""
@@ -1322,10 +1325,10 @@ def check_options(options: Any) -> Json:
     return options or {}
 
 
-def keep_alive_seconds(value: Any) -> float:
-    """Return seconds (negative: for ever); raises RefusedError."""
+def keep_alive_seconds(value: Any) -> Optional[float]:
+    """Return seconds (negative: for ever; None: unsaid); raises RefusedError."""
     if value is None:
-        return LIVE_S
+        return None
     if isinstance(value, bool):
         raise RefusedError(400, "invalid type for keep_alive: bool")
     if isinstance(value, (int, float)):
@@ -1347,9 +1350,14 @@ class Asked:
     messages: List[Json]
     tools: List[Json]
     options: Json
-    keep_s: float
+    keep_s: Optional[float]
     think: bool
     chat: bool
+
+    @property
+    def verbatim(self) -> bool:
+        """Raw generate: neither renderer nor parser take part."""
+        return not self.chat and self.body.get("raw") is True
 
     @property
     def stream(self) -> bool:
@@ -1395,17 +1403,9 @@ class Connection:
             if self.wake in ready:
                 raise StoppedError
             if ready:
-                if self._peer_left():
-                    raise LeftError
-                time.sleep(min(left, 0.02))  # a pipelined request waits its turn
-            if time.monotonic() >= deadline:
+                self._more()  # a pipelined request, or the end
+            elif time.monotonic() >= deadline:
                 return
-
-    def _peer_left(self) -> bool:
-        try:
-            return self.sock.recv(1, socket.MSG_PEEK) == b""
-        except OSError:
-            return True
 
     def send(self, data: bytes) -> None:
         try:
@@ -1562,6 +1562,8 @@ class Turn:
         self.over = False
         kind = asked.model.kind
         self.native = kind.parser is NativeParser
+        splits = asked.think and kind.parser is TemplateParser
+        self.splitter = ThinkSplitter() if splits else None
         self.parser = kind.parser(asked.tools, asked.think, mock.version)
         limit = asked.options.get("num_predict") or -1
         bounds = [b for b in (limit if limit > 0 else None, fit.room) if b is not None]
@@ -1597,6 +1599,8 @@ class Turn:
             made["message"] = message
         else:
             made["response"] = parsed.content
+            if parsed.thinking:
+                made["thinking"] = parsed.thinking
         made["done"] = finished
         return made
 
@@ -1610,7 +1614,8 @@ class Turn:
 
     def pieces(self, pieces: List[str], parse: Callable[[str], Parsed]) -> None:
         """Generate token by token until done, cut short or caught repeating."""
-        for piece in pieces:
+        kept = until_stop(pieces, self.asked.options.get("stop") or [])
+        for piece in kept:
             if self.budget is not None and self.tokens >= self.budget:
                 self.do_done(("length", {}))
                 return
@@ -1625,6 +1630,8 @@ class Turn:
                 return
             if parsed:
                 self.emit(self.line(parsed))
+        if kept is not pieces:
+            self.do_done(("stop", {}))
 
     def spend(self, piece: str) -> float:
         """Count one token; return the seconds to sleep for it."""
@@ -1647,7 +1654,10 @@ class Turn:
     # -- steps
 
     def do_text(self, pieces: List[str]) -> None:
-        self.pieces(pieces, lambda piece: Parsed(content=piece))
+        if self.asked.chat:
+            self.pieces(pieces, lambda piece: Parsed(content=piece))
+        else:
+            self.do_model_text(pieces)
 
     def do_thinking(self, pieces: List[str]) -> None:
         if self.asked.chat:
@@ -1655,13 +1665,13 @@ class Turn:
             return
         opened = self.fit.prompt.endswith("<think>\n")
         tags = [] if opened else ["<think>", "\n"]
-        self.do_text([*tags, *pieces, "\n", "</think>", "\n\n"])
+        self.do_model_text([*tags, *pieces, "\n", "</think>", "\n\n"])
 
     def do_call(self, made: Tuple[str, Json, Optional[str]]) -> None:
         name, arguments, id = made
         written = self.asked.model.kind.write_call(name, arguments)
         if not self.asked.chat:
-            self.do_text(split_pieces(written))
+            self.do_model_text(split_pieces(written))
             return
         self.pieces(split_pieces(written), lambda piece: Parsed())
         if self.over:
@@ -1674,9 +1684,14 @@ class Turn:
         self.emit(line)
 
     def do_model_text(self, pieces: List[str]) -> None:
-        verbatim = not self.asked.chat
-        parse = (lambda piece: Parsed(content=piece)) if verbatim else self.parser.add
-        self.pieces(pieces, parse)
+        self.pieces(pieces, self.verbatim if self.asked.verbatim else self.parser.add)
+
+    def verbatim(self, piece: str) -> Parsed:
+        """Raw text; path B splits thinking off all the same unless told not to."""
+        if self.splitter is None:
+            return Parsed(content=piece)
+        thought, content = self.splitter.add(piece)
+        return Parsed(content=content, thinking=thought)
 
     def do_done(self, value: Tuple[str, Json]) -> None:
         reason, fields = value
@@ -1758,11 +1773,27 @@ class Turn:
         self.answer.connection.wait(86_400)
 
 
+def until_stop(pieces: List[str], stops: List[str]) -> List[str]:
+    """Return the pieces before the first stop string (the same list if none)."""
+    whole = "".join(pieces)
+    hits = [at for at in (whole.find(stop) for stop in stops if stop) if at >= 0]
+    if not hits:
+        return pieces
+    kept, left = [], min(hits)
+    for piece in pieces:
+        kept.append(piece[:left])
+        left -= len(kept[-1])
+    return [piece for piece in kept if piece]
+
+
 def join_lines(lines: List[Json], chat: bool) -> Json:
     """Fold a stream's lines into the one of stream:false."""
     whole = dict(lines[-1])
     if not chat:
-        whole["response"] = "".join(line["response"] for line in lines)
+        for key in ("response", "thinking"):
+            joined = "".join(line.get(key, "") for line in lines)
+            if joined or key == "response":
+                whole[key] = joined
         return whole
     messages = [line["message"] for line in lines]
     message: Json = {"role": "assistant", "content": "".join(m["content"] for m in messages)}
@@ -1781,10 +1812,17 @@ def join_lines(lines: List[Json], chat: bool) -> Json:
 
 @dataclass
 class Loaded:
+    """A model in memory."""
+
     model: Model
     options: Json
     num_ctx: int
-    expires_at: float
+    keep_s: float
+    used_at: float = field(default_factory=time.monotonic)
+
+    def remaining_s(self) -> float:
+        lives = self.keep_s if self.keep_s >= 0 else FOR_EVER_S
+        return lives - (time.monotonic() - self.used_at) if lives else 1.0
 
 
 Script = Union[Reply, str, Callable[[Recorded], Any], Iterable[Any]]
@@ -1805,7 +1843,8 @@ class MockOllama:
     replies: see the module's docstring. Settings: model or models (names or
     Model objects; models="any" takes every name), version, default_num_ctx
     (tokens, where neither request nor model says), tokens (a callable that
-    counts), slot, parallel (generations at a time, None is no limit),
+    counts), slot, parallel (generations at a time; one if a slot is given, else
+any number),
     token_delay and load_delay (seconds), default (reply after the last, which
     otherwise repeats), host, port.
     Seen from outside: url, requests, turns (requests that took a reply), loads
@@ -1828,7 +1867,6 @@ class MockOllama:
         default: Optional[Script] = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        seed: int = 1,
     ) -> None:
         self.replies: Any = replies
         if isinstance(replies, (Reply, str)):
@@ -1842,6 +1880,7 @@ class MockOllama:
         self.model = self.models[0].name
         self.version, self.default_num_ctx, self.count = version, default_num_ctx, tokens
         self.slot = slot or SimulatedSlot()
+        parallel = parallel or (1 if slot else None)
         self.parallel = threading.Semaphore(parallel) if parallel else None
         self.token_delay, self.load_delay, self.default = token_delay, load_delay, default
         self.address = (host, port)
@@ -1850,8 +1889,9 @@ class MockOllama:
         self.loads: List[Tuple[str, Json]] = []
         self.loaded: Dict[str, Loaded] = OrderedDict()
         self.routes: Dict[Tuple[str, str], Callable[[Answer, Recorded], None]] = {}
-        self._random = Random(seed)  # noqa: S311
+        self._ids = 0
         self._renders = 0
+        self._loading = threading.Semaphore()
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._threads: List[threading.Thread] = []
@@ -1955,7 +1995,13 @@ class MockOllama:
 
     def _one_request(self, connection: Connection) -> bool:
         """Answer one request; False when the connection is to be closed."""
-        request = connection.read_request()
+        try:
+            request = connection.read_request()
+        except RefusedError as refused:
+            phrase = HTTPStatus(refused.code).phrase
+            head = f"HTTP/1.1 {refused.code} {phrase}\r\nConnection: close\r\n\r\n"
+            connection.send(head.encode())
+            return False
         answer = Answer(connection, request)
         with self._news:
             self.requests.append(request)
@@ -2016,14 +2062,14 @@ class MockOllama:
         del request
         listed = []
         with self._lock:
-            self._expire()
+            self._held("")
             running = list(self.loaded.values())
         for held in running:
             model = held.model
             vram = model.size if model.size_vram is None else model.size_vram
             entry = {"name": model.full_name, "model": model.full_name, "size": model.size}
             entry.update(digest=model.digest, details=model.details())
-            entry.update(expires_at=timestamp(held.expires_at - time.monotonic()))
+            entry.update(expires_at=timestamp(held.remaining_s()))
             entry.update(size_vram=vram, context_length=held.num_ctx)
             listed.append(entry)
         answer.json(200, {"models": listed})
@@ -2036,9 +2082,11 @@ class MockOllama:
 
     def new_call_id(self, native: bool = False) -> str:
         with self._lock:
-            letters = string.ascii_letters + string.digits if native else ID_ALPHABET
-            made = "".join(self._random.choice(letters) for _ in range(32 if native else 8))
-        return made if native else f"call_{made}"
+            self._ids += 1
+            random = sha256(f"{self.port} {self._ids}".encode()).digest()
+        letters = string.ascii_letters + string.digits if native else ID_ALPHABET
+        made = "".join(letters[byte % len(letters)] for byte in random)
+        return made if native else f"call_{made[:8]}"
 
     def _find_model(self, name: Any) -> Model:
         if not name:
@@ -2065,6 +2113,9 @@ class MockOllama:
             wanted = 'must be "high", "medium", "low", "max", true, or false'
             raise RefusedError(400, f"{shown} ({wanted})")
         keep_s = keep_alive_seconds(body.get("keep_alive"))
+        if not chat and body.get("prompt") and not body.get("raw"):
+            parts = (("system", body.get("system")), ("user", body["prompt"]))
+            messages = [{"role": role, "content": words} for role, words in parts if words]
         model = self._find_model(body.get("model"))
         if tools and not model.can("tools", self.version):
             full = f"registry.ollama.ai/library/{model.full_name}"
@@ -2093,7 +2144,7 @@ class MockOllama:
             return
         self._refuse_images(asked)
         reply = self._next_reply(request)
-        with self._slot(answer):
+        with Acquired(self.parallel, answer.connection):
             generation = Turn(self, answer, asked, fit)
             generation.load_s = load_s
             _, generation.prefill_s = self.slot.prefill(fit.prompt, self.count)
@@ -2101,9 +2152,6 @@ class MockOllama:
             generation.serve(reply)
         if asked.keep_s == 0:
             self._unload(asked.model)
-
-    def _slot(self, answer: Answer) -> SlotTurn:
-        return SlotTurn(self.parallel, answer.connection)
 
     def _refuse_images(self, asked: Asked) -> None:
         images = any(m.get("images") for m in asked.messages) or asked.body.get("images")
@@ -2153,37 +2201,41 @@ class MockOllama:
         """Load or reload the model if it must be; return seconds claimed."""
         options = {k: v for k, v in asked.options.items() if k in LOAD_OPTIONS}
         options["num_ctx"] = self._num_ctx(asked)
-        if not old(self.version) and not asked.body.get("_debug_render_only"):
-            options["shift"] = asked.body.get("shift")
+        if not old(self.version):
+            options["shift"] = asked.body.get("shift") is not False
         name = asked.model.full_name
+        with Acquired(self._loading, answer.connection):
+            held = self._held(name)
+            if held is None or held.options != options:
+                with self._lock:
+                    self.loaded.pop(name, None)
+                    self.loads.append((name, options))
+                    self.slot.forget()
+                answer.connection.wait(self.load_delay)
+                keep_s = asked.keep_s if asked.keep_s is not None else LIVE_S
+                self.loaded[name] = Loaded(asked.model, options, options["num_ctx"], keep_s)
+                return self.load_delay or LOAD_S
+            if asked.keep_s is not None:
+                held.keep_s = asked.keep_s
+            held.used_at = time.monotonic()
+            return 0.002
+
+    def _held(self, name: str) -> Optional[Loaded]:
+        """Return the loaded model unless its time is up."""
         with self._lock:
-            self._expire()
-            held = self.loaded.get(name)
-            lives = float("inf") if asked.keep_s < 0 else time.monotonic() + asked.keep_s
-            if asked.body.get("_debug_render_only") and held and held.num_ctx == options["num_ctx"]:
-                return 0.002
-            self.loaded[name] = Loaded(asked.model, options, options["num_ctx"], lives)
-            if held and held.options == options:
-                return 0.002
-            self.loads.append((name, options))
-            self.slot.forget()
-        answer.connection.wait(self.load_delay)
-        return self.load_delay or LOAD_S
+            for loaded in [n for n, held in self.loaded.items() if held.remaining_s() < 0]:
+                del self.loaded[loaded]
+            return self.loaded.get(name)
 
     def _unload(self, model: Model) -> None:
         with self._lock:
             self.loaded.pop(model.full_name, None)
             self.slot.forget()
 
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for name in [n for n, held in self.loaded.items() if held.expires_at < now - 1]:
-            del self.loaded[name]
-
     # -- the window
 
     def _render(self, asked: Asked, messages: List[Json]) -> str:
-        if not asked.chat:
+        if asked.verbatim:
             return str(asked.body["prompt"])
         with self._lock:
             rotation, self._renders = self._renders, self._renders + 1
@@ -2269,19 +2321,19 @@ class MockOllama:
         return mock
 
 
-class SlotTurn:
-    """Wait for a free slot, seeing the client leave."""
+class Acquired:
+    """Hold a place (None: nothing to wait for), seeing the client leave."""
 
-    def __init__(self, parallel: Optional[threading.Semaphore], connection: Connection) -> None:
-        self.parallel, self.connection = parallel, connection
+    def __init__(self, places: Optional[threading.Semaphore], connection: Connection) -> None:
+        self.places, self.connection = places, connection
 
     def __enter__(self) -> None:
-        while self.parallel and not self.parallel.acquire(timeout=0.02):
+        while self.places and not self.places.acquire(timeout=0.02):
             self.connection.wait()
 
     def __exit__(self, *_: object) -> None:
-        if self.parallel:
-            self.parallel.release()
+        if self.places:
+            self.places.release()
 
 
 class Player:
