@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import re
@@ -53,7 +54,6 @@ import time
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import (
-    TYPE_CHECKING,
     AbstractSet,
     Any,
     Callable,
@@ -72,13 +72,13 @@ from typing import (
     Union,
 )
 
-if TYPE_CHECKING:
-    import argparse
-
 __version__ = "0.1.0"
 
 Json = Dict[str, Any]
 Value = TypeVar("Value")
+# Modules that serving needs rarely or never are imported where they are used: argparse,
+# subprocess and ssl alone would cost 25 ms of a start of 70 (issue: the relay's cost).
+late = importlib.import_module
 
 
 class Pattern:
@@ -557,7 +557,8 @@ def load_config(flags: Mapping[str, Optional[str]], env: Mapping[str, str]) -> C
             values[option.name] = None
         else:
             values[option.name] = read_option(option, option.default, option.variable)
-    return _finish_config(values, bool(flags.get("timeout_ms") or env.get("SHIM_REQUEST_TIMEOUT_MS")))
+    timeout_given = flags.get("timeout_ms") or env.get("SHIM_REQUEST_TIMEOUT_MS")
+    return _finish_config(values, bool(timeout_given))
 
 
 def _finish_config(values: Dict[str, Any], timeout_given: bool) -> Config:
@@ -1363,7 +1364,8 @@ PROBE_MESSAGES: Tuple[Json, ...] = (
     {"role": "system", "content": "probe system"},
     {"role": "user", "content": "probe question"},
     {"role": "assistant", "content": "probe said", "tool_calls": [
-        {"id": "call_1", "function": {"name": "ProbeTool", "arguments": {"probe_arg": "probe value"}}}]},
+        {"id": "call_1", "function": {
+            "name": "ProbeTool", "arguments": {"probe_arg": "probe value"}}}]},
     {"role": "tool", "tool_name": "ProbeTool", "tool_call_id": "call_1", "content": "probe result"},
 )
 GO_STRUCT = Pattern(r"\{ProbeTool probe \{object")
@@ -1388,7 +1390,7 @@ def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:
     """Add what the rendered probe shows."""
     return facts._replace(
         tools_in_text=facts.tools_in_text or bool(GO_STRUCT.search(prompt))
-        or "ProbeTool" not in prompt.split("probe question")[0],
+        or "ProbeTool" not in prompt.partition("probe question")[0],
         drops_calls="probe value" not in prompt,
         chatml=CHATML_START in prompt)
 
@@ -1438,13 +1440,10 @@ def _normal_keyword(key: str, value: Any, defs: Json, depth: int) -> Any:
         return normal_schema(value, defs, depth + 1) or None
     if key == "anyOf" and isinstance(value, list):
         return [normal_schema(part, defs, depth + 1) for part in value] or None
-    if key == "description":
-        return value if isinstance(value, str) else None
-    if key == "type":
-        return value if isinstance(value, str) or _all_strings(value) else None
-    if key == "required":
-        return value if _all_strings(value) else None
-    return value if key == "enum" and isinstance(value, list) else None
+    fits = {"description": isinstance(value, str), "enum": isinstance(value, list),
+            "required": _all_strings(value),
+            "type": isinstance(value, str) or _all_strings(value)}
+    return value if fits.get(key) else None
 
 
 def _all_strings(value: Any) -> bool:
@@ -1611,7 +1610,7 @@ def _user_messages(
 ) -> List[ChatMessage]:
     """Make the tool messages and the user message of one client turn."""
     results = [b for b in message.blocks if isinstance(b, ToolResult)]
-    rest = [b for b in message.blocks if isinstance(b, (Text, Image))]
+    rest: List[Block] = [b for b in message.blocks if isinstance(b, (Text, Image))]
     made: List[ChatMessage] = []
     names = {call.id: call.name for call in calls}
     for result in _in_call_order(results, calls) if results else ():
@@ -1738,7 +1737,7 @@ def wants_thinking(request: Request, facts: ModelFacts) -> Optional[bool]:
 
 
 def chat_body(
-    request: Request, tools: Sequence[Tool], facts: ModelFacts, messages_json: str,
+    request: Request, tools: Sequence[Tool], facts: ModelFacts, *, messages_json: str,
     config: Config, options: Json,
 ) -> str:
     """Write the body of /api/chat. options holds load options and num_predict."""
@@ -1808,7 +1807,7 @@ HTML_TAG = Pattern(r"<[^<>]{0,500}>")
 
 
 def upstream_error(
-    status: int, body: str, model: str, retry_after: Optional[str] = None,
+    status: int, body: str, model: str, *, retry_after: Optional[str] = None,
     prompt_tokens: int = 0, window: int = 0,
 ) -> ShimError:
     """Choose the error for a refusal of the upstream (contract/ollama.md 3).
@@ -1825,26 +1824,33 @@ def upstream_error(
     if MODEL_MISSING.search(text) and status in (404, 400, 500):
         return ModelMissingError(
             f"Ollama has no model {model!r}. Get it with: ollama pull {model}  (Ollama said{said})")
-    if status in (401, 403):
-        return UpstreamDeniedError(
-            f"Ollama denied the request ({status}){said} Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
-    if status == 429:
-        return RateLimitError(f"Ollama asks for fewer requests (429){said}", retry_after)
-    if status in (503, 529):
-        return BusyError(f"Ollama is busy ({status}){said}", retry_after)
-    if status == 413:
-        return BodyTooLargeError(f"The server at OLLAMA_BASE_URL takes no request of this size{said}")
-    if status in (404, 405):
-        return UpstreamDeniedError(
-            f"The server at OLLAMA_BASE_URL does not know this call ({status}){said}"
-            " Is it an Ollama server?")
-    if status in (408, 504):
-        return UpstreamTimeoutError(f"Ollama took too long ({status}){said}")
+    made = REFUSALS.get(status)
+    if made:
+        return made(f"({status}){said}", retry_after)
     if status < 500:
         return BadRequestError(f"Ollama refused the request ({status}){said}")
     return UpstreamFailedError(
         f"Ollama failed ({status}){said}", not LASTING_FAILURE.search(text),
         status if status in (500, 502) else 502)
+
+
+def _refusal(
+    kind: Type[ShimError], before: str, after: str = "",
+) -> Callable[[str, Optional[str]], ShimError]:
+    return lambda said, retry_after: kind(f"{before} {said}{after}", retry_after)
+
+
+_DENIED = _refusal(UpstreamDeniedError, "Ollama denied the request",
+                   " Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
+_NO_SUCH_CALL = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
+                         " Is it an Ollama server?")
+_BUSY = _refusal(BusyError, "Ollama is busy")
+_LATE = _refusal(UpstreamTimeoutError, "Ollama took too long")
+REFUSALS: Dict[int, Callable[[str, Optional[str]], ShimError]] = {
+    401: _DENIED, 403: _DENIED, 404: _NO_SUCH_CALL, 405: _NO_SUCH_CALL, 408: _LATE, 504: _LATE,
+    413: _refusal(BodyTooLargeError, "The server at OLLAMA_BASE_URL takes no request of this size"),
+    429: _refusal(RateLimitError, "Ollama asks for fewer requests"), 503: _BUSY, 529: _BUSY,
+}
 
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -2005,7 +2011,8 @@ class ChatDecoder:
             text = whole.decode("utf-8")
         except UnicodeDecodeError:
             raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.") from None
-        at, end, run = 0, len(text), []
+        at, end = 0, len(text)
+        run: List[str] = []
         while at < end and not (self.finished or self.failed):
             if text[at] in " \t\r\n":
                 at += 1
@@ -2278,7 +2285,8 @@ class StreamTranslator:
 
     def _thinking(self, delta: ThinkingDelta, events: List[Event]) -> None:
         if self._open != "thinking":
-            self._open_block("thinking", {"type": "thinking", "thinking": "", "signature": ""}, events)
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+            self._open_block("thinking", block, events)
         events.append(self._delta("thinking_delta", "thinking", delta.text))
 
     def _call_start(self, delta: Union[Call, CallStart], events: List[Event]) -> None:
@@ -2311,7 +2319,8 @@ class StreamTranslator:
         events: List[Event] = []
         self._close_block(events)
         events.append(Event("message_delta", {
-            "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": stop_sequence},
+            "type": "message_delta",
+            "delta": {"stop_reason": reason, "stop_sequence": stop_sequence},
             "usage": usage.payload()}))
         events.append(Event("message_stop", {"type": "message_stop"}))
         return events
@@ -2326,7 +2335,8 @@ TRANSLATIONS: Dict[type, Callable[[StreamTranslator, Any, List[Event]], None]] =
 
 def error_event(error: ShimError) -> Event:
     """Make the event that ends a stream which cannot go on."""
-    return Event("error", {"type": "error", "error": {"type": error.kind, "message": error.message}})
+    return Event("error", {
+        "type": "error", "error": {"type": error.kind, "message": error.message}})
 
 
 def fold(events: Iterable[Event]) -> Json:
@@ -2595,7 +2605,8 @@ class Turn:
             words = CUT_BEFORE_ANYTHING if finish.reason == "length" else NOTHING_SHOWN
             return UpstreamLostError(words.format(model=model, tokens=tokens))
         possible = self._shown_chars / CHARS_PER_TOKEN_LEAST
-        if isinstance(self._decoder, GenerateDecoder) or tokens <= LOST_TOKENS + LOST_RATIO * possible:
+        verbatim = isinstance(self._decoder, GenerateDecoder)
+        if verbatim or tokens <= LOST_TOKENS + LOST_RATIO * possible:
             return None
         return UpstreamLostError(SWALLOWED.format(
             model=model, tokens=tokens, shown=self._shown_chars // 4))
@@ -2621,16 +2632,14 @@ def wait_ready(
 
     poll() where there is one: select() fails above descriptor 1,023.
     """
-    if not hasattr(select, "poll"):
+    if sys.platform == "win32":
         readable, writable, broken = select.select(
             readers, writers, {*readers, *writers}, max(0.0, timeout_s))
         return [*readable, *writable, *broken]
-    poll, by_fd = select.poll(), {}
+    poll, by_fd = select.poll(), {sock.fileno(): sock for sock in (*readers, *writers)}
     for sock in readers:
-        by_fd[sock.fileno()] = sock
         poll.register(sock, select.POLLIN)
     for sock in writers:
-        by_fd[sock.fileno()] = sock
         poll.register(sock, select.POLLOUT | (select.POLLIN if sock in readers else 0))
     return [by_fd[fd] for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)]
 
@@ -2653,6 +2662,8 @@ class UpstreamCall:
 
     def __init__(self, sock: socket.socket, waiter: Waiter, url: str) -> None:
         self._sock, self._waiter, self._url = sock, waiter, url
+        # TLS may hold decrypted bytes that no wait on the socket would tell of.
+        self._tls = self._more = hasattr(sock, "pending")
         self._buffer = b""
         self._chunks: Optional[ChunkDecoder] = None
         self._left: Optional[int] = None
@@ -2664,26 +2675,44 @@ class UpstreamCall:
         """Write the request; an upstream that answers before it read all is heard."""
         view = memoryview(data)
         while view:
-            try:
-                view = view[self._sock.send(view):]
-            except WOULD_BLOCK:
-                self._wait(True, until)
-            except OSError:
+            sent = self._try_send(view)
+            if sent is None:
                 return  # its answer, or the lack of one, tells why
+            view = view[sent:]
+            if view:
+                self._wait(True, until)
+
+    def _try_send(self, view: memoryview) -> Optional[int]:
+        try:
+            return self._sock.send(view)
+        except WOULD_BLOCK:
+            return 0
+        except OSError:
+            return None
 
     def _wait(self, writing: bool, until: float) -> None:
         if not self._waiter.wait(self._sock, writing, until):
             raise UpstreamTimeoutError(f"Ollama at {self._url} did not answer in time.")
 
     def _receive(self, until: float) -> bytes:
-        while True:
-            try:
-                return self._sock.recv(READ_BYTES)
-            except WOULD_BLOCK:
-                self._wait(False, until)
-            except OSError as problem:
-                raise UpstreamBrokenError(
-                    f"The connection to Ollama broke: {clean(str(problem))}") from None
+        """Wait for bytes; b"" at the end. A full read is followed by another at once."""
+        if not self._more:
+            self._wait(False, until)
+        data = self._try_receive()
+        while data is None:
+            self._wait(False, until)
+            data = self._try_receive()
+        self._more = self._tls or len(data) == READ_BYTES
+        return data
+
+    def _try_receive(self) -> Optional[bytes]:
+        try:
+            return self._sock.recv(READ_BYTES)
+        except WOULD_BLOCK:
+            return None
+        except OSError as problem:
+            raise UpstreamBrokenError(
+                f"The connection to Ollama broke: {clean(str(problem))}") from None
 
     def read_head(self, until: float) -> None:
         """Read status and headers; raise UpstreamBrokenError where they make no sense."""
@@ -2734,7 +2763,8 @@ class UpstreamCall:
             try:
                 payload = self._chunks.feed(data)
             except ValueError as problem:
-                raise UpstreamBrokenError(f"Ollama's answer is framed wrongly: {problem}.") from None
+                raise UpstreamBrokenError(
+                    f"Ollama's answer is framed wrongly: {problem}.") from None
             self._ended = self._chunks.finished or not data
             return payload
         if self._left is not None:
@@ -2747,7 +2777,8 @@ class UpstreamCall:
 
     def read_all(self, until: float) -> bytes:
         """Read the whole body, at most MAX_ANSWER_BYTES."""
-        pieces, size = [], 0
+        pieces: List[bytes] = []
+        size = 0
         while True:
             piece = self.read(until)
             if not piece:
@@ -2785,20 +2816,19 @@ class Upstream:
     """
 
     def __init__(self, config: Config) -> None:
-        from urllib.parse import unquote, urlsplit
-        parts = urlsplit(config.base_url)
+        parts = late("urllib.parse").urlsplit(config.base_url)
         self.tls = parts.scheme.lower() == "https"
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if self.tls else 80)
         self._prefix = parts.path.rstrip("/")
         shown = f"[{self.host}]" if ":" in self.host else self.host
         self.url = f"{parts.scheme}://{shown}:{self.port}{self._prefix}"
-        login = unquote(parts.netloc.rpartition("@")[0])
+        login = late("urllib.parse").unquote(parts.netloc.rpartition("@")[0])
         authorization = f"Bearer {config.auth_token}" if config.auth_token else ""
         if login and not authorization:
-            import base64
-            authorization = "Basic " + base64.b64encode(login.encode()).decode()
-        self._fixed = f"Host: {shown}:{self.port}\r\nAccept: application/json\r\nConnection: close\r\n"
+            authorization = "Basic " + late("base64").b64encode(login.encode()).decode()
+        self._fixed = (f"Host: {shown}:{self.port}\r\n"
+                       "Accept: application/json\r\nConnection: close\r\n")
         if authorization:
             self._fixed += f"Authorization: {authorization}\r\n"
 
@@ -2853,10 +2883,14 @@ class Upstream:
         return os.strerror(code) if code else ""
 
     def _wrap(self, sock: socket.socket) -> socket.socket:
-        import ssl
+        global WOULD_BLOCK
+        ssl = late("ssl")
+        WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError,
+                       ssl.SSLWantWriteError)
         sock.settimeout(CONNECT_S)
         try:
-            wrapped = ssl.create_default_context().wrap_socket(sock, server_hostname=self.host)
+            wrapped: socket.socket = ssl.create_default_context().wrap_socket(
+                sock, server_hostname=self.host)
         except (OSError, ValueError) as problem:
             raise self._refused(f"TLS failed ({clean(str(problem))})") from None
         wrapped.setblocking(False)
@@ -2989,7 +3023,8 @@ class ClientLink(Waiter):
             if now >= self.tick_at:
                 self.on_tick()
                 continue
-            ready = wait_ready(*self._watched(sock, writing), min(until, self.tick_at, now + self._patience(now)) - now)
+            left = min(until, self.tick_at, now + self._patience(now)) - now
+            ready = wait_ready(*self._watched(sock, writing), left)
             if self._stop in ready and not self.serving:
                 raise ClientGoneError
             if self._stop in ready:
@@ -3178,7 +3213,8 @@ class Registry:
 
     def _learn(self, model: str, waiter: Waiter, until: float) -> ModelFacts:
         try:
-            answer = self._upstream.ask("POST", "/api/show", to_json({"model": model}), waiter, until)
+            answer = self._upstream.ask(
+                "POST", "/api/show", to_json({"model": model}), waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
             return ModelFacts(model)
         if answer.status != 200:
@@ -3212,7 +3248,8 @@ class Registry:
     def amend(self, model: str, **known: Any) -> None:
         """Remember what a refusal has taught."""
         with self._lock:
-            until, facts = self._facts.get(model, (time.monotonic() + FACTS_TTL_S, ModelFacts(model)))
+            fresh = (time.monotonic() + FACTS_TTL_S, ModelFacts(model))
+            until, facts = self._facts.get(model, fresh)
             self._facts[model] = (until, facts._replace(**known))
 
     def version(self, waiter: Waiter, until: float) -> str:
@@ -3338,7 +3375,7 @@ class Exchange:
     def _learn_refusal(self, facts: ModelFacts, error: ShimError) -> Optional[ModelFacts]:
         """Take a missing capability from Ollama's refusal: the model was not asked yet."""
         if NO_TOOLS_ERROR.search(error.message) and not facts.tools_in_text:
-            known = {"tools_in_text": True}
+            known: Json = {"tools_in_text": True}
         elif NO_THINKING_ERROR.search(error.message) and not facts.think_refused:
             known = {"think_refused": True}
         else:
@@ -3359,7 +3396,8 @@ class Exchange:
         window = server.registry.window(facts, self.link, own_until)
         estimate = sum(estimate_tokens(m.content) for m in messages)
         options = {**load_options(window), "num_predict": request.max_tokens}
-        body = chat_body(request, table.sent, facts, messages_json, self.config, options)
+        body = chat_body(request, table.sent, facts, messages_json=messages_json,
+                         config=self.config, options=options)
         dialect, thinking = DIALECTS["chat"], False
         if server.registry.verbatim(request, facts, self.link, own_until):
             prompt = self._render(facts, body, own_until)
@@ -3382,7 +3420,8 @@ class Exchange:
             "POST", "/api/chat", render_body(body), self.link, until)
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
         if prompt is None and answer.status != 200:
-            error = upstream_error(answer.status, answer.text, facts.name, answer.retry_after)
+            error = upstream_error(answer.status, answer.text, facts.name,
+                                   retry_after=answer.retry_after)
             if answer.status >= 500 or isinstance(error, (ModelMissingError, PromptTooLongError)):
                 raise error
         if prompt is None:
@@ -3416,13 +3455,14 @@ class Exchange:
     def _pump(self, call: UpstreamCall, until: float, facts: ModelFacts) -> None:
         """Relay Ollama's answer until the turn is done."""
         turn = self.turn
-        assert turn is not None  # noqa: S101 - set by _ask
+        assert turn is not None
         silence = self.config.timeout_ms / 1000
         call.read_head(until)
         if call.status != 200:
             text = call.read_all(time.monotonic() + silence).decode("utf-8", "replace")
-            raise upstream_error(call.status, text, facts.name, call.headers.get("retry-after"),
-                                 turn.estimate)
+            raise upstream_error(
+                call.status, text, facts.name, retry_after=call.headers.get("retry-after"),
+                prompt_tokens=turn.estimate)
         while not turn.done:
             data = call.read(until)
             until = time.monotonic() + silence
@@ -3447,14 +3487,15 @@ class Exchange:
     def _remember(self, turn: Turn, thinking: bool) -> None:
         """Keep the turn as the model wrote it, unless a rescue added to it."""
         raw = turn.raw
-        if raw is None or not turn.done or any(rule.startswith("intent:") for _, rule in turn.calls):
+        rescued = any(rule.startswith("intent:") for _, rule in turn.calls)
+        if raw is None or not turn.done or rescued:
             return
         text = THINK_OPEN + "\n" + raw if thinking else raw
         key = turn.call_ids or (len(self.request.messages), turn.answer)
         self.server.raw_turns.remember(key, text)
 
     def _begin(self) -> None:
-        assert self.turn is not None  # noqa: S101 - begun only with a turn
+        assert self.turn is not None
         self.started = True
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream:
@@ -3471,7 +3512,7 @@ class Exchange:
                 if self.turn is not None:
                     self._begin()
                 return
-            assert self.turn is not None  # noqa: S101 - started
+            assert self.turn is not None
             self._send(self.turn.keep_alive())
         elif not self.handler.streaming:
             self.handler.start_stream("application/json")
@@ -3633,14 +3674,14 @@ class Handler:
 
     def has_key(self) -> bool:
         """Compare in constant time; bytes, since text beyond ASCII would raise."""
-        import hmac
+        hmac = late("hmac")
         wanted = self.server.config.api_key.encode()
         bearer = self.http.header("authorization")
         given = [self.http.header("x-api-key")]
         if bearer[:7].lower() == "bearer ":
             given.append(bearer[7:].strip())
-        return any([hmac.compare_digest(text.encode("latin-1", "replace"), wanted)
-                    for text in given])
+        same = [hmac.compare_digest(text.encode("latin-1", "replace"), wanted) for text in given]
+        return any(same)
 
     def _origin_allowed(self, origin: str) -> bool:
         if self.server.config.cors_wildcard:
@@ -3671,7 +3712,8 @@ class Handler:
         if coding and (length or http.version == "1.0"):
             raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
         if coding and coding.lower() != "chunked":
-            raise NotImplementedCodingError(f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
+            raise NotImplementedCodingError(
+                f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
         if not coding and not length:
             self._body_done = True
             return b""
@@ -3817,7 +3859,8 @@ class Handler:
 
     def root(self) -> None:
         self.read_body()
-        self.reply(200, f"qwencode {__version__} is running\n".encode(), "text/plain; charset=utf-8")
+        self.reply(200, f"qwencode {__version__} is running\n".encode(),
+                   "text/plain; charset=utf-8")
 
     def options(self) -> None:
         """Answer a CORS preflight; _guard has refused foreign origins."""
@@ -3847,8 +3890,7 @@ def model_row(name: str) -> Json:
 
 def trace_of(problem: BaseException) -> str:
     """Name where an internal error arose: the last three places."""
-    import traceback
-    places = traceback.extract_tb(problem.__traceback__)[-3:]
+    places = late("traceback").extract_tb(problem.__traceback__)[-3:]
     return " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
 
 
@@ -3966,7 +4008,8 @@ class ShimServer(ThreadingHTTPServer):
             model["capabilities"] = sorted(facts.capabilities or ())
             model["context_length"] = facts.trained
             if missing:
-                upstream["error"] = f"model {self.config.model} is missing: ollama pull {self.config.model}"
+                upstream["error"] = (f"model {self.config.model} is missing:"
+                                     f" ollama pull {self.config.model}")
         except ShimError as error:
             upstream["error"] = redact(error.message, secrets_of(self.config))
         ok = bool(upstream["reachable"])
@@ -3992,9 +4035,7 @@ class ShimServer(ThreadingHTTPServer):
 
 def bash_parses(command: str) -> bool:
     """Run `bash -n` on a command, bounded; True where there is no bash to ask."""
-    import shutil
-    import subprocess
-    bash = shutil.which("bash")
+    subprocess, bash = late("subprocess"), late("shutil").which("bash")
     if not bash:
         return True
     try:
@@ -4003,14 +4044,14 @@ def bash_parses(command: str) -> bool:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=BASH_CHECK_S)
     except (OSError, subprocess.TimeoutExpired):
         return True
-    return done.returncode == 0
+    return bool(done.returncode == 0)
 
 
 # ============================== 17. CLI ==============================
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Any:
     """Make the command line from COMMANDS and OPTIONS."""
-    import argparse
+    argparse = late("argparse")
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     for option in OPTIONS:
         default = f" (default {option.default})" if option.default else ""
@@ -4051,7 +4092,7 @@ def open_server(config: Config) -> ShimServer:
 
 def run_serve(args: Any, env: Mapping[str, str]) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 and 130."""
-    import signal
+    signal = late("signal")
     config = load_config(vars(args), env)
     server = open_server(config)
     ended: List[int] = []
