@@ -51,7 +51,7 @@ import socket
 import sys
 import threading
 import time
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import (
     AbstractSet,
@@ -1845,11 +1845,11 @@ _DENIED = _refusal(UpstreamDeniedError, "Ollama denied the request",
 _NO_SUCH_CALL = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
                          " Is it an Ollama server?")
 _BUSY = _refusal(BusyError, "Ollama is busy")
-_LATE = _refusal(UpstreamTimeoutError, "Ollama took too long")
+_LATE = _refusal(UpstreamTimeoutError, "Ollama timed out")
 REFUSALS: Dict[int, Callable[[str, Optional[str]], ShimError]] = {
     401: _DENIED, 403: _DENIED, 404: _NO_SUCH_CALL, 405: _NO_SUCH_CALL, 408: _LATE, 504: _LATE,
     413: _refusal(BodyTooLargeError, "The server at OLLAMA_BASE_URL takes no request of this size"),
-    429: _refusal(RateLimitError, "Ollama asks for fewer requests"), 503: _BUSY, 529: _BUSY,
+    429: _refusal(RateLimitError, "Ollama's rate limit is reached"), 503: _BUSY, 529: _BUSY,
 }
 
 
@@ -2049,7 +2049,7 @@ class ChatDecoder:
 
     def _garbage(self, text: str) -> ShimError:
         return UpstreamGarbageError(
-            f"Ollama sent a line that is not JSON: {clean(text, 80)!r}")
+            f"Ollama sent an invalid streaming response: not JSON: {clean(text, 80)!r}")
 
     def _fail(self, parts: List[Part], error: ShimError) -> None:
         parts.extend(self._think.close())
@@ -2451,8 +2451,8 @@ class Turn:
 
     The only place that composes decoder, parser, rescue and translator. feed() and
     close() return the events that became certain; afterwards `done` says that the
-    stream ended well, `error` that it cannot go on. The caller sends start() before
-    the first events.
+    stream ended well, `error` that it cannot go on. message_start and keep-alives are
+    the caller's, who has the clock.
     """
 
     def __init__(
@@ -2478,6 +2478,10 @@ class Turn:
         self.usage = Usage(estimate)
 
     @property
+    def model(self) -> str:
+        return self._decoder.model
+
+    @property
     def answer(self) -> str:
         return "".join(self._text)
 
@@ -2489,12 +2493,6 @@ class Turn:
     @property
     def call_ids(self) -> Tuple[str, ...]:
         return tuple(self._translator.call_ids)
-
-    def start(self) -> List[Event]:
-        return [self._translator.start(Usage(self.estimate, 1))]
-
-    def keep_alive(self) -> List[Event]:
-        return [self._translator.keep_alive()]
 
     def feed(self, data: bytes) -> List[Event]:
         return self._take(self._decoder.feed(data))
@@ -2692,7 +2690,10 @@ class UpstreamCall:
 
     def _wait(self, writing: bool, until: float) -> None:
         if not self._waiter.wait(self._sock, writing, until):
-            raise UpstreamTimeoutError(f"Ollama at {self._url} did not answer in time.")
+            raise UpstreamTimeoutError(
+                f"Ollama at {self._url} timed out: it was silent for too long. Where the model is"
+                " only slow, raise SHIM_FIRST_TOKEN_TIMEOUT_MS (first byte) or"
+                " SHIM_REQUEST_TIMEOUT_MS (within an answer).")
 
     def _receive(self, until: float) -> bytes:
         """Wait for bytes; b"" at the end. A full read is followed by another at once."""
@@ -3339,10 +3340,11 @@ class Exchange:
         self.config = handler.server.config
         self.started = False
         self.begun_at = time.monotonic()
-        self.turn: Optional[Turn] = None
+        self.translator = StreamTranslator(
+            "msg_" + new_id(), request.model or self.config.model, lambda: "toolu_" + new_id())
+        self.estimate = 1
         self.events: List[Event] = []
         self.way = "chat"
-        self._call: Optional[UpstreamCall] = None
 
     def run(self) -> None:
         """Carry the request out; whatever fails is told to the client."""
@@ -3408,11 +3410,11 @@ class Exchange:
         self.way = dialect.way
         if server.log.on("debug"):
             server.log.write("debug", f"{dialect.path} {body}")
-        self.turn = self._make_turn(dialect.decoder(facts.name, thinking), table, estimate)
+        turn = self._make_turn(dialect.decoder(facts.name, thinking), table, estimate)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.link, until) as call:
-            self._pump(call, until, facts)
-        self._remember(self.turn, thinking)
+            self._pump(call, turn, until)
+        self._remember(turn, thinking)
 
     def _render(self, facts: ModelFacts, body: str, until: float) -> Optional[str]:
         """Have Ollama render the prompt; None where it cannot."""
@@ -3430,11 +3432,9 @@ class Exchange:
         return prompt
 
     def _make_turn(self, decoder: ChatDecoder, table: ToolTable, estimate: int) -> Turn:
-        translator = StreamTranslator(
-            "msg_" + new_id(), self.request.model or decoder.model, lambda: "toolu_" + new_id())
         tools = TurnTools(table.offered, "text" in self.config.rescue, True,
                           lambda answer: self._rescue(answer, table))
-        return Turn(decoder, translator, tools, estimate, self.request.stop_sequences)
+        return Turn(decoder, self.translator, tools, estimate, self.request.stop_sequences)
 
     def _rescue(self, answer: str, table: ToolTable) -> Optional[Call]:
         """Carry out what was asked or described; at most one verified command."""
@@ -3452,23 +3452,21 @@ class Exchange:
             return None
         return Call(call[0], call[1], f"intent:{found.rule}")
 
-    def _pump(self, call: UpstreamCall, until: float, facts: ModelFacts) -> None:
+    def _pump(self, call: UpstreamCall, turn: Turn, until: float) -> None:
         """Relay Ollama's answer until the turn is done."""
-        turn = self.turn
-        assert turn is not None
         silence = self.config.timeout_ms / 1000
         call.read_head(until)
         if call.status != 200:
             text = call.read_all(time.monotonic() + silence).decode("utf-8", "replace")
             raise upstream_error(
-                call.status, text, facts.name, retry_after=call.headers.get("retry-after"),
+                call.status, text, turn.model, retry_after=call.headers.get("retry-after"),
                 prompt_tokens=turn.estimate)
         while not turn.done:
             data = call.read(until)
             until = time.monotonic() + silence
             events = turn.feed(data) if data else turn.close()
             if turn.error and not self.started and not events:
-                self._refuse(turn.error, turn)
+                self._refuse(turn.error)
             if data and not self.started:
                 self._begin()
             if events:
@@ -3477,12 +3475,13 @@ class Exchange:
                 raise turn.error
         self._end()
 
-    def _refuse(self, error: ShimError, turn: Turn) -> None:
+    def _refuse(self, error: ShimError) -> None:
         """An answer that starts with nonsense: a stream is begun, a whole answer is 502."""
         if not isinstance(error, UpstreamGarbageError):
             raise error
         if not self.request.stream:
-            raise UpstreamInvalidError(error.message)
+            raise UpstreamInvalidError(error.message.replace(
+                "an invalid streaming response: not JSON", "invalid JSON"))
 
     def _remember(self, turn: Turn, thinking: bool) -> None:
         """Keep the turn as the model wrote it, unless a rescue added to it."""
@@ -3495,25 +3494,20 @@ class Exchange:
         self.server.raw_turns.remember(key, text)
 
     def _begin(self) -> None:
-        assert self.turn is not None
         self.started = True
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream:
             self.handler.start_stream("text/event-stream; charset=utf-8")
-            self._send(self.turn.start())
-        else:
-            self.events.extend(self.turn.start())
+        self._send([self.translator.start(Usage(self.estimate, 1))])
 
     def _tick(self) -> None:
         """Keep the client waiting: the first event after 15 s, then one every 10 s."""
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream:
             if not self.started:
-                if self.turn is not None:
-                    self._begin()
-                return
-            assert self.turn is not None
-            self._send(self.turn.keep_alive())
+                self._begin()
+            else:
+                self._send([self.translator.keep_alive()])
         elif not self.handler.streaming:
             self.handler.start_stream("application/json")
             self.handler.send_piece(b" ")
@@ -4112,10 +4106,141 @@ def run_serve(args: Any, env: Mapping[str, str]) -> int:
     return 130 if signal.SIGINT in ended else 0
 
 
+class StandIn(BaseHTTPRequestHandler):
+    """A few canned answers in Ollama's protocol: no model, for the demo only."""
+
+    protocol_version = "HTTP/1.1"
+    CALL = '<tool_call>\n{"name": "Write", "arguments": {"file_path": "hello.txt",' \
+           ' "content": "Hello from the demo.\\n"}}\n</tool_call>'
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """Stay silent: the demo prints what is worth seeing."""
+
+    def do_POST(self) -> None:
+        """Answer a chat turn: first a call written as text, then a closing sentence."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/api/chat" or body.get("_debug_render_only"):
+            self.send_error(404)
+            return
+        after_result = body["messages"][-1]["role"] == "tool"
+        text = "The file is there now: hello.txt." if after_result else \
+            "I will write the file.\n" + self.CALL
+        words = [text[i:i + 12] for i in range(0, len(text), 12)]
+        lines = [{"message": {"role": "assistant", "content": word}, "done": False} for word in words]
+        lines.append({"message": {"role": "assistant", "content": ""}, "done": True,
+                      "done_reason": "stop", "prompt_eval_count": 40, "eval_count": len(words)})
+        payload = "".join(to_json({"model": body["model"], **line}) + "\n" for line in lines)
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload.encode())
+
+    def do_GET(self) -> None:
+        """Know nothing else: the shim serves with defaults then."""
+        self.send_error(404)
+
+
+DEMO_TOOLS = [{"name": "Write", "description": "Write a file", "input_schema": {
+    "type": "object", "required": ["file_path", "content"],
+    "properties": {"file_path": {"type": "string"}, "content": {"type": "string"}}}}]
+
+
+def demo_turn(url: str, messages: List[Json]) -> Json:
+    """Send one Messages request over HTTP, print its events, return the folded message."""
+    request = late("urllib.request").Request(
+        url + "/v1/messages", to_json({
+            "model": "demo", "max_tokens": 1000, "stream": True, "messages": messages,
+            "tools": DEMO_TOOLS}).encode(), {"Content-Type": "application/json"})
+    opener = late("urllib.request").build_opener(late("urllib.request").ProxyHandler({}))
+    events: List[Event] = []
+    with opener.open(request, timeout=30) as answer:
+        for line in answer:
+            if line.startswith(b"data: "):
+                payload = json.loads(line[6:])
+                events.append(Event(payload["type"], payload))
+                say("    " + clean(line[6:].decode().strip(), 110))
+    return fold(events)
+
+
 def run_demo(args: Any, env: Mapping[str, str]) -> int:
-    """Show the shim at work with a stand-in for the model."""
-    say("demo is not here yet")
-    return 1
+    """Show the shim at work, a stand-in for the model behind it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as model, \
+            late("tempfile").TemporaryDirectory() as folder:
+        threading.Thread(target=model.serve_forever, daemon=True).start()
+        config = load_config({"port": "0", "base_url": f"http://127.0.0.1:{model.server_port}",
+                              "model": "demo", "verbatim": "off", "warm": "off",
+                              "rescue": "text,intent"}, {})
+        server = open_server(config)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        say("qwencode demo. The answers are canned: a stand-in plays Ollama and the model, so that")
+        say("this runs anywhere. The server, the translation and the rescue are the real ones.\n")
+        done = _demo_conversation(server.url, folder)
+        server.stop()
+        server.finish()
+        model.shutdown()
+    say("\nNext: start Ollama, `ollama pull qwen2.5-coder:14b`, then `python qwencode.py` here and")
+    say("in another terminal:  ANTHROPIC_BASE_URL=http://127.0.0.1:8000 ANTHROPIC_API_KEY=local claude")
+    return 0 if done else 1
+
+
+def _demo_conversation(url: str, folder: str) -> bool:
+    question = "Write hello.txt with a greeting."
+    say(f"1. Claude Code would ask:  {question}")
+    say("   The model writes its tool call as plain text; the events that come back:")
+    messages: List[Json] = [{"role": "user", "content": question}]
+    answer = demo_turn(url, messages)
+    calls = [block for block in answer["content"] if block["type"] == "tool_use"]
+    if not calls:
+        say("The tool call was not found: the demo failed.")
+        return False
+    call = calls[0]
+    path = os.path.join(folder, os.path.basename(call["input"]["file_path"]))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(call["input"]["content"])
+    say(f"\n2. That is a real {call['name']} call; the demo runs it in a temporary folder:")
+    with open(path, encoding="utf-8") as file:
+        say(f"   hello.txt now holds {file.read()!r}")
+    say("\n3. The tool's result goes back, and the answer comes:")
+    messages += [{"role": "assistant", "content": answer["content"]},
+                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call["id"],
+                                               "content": "File created"}]}]
+    final = demo_turn(url, messages)
+    say(f"   -> {final['content'][0]['text']}")
+    return bool(final["stop_reason"] == "end_turn")
+
+
+TRY_TOOLS = {"Bash": Tool("Bash", "", {"type": "object", "required": ["command"], "properties": {
+    "command": {"type": "string"}, "description": {"type": "string"}}})}
+
+
+def run_try(args: Any, env: Mapping[str, str]) -> int:
+    """Carry out one request here, as the rescue would; return the command's exit code."""
+    config = load_config(vars(args), env)
+    found = find_rescue((Message("user", (Text(args.request),)),), "I'll do that now.")
+    if not found:
+        say("No rescue: these words are not one clear file operation, so the shim would not act.")
+        return 1
+    call = rescue_call(found.ops, TRY_TOOLS, config.bash_style, config.max_read_bytes)
+    if not call or "command" not in call[1]:
+        say("No rescue: this cannot be carried by one shell command.")
+        return 1
+    command = call[1]["command"]
+    say(f"rule: {found.rule}\n{call[1].get('description', '')}\n\n{command}\n")
+    if args.dry_run:
+        return 0
+    bash = late("shutil").which("bash")
+    if not bash:
+        say("There is no bash here to run it; on Windows install Git Bash.")
+        return 1
+    done = late("subprocess").run([bash, "-c", command], check=False, stdin=late("subprocess").DEVNULL)
+    say(f"exit code {done.returncode}: " + ("done and verified" if done.returncode == 0 else "not done"))
+    return int(done.returncode)
+
+
+def _try_arguments(sub: Any) -> None:
+    sub.add_argument("request", help="what to do, in words")
+    sub.add_argument("--dry-run", action="store_true", help="show the command, run nothing")
 
 
 class Command(NamedTuple):
@@ -4130,6 +4255,7 @@ class Command(NamedTuple):
 COMMANDS: Tuple[Command, ...] = (
     Command("serve", "serve the Messages API (the default)", lambda sub: None, run_serve),
     Command("demo", "see it work without Ollama or Claude Code", lambda sub: None, run_demo),
+    Command("try", "carry out one request here, as the rescue would", _try_arguments, run_try),
 )
 
 
