@@ -1559,6 +1559,7 @@ class Turn:
         self.load_s = 0.0
         self.prefill_s = 0.0
         self.last_piece, self.repeats = "", 0
+        self.guarded = False  # only model text is caught repeating
         self.over = False
         kind = asked.model.kind
         self.native = kind.parser is NativeParser
@@ -1620,7 +1621,7 @@ class Turn:
                 self.do_done(("length", {}))
                 return
             self.answer.connection.wait(self.mock.token_delay + self.spend(piece))
-            if self.repeats > REPEAT_LIMIT:
+            if self.guarded and self.repeats > REPEAT_LIMIT:
                 self.do_cut(True)
                 return
             try:
@@ -1657,7 +1658,7 @@ class Turn:
         if self.asked.chat:
             self.pieces(pieces, lambda piece: Parsed(content=piece))
         else:
-            self.do_model_text(pieces)
+            self.pieces(pieces, self.verbatim if self.asked.verbatim else self.parser.add)
 
     def do_thinking(self, pieces: List[str]) -> None:
         if self.asked.chat:
@@ -1684,6 +1685,7 @@ class Turn:
         self.emit(line)
 
     def do_model_text(self, pieces: List[str]) -> None:
+        self.guarded = True
         self.pieces(pieces, self.verbatim if self.asked.verbatim else self.parser.add)
 
     def verbatim(self, piece: str) -> Parsed:

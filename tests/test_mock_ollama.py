@@ -670,6 +670,12 @@ def test_broken_endings_on_the_wire(reply, tail):
     assert tail or data == b""
 
 
+def test_only_model_text_is_caught_repeating():
+    with MockOllama([text("x " * 99), model_text("x " * 99)], models="any") as mock:
+        got = [events(ask(mock, "/api/chat", chat())[2]) for _ in range(2)]
+    assert got == [[("content", "x " * 99), ("done", "stop")], [("content", "x" + " x" * 30)]]
+
+
 def test_a_reset_is_a_reset():
     with MockOllama(text("x") + reset(), models="any") as mock, pytest.raises(ConnectionResetError):
         read_all(open_socket(mock, chat()))
