@@ -1525,7 +1525,9 @@ def slim_schema(schema: Json, texts: Mapping[str, Optional[str]]) -> Json:
     slim: Json = _without_noise(
         schema, MAX_NESTED_TEXT_CHARS if texts else MAX_PARAMETER_TEXT_CHARS)
     parameters = slim.get("properties")
-    for name in list(parameters) if isinstance(parameters, dict) else ():
+    if not isinstance(parameters, dict):
+        return slim
+    for name in list(parameters):
         if name in texts and texts[name] is None:
             del parameters[name]
         elif name in texts and isinstance(parameters[name], dict):
