@@ -914,16 +914,78 @@ def repair_input(tool: Tool, arguments: Any) -> Optional[Json]:
 
 
 # ------------------------------ the tool table ------------------------------
-
-PLACEHOLDER_TOOL = "DeferredToolPlaceholder"  # never for a model (CC F1)
+# What a client's file tools are called (Claude Code; Qwen Code; other published agents).
+# Without these four kinds no work gets done, so they are never dropped.
+CORE_TOOLS = frozenset((
+    "Bash", "PowerShell", "run_shell_command", "shell", "execute_bash", "run_command", "bash",
+    "Read", "read_file", "read", "view",
+    "Edit", "edit", "edit_file", "replace", "str_replace", "str_replace_editor", "apply_patch",
+    "Write", "write_file", "write", "create_file"))
+# Holds the client's tool search open; the model must never call it (contract F1).
+PLACEHOLDER_TOOL = "DeferredToolPlaceholder"
+MCP_PREFIX = "mcp__"
+# The client's other tools, the most useful first; ANY_OTHER_TOOL stands for those that
+# are not named. A required answer format and the ways to further tools come first.
+ANY_OTHER_TOOL = "*"
+TOOL_RANKS: Tuple[str, ...] = (
+    "StructuredOutput", "ToolSearch", "tool_search", "tool_call",
+    "Grep", "grep_search", "Glob", "glob", "LS", "list_directory", "MultiEdit",
+    "ExitPlanMode", "exit_plan_mode", "Agent", "Task", "agent", "Skill", "skill",
+    "AskUserQuestion", "ask_user_question", "TodoWrite", "todo_write", "WebFetch", "web_fetch",
+    ANY_OTHER_TOOL,
+    "BashOutput", "KillShell", "KillBash", "NotebookEdit", "notebook_edit",
+    "TaskCreate", "TaskUpdate", "TaskStop", "task_stop", "TaskOutput", "Monitor", "monitor",
+    "SendMessage", "send_message", "TaskList", "TaskGet", "WebSearch", "web_search",
+    "EnterPlanMode", "ListAgents", "list_agents", "get_goal", "update_goal", "ReportFindings",
+    "EnterWorktree", "ExitWorktree", "CronCreate", "CronDelete", "CronList", "ScheduleWakeup",
+    "Workflow", "DesignSync")
+RANK_OF = {name: rank for rank, name in enumerate(TOOL_RANKS)}
 
 
 def rank_tools(
-    tools: Sequence[Tool], limit: int, in_use: AbstractSet[str] = frozenset(),
+    tools: Sequence[Tool], limit: int, in_use: AbstractSet[str] = frozenset()
 ) -> List[Tool]:
-    """STUB until merged."""
-    kept = [tool for tool in tools if tool.name != PLACEHOLDER_TOOL]
-    return kept[:limit] if limit else kept
+    """Choose the tools that are forwarded, at most limit (0: all), in the client's order.
+
+    The core tools and those in use (called, or loaded by a tool_reference) stay even
+    beyond the limit; then each MCP server has one place; the rest goes by TOOL_RANKS.
+    """
+    offered = [tool for tool in tools if tool.name != PLACEHOLDER_TOOL]
+    if not limit or len(offered) <= limit:
+        return offered
+    names = list(dict.fromkeys(tool.name for tool in offered))
+    kept = {name for name in names if name in CORE_TOOLS or name in in_use}
+    kept.update(_shell_by_shape(offered))
+    servers = {mcp_server(name) for name in kept} - {""}
+    for name in sorted(names, key=_rank):
+        server = mcp_server(name)
+        if len(kept) < limit and server and server not in servers:
+            servers.add(server)
+            kept.add(name)
+    for name in sorted(names, key=_rank):
+        if len(kept) < limit:
+            kept.add(name)
+    return [tool for tool in offered if tool.name in kept]
+
+
+def mcp_server(name: str) -> str:
+    """The server's part of mcp__server__tool, "" for other names."""
+    server, separator, _ = name[len(MCP_PREFIX):].partition("__")
+    return server if name.startswith(MCP_PREFIX) and separator else ""
+
+
+def _rank(name: str) -> int:
+    unnamed = len(TOOL_RANKS) if mcp_server(name) else RANK_OF[ANY_OTHER_TOOL]
+    return RANK_OF.get(name, unnamed)
+
+
+def _shell_by_shape(tools: Sequence[Tool]) -> List[str]:
+    """The shell of a client whose names are unknown: the tool that requires a command."""
+    if any(tool.name in CORE_TOOLS for tool in tools):
+        return []
+    shells = [tool.name for tool in tools
+              if "command" in (tool.schema.get("required") or ()) and not mcp_server(tool.name)]
+    return shells[:1]
 
 
 # ------------------------------ parsing ------------------------------
@@ -1276,6 +1338,380 @@ def estimate_tokens(text: str) -> int:
 
 
 # ------------------------------ slimming ------------------------------
+# What a small model needs to know of a tool: our own words, and those for its
+# parameters ("" where the name says it, None for what only the client itself fills or
+# no local model obeys, which is not shown). A tool is recognised by its name and by
+# having no required parameter that the row does not know; the client's list is
+# contract/claude-code.md A8 and F1, contract/qwen-code.md. Optional parameters that
+# Qwen forgets in long prompts are asked for in the tool's own text (peers.md 2, no. 21).
+FILE = "absolute path"
+ToolText = Tuple[str, Dict[str, Optional[str]]]
+BASH_TEXT: ToolText = (
+    "Run a shell command and return its output. The working directory stays between calls,"
+    " variables do not. To read, change or create files use the file tools, not cat, sed or"
+    " echo. Quote paths with spaces. Nothing interactive (no git rebase -i). Commit or push"
+    " only when the user asks. Always give description.",
+    {"command": "", "description": "what it does, in 5 to 10 words",
+     "timeout": "milliseconds, default 120000, at most 600000",
+     "run_in_background": "true: go on at once, a notice comes when it ends",
+     "is_background": "true for servers and watchers", "directory": "absolute path to run in",
+     "dangerouslyDisableSandbox": "only when the user asked for it"})
+READ_TEXT: ToolText = (
+    "Show a file: text with line numbers (2000 lines at most), an image, a PDF or a notebook."
+    " Not for directories. Of a long file read a part: give offset and limit.",
+    {"file_path": FILE, "offset": "line to start at", "limit": "number of lines",
+     "pages": "of a PDF, for example 1-5", "allow_large": "true: read it all though it is large"})
+EDIT_TEXT: ToolText = (
+    "Replace text in a file that you have read. old_string must be in the file exactly once,"
+    " with its indentation and without line numbers; add lines around it to make it unique,"
+    " or set replace_all to change every occurrence.",
+    {"file_path": FILE, "old_string": "exact text to find", "new_string": "text to put there",
+     "replace_all": "default false"})
+WRITE_TEXT: ToolText = (
+    "Write a whole file, creating it or replacing what is there. Read an existing file first;"
+    " for a part of it use the edit tool.",
+    {"file_path": FILE, "content": "the whole new text", "record_as_artifact": ""})
+NOTEBOOK_TEXT: ToolText = (
+    "Replace, insert or delete one cell of a Jupyter notebook that you have read.",
+    {"notebook_path": FILE, "cell_id": "the cell, or the one to insert after", "new_source": "",
+     "cell_type": "needed for insert", "edit_mode": "default replace"})
+GLOB_TEXT: ToolText = (
+    "Find files by name pattern, newest first.",
+    {"pattern": "for example src/**/*.ts", "path": "folder, default the working directory"})
+GREP_TEXT: ToolText = (
+    "Search file contents for a regular expression (ripgrep syntax). Narrow it with path and"
+    " glob.",
+    {"pattern": "", "path": "file or folder", "glob": "for example *.js", "limit": "lines at most",
+     "type": "file type, for example py", "output_mode": "default files_with_matches",
+     "-i": "ignore case", "-n": "line numbers", "-A": "lines after", "-B": "lines before",
+     "-C": "lines around", "head_limit": "results at most", "multiline": "let . match newlines"})
+AGENT_TEXT: ToolText = (
+    "Give a task to a subagent, which works on its own and returns one report. It knows only"
+    " your prompt: state the goal, the paths and what to report. Only for large independent"
+    " work; do small things yourself. Tell the user what it found, and never guess it.",
+    {"description": "3 to 5 words", "prompt": "the task", "subagent_type": "one of the listed",
+     "run_in_background": "false: wait for the report", "isolation": "", "model": "",
+     "effort": None})
+SKILL_TEXT: ToolText = (
+    "Load a listed skill: instructions for one kind of task. Call it first when a listed skill"
+    " fits, or when the user types /name. Never guess names. Not for built-in commands such"
+    " as /help.",
+    {"skill": "exact name from the list, no slash", "args": ""})
+SEARCH_TOOLS_TEXT: ToolText = (
+    "Load tools that are so far only listed by name, so that they can be called.",
+    {"query": "select:NAME,NAME or search words", "max_results": "default 5"})
+FETCH_TEXT: ToolText = (
+    "Fetch a public web page and answer prompt from it. Not for localhost or pages behind a"
+    " login.",
+    {"url": "", "prompt": "what to find out", "offset": "where to read on"})
+ASK_TEXT: ToolText = (
+    "Ask the user to choose, only where you cannot go on without a decision that is theirs."
+    " 1 to 4 questions, each with 2 to 4 options; the client adds Other itself.",
+    {"questions": "", "answers": None, "annotations": None, "metadata": None})
+STEPS_TEXT: ToolText = (
+    "Set the list of steps shown to the user. Send the whole list each time; one item in"
+    " progress at a time, marked completed as soon as it is done.",
+    {"todos": ""})
+STOP_TEXT: ToolText = ("Stop a background task.",
+                       {"task_id": "", "shell_id": "old name of task_id"})
+LIST_AGENTS_TEXT: ToolText = (
+    "List the agents that SendMessage can reach.",
+    {"cursor": "from the end of the last page", "channel": None, "q": None})
+MESSAGE_TEXT: ToolText = (
+    "Send a message to another agent, for example to go on with a finished subagent.",
+    {"to": "name or id of the agent", "message": "", "summary": "5 to 10 words",
+     "notify_when_idle": ""})
+PLAN_EXIT_TEXT: ToolText = (
+    "In plan mode: say that the plan file is written and ask the user to approve it. Ends"
+    " planning; the only way to ask for approval.",
+    {"allowedPrompts": "", "plan": "the plan"})
+TOOL_TEXTS: Dict[str, ToolText] = {
+    "Bash": BASH_TEXT, "run_shell_command": BASH_TEXT,
+    "Read": READ_TEXT, "read_file": READ_TEXT,
+    "Edit": EDIT_TEXT, "edit": EDIT_TEXT,
+    "Write": WRITE_TEXT, "write_file": WRITE_TEXT,
+    "NotebookEdit": NOTEBOOK_TEXT, "notebook_edit": NOTEBOOK_TEXT,
+    "Glob": GLOB_TEXT, "glob": GLOB_TEXT, "Grep": GREP_TEXT, "grep_search": GREP_TEXT,
+    "Agent": AGENT_TEXT, "Task": AGENT_TEXT, "agent": AGENT_TEXT,
+    "Skill": SKILL_TEXT, "skill": SKILL_TEXT,
+    "ToolSearch": SEARCH_TOOLS_TEXT,
+    "WebFetch": FETCH_TEXT, "web_fetch": FETCH_TEXT,
+    "AskUserQuestion": ASK_TEXT, "TodoWrite": STEPS_TEXT, "todo_write": STEPS_TEXT,
+    "TaskStop": STOP_TEXT, "task_stop": STOP_TEXT, "KillShell": STOP_TEXT,
+    "ListAgents": LIST_AGENTS_TEXT, "SendMessage": MESSAGE_TEXT,
+    "ExitPlanMode": PLAN_EXIT_TEXT,
+    "EnterPlanMode": ("Start plan mode: explore and write a plan for the user to approve,"
+                      " before a change that is large or open to choices.", {}),
+    "WebSearch": ("Search the web. Name the pages you used.",
+                  {"query": "", "allowed_domains": "", "blocked_domains": ""}),
+    "BashOutput": ("Show new output of a background command.",
+                   {"bash_id": "", "filter": "regular expression"}),
+    "TaskOutput": ("Show the output of a background task.",
+                   {"task_id": "", "block": "wait for its end", "timeout": "milliseconds"}),
+    "TaskCreate": ("Add a task to the list shown to the user; for work of three or more steps.",
+                   {"subject": "short title", "description": "what to do",
+                    "activeForm": "for example Running tests", "metadata": ""}),
+    "TaskUpdate": ("Change a task: in_progress when you start it, completed only when it is"
+                   " wholly done.",
+                   {"taskId": "", "status": "", "subject": "", "description": "",
+                    "activeForm": "", "owner": "", "metadata": "", "addBlocks": "ids that wait"
+                    " for this", "addBlockedBy": "ids this waits for"}),
+    "TaskGet": ("Show one task of the list.", {"taskId": ""}),
+    "TaskList": ("Show the task list.", {}),
+    "EnterWorktree": ("Work in a git worktree, only when the user or CLAUDE.md says so.",
+                      {"name": "of a new one", "path": "of an existing one"}),
+    "ExitWorktree": ("Leave the worktree that EnterWorktree made.",
+                     {"action": "", "discard_changes": "only when the user agreed"}),
+    "ScheduleWakeup": ("In /loop: say when to wake up again, or stop the loop.",
+                       {"delaySeconds": "60 to 3600", "reason": "one sentence",
+                        "prompt": "the /loop input again", "stop": "true: end the loop",
+                        "noop": "true: nothing had changed"}),
+    "Workflow": ("Run a script that directs many subagents. Only when the user asked for a"
+                 " workflow in so many words; load the skill workflow-authoring first where"
+                 " there is one. The script begins with export const meta = {name,"
+                 " description}.",
+                 {"script": "JavaScript", "name": "of a saved workflow", "args": "",
+                  "scriptPath": "", "resumeFromRunId": "", "description": "", "title": ""}),
+    "ReportFindings": ("Report the findings of a code review, worst first, when the review's"
+                       " instructions say so.", {"findings": "", "level": ""}),
+    "Monitor": ("Watch a command in the background; each line it prints is a notice to you.",
+                {"command": "", "description": "what is watched", "timeout_ms": "at most 600000",
+                 "ws": "a WebSocket instead of a command"}),
+    "CronCreate": ("Run a prompt later or again and again.",
+                   {"cron": "minute hour day month weekday, local time", "prompt": "",
+                    "recurring": "false: once", "durable": "true: survives a restart"}),
+    "CronDelete": ("Cancel a scheduled prompt.", {"id": ""}),
+    "CronList": ("List the scheduled prompts.", {}),
+}
+# Characters of what is not ours to rewrite: a tool of an MCP server, one of its
+# parameters. Models act on the first sentences; servers send up to 10 KB a tool.
+MAX_TOOL_TEXT_CHARS = 1000
+MAX_PARAMETER_TEXT_CHARS = 240
+# The same for what is nested in a known tool's parameters: its own text says the rest.
+MAX_NESTED_TEXT_CHARS = 80
+# Keywords that say nothing to a model: Ollama drops them, or prints them as tags of
+# their own (contract/ollama.md 1; peers.md 1d, Lucebox).
+NOISE_KEYWORDS = frozenset((
+    "$schema", "$id", "$comment", "additionalProperties", "examples", "example", "title", "format",
+    "pattern", "propertyNames", "contentEncoding", "contentMediaType", "exclusiveMinimum",
+    "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "readOnly",
+    "writeOnly", "deprecated"))
+NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties")
+# Numbers that only say "a whole number of JavaScript".
+MAX_SAFE_INTEGER = 2**53 - 1
+AGENTS_IN_TOOL = Pattern(r"(?m)^.{0,40}vailable agent types.{0,60}:\n(?:- .*\n?)+")
+ENTRY = Pattern(r"(?m)^- (?:\*\*)?(?:([\w-]{1,80})(?:\*\*)?: )?")
+
+
+def slim_tool(tool: Tool) -> Tool:
+    """Say the same of a tool in fewer words; same input, same bytes.
+
+    Known tools get our own text (and keep a list of agents that stands in theirs), others
+    keep theirs up to MAX_TOOL_TEXT_CHARS. Calls are still checked by the client's schema.
+    """
+    row = TOOL_TEXTS.get(tool.name)
+    required = tool.schema.get("required")
+    names = required if isinstance(required, list) else ()
+    if row is None or not all(name in row[1] for name in names):
+        row = (clip(tool.description, MAX_TOOL_TEXT_CHARS), {})
+    elif row is AGENT_TEXT:
+        agents = AGENTS_IN_TOOL.search(tool.description)
+        row = (row[0] + "\n" + clip_entries(agents.group().rstrip()) if agents else row[0], row[1])
+    return Tool(tool.name, row[0], slim_schema(tool.schema, row[1]))
+
+
+def slim_schema(schema: Json, texts: Mapping[str, Optional[str]]) -> Json:
+    """Leave the noise out of a tool's schema; texts describes its own parameters."""
+    slim: Json = _without_noise(
+        schema, MAX_NESTED_TEXT_CHARS if texts else MAX_PARAMETER_TEXT_CHARS)
+    parameters = slim.get("properties")
+    if not isinstance(parameters, dict):
+        return slim
+    for name in list(parameters):
+        if name in texts and texts[name] is None:
+            del parameters[name]
+        elif name in texts and isinstance(parameters[name], dict):
+            parameters[name].pop("description", None)
+            if texts[name]:
+                parameters[name]["description"] = texts[name]
+    return slim
+
+
+def _without_noise(node: Any, limit: int) -> Any:
+    if isinstance(node, list):
+        return [_without_noise(item, limit) for item in node]
+    if not isinstance(node, dict):
+        return node
+    slim: Json = {}
+    for key, value in node.items():
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
+            slim[key] = {name: _without_noise(part, limit) for name, part in value.items()}
+        elif key in ("enum", "const", "default", "required"):
+            slim[key] = value
+        elif key == "description" and isinstance(value, str):
+            slim[key] = clip(value, limit)
+        elif key not in NOISE_KEYWORDS and not _is_unbounded(key, value):
+            slim[key] = _without_noise(value, limit)
+    return slim
+
+
+def _is_unbounded(key: str, value: Any) -> bool:
+    return key in ("minimum", "maximum") and value in (MAX_SAFE_INTEGER, -MAX_SAFE_INTEGER)
+
+
+def clip(text: str, limit: int) -> str:
+    """Cut text to about limit characters, at a sentence or word, marked with …"""
+    text = text.strip()
+    if len(text) <= limit:
+        return text
+    head = text[:limit]
+    cut = max(head.rfind(". ") + 1, head.rfind("\n"))
+    if cut < limit // 2:
+        cut = max(head.rfind(" "), limit // 2)
+    return head[:cut].rstrip() + " …"
+
+class Passage(NamedTuple):
+    """A passage of the client's texts that is about tools.
+
+    It starts at a line that start matches, at the beginning of a paragraph where
+    paragraph is set; more matches the first line of a further paragraph that belongs to
+    it. It is left out unless one of the tools in needs is forwarded; with no needs always.
+    """
+
+    name: str
+    start: Pattern
+    needs: Tuple[str, ...]
+    paragraph: bool = True
+    more: Optional[Pattern] = None
+
+
+AGENT_TOOLS = ("Agent", "Task", "agent")
+SKILL_TOOLS = ("Skill", "skill")
+TASK_TOOLS = ("TaskCreate", "TaskUpdate", "TodoWrite", "todo_write")
+# First lines as 2.1.197, 2.1.330 and Qwen Code 0.24.4 write them (contract A6, F1).
+PASSAGES: Tuple[Passage, ...] = (
+    Passage("list of agents", Pattern(r"Available agent types for the \w+ tool:"), AGENT_TOOLS,
+            more=Pattern(r"When you launch multiple agents ")),
+    Passage("list of skills",
+            Pattern(r"The following skills are available for use with the Skill tool\b"),
+            SKILL_TOOLS, more=Pattern(r"- |<available_skills>|</?skill>")),
+    Passage("list of deferred tools",
+            Pattern(r"The following deferred tools are (?:now )?available via \w+\."),
+            ("ToolSearch", "tool_search")),
+    Passage("task reminder",
+            Pattern(r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."),
+            TASK_TOOLS),
+    Passage("hint at skills",
+            Pattern(r" ?- When the user types `/[^`]{1,40}`, invoke it via Skill"), SKILL_TOOLS,
+            paragraph=False),
+    Passage("hint at agents",
+            Pattern(r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
+                    r"|Calling Agent with subagent_type"
+                    r"|For broad codebase exploration .{0,80} spawn Agent with )"),
+            AGENT_TOOLS, paragraph=False),
+    Passage("hint at tasks", Pattern(r" ?- Use (?:TaskCreate|TodoWrite) to plan "),
+            TASK_TOOLS, paragraph=False),
+    # The client's own budget, of a window that the local model does not have; a new
+    # number at every turn breaks the prefix (contract/ollama.md 5, #17918).
+    Passage("token count", Pattern(r"<total_tokens>[^<]{0,80}</total_tokens>\s*$"), ()),
+)
+SHORTENED = ("list of agents", "list of skills")
+# The client's own agents and skills: a name and a few words are enough. The user's
+# entries keep what he wrote up to MAX_ENTRY_CHARS.
+CLIENT_ENTRIES = frozenset((
+    "claude", "claude-code-guide", "Explore", "general-purpose", "Plan", "statusline-setup",
+    "dataviz", "deep-research", "update-config", "keybindings-help", "verify", "code-review",
+    "simplify", "fewer-permission-prompts", "loop", "claude-api", "workflow-authoring", "run",
+    "plugin-authoring", "init", "review", "security-review"))
+MAX_CLIENT_ENTRY_CHARS = 80
+MAX_ENTRY_CHARS = 600
+# Texts that hold the user's rules are never searched, whatever they quote.
+USER_RULES = Pattern(r"(?m)^# claudeMd$|^Codebase and user instructions are shown below")
+REMINDER = Pattern(r"(\s*<system-reminder>\n)(.*?)(\n</system-reminder>\s*)", re.DOTALL)
+EMPTY_HEADING = Pattern(r"(?m)^# Session-specific guidance\n\s*(?=# |\Z)")
+
+
+def slim_text(text: str, kept_tools: Sequence[str]) -> Tuple[str, List[str]]:
+    """Leave out passages about tools that are not forwarded.
+
+    For system blocks, role:"system" messages and user blocks that begin with
+    <system-reminder> (of those only the reminders are read, never what follows them).
+    Returns the text and the names of what was left out or shortened; a reminder of
+    which nothing remains goes as a whole. Unknown text stays as it is.
+    """
+    left_out: List[str] = []
+    if not text.lstrip().startswith("<system-reminder>"):
+        return _slim_passages(text, kept_tools, left_out), left_out
+    parts, end = [], 0
+    reminder = REMINDER.match(text)
+    while reminder:
+        inner = _slim_passages(reminder.group(2), kept_tools, left_out)
+        if inner.strip() or inner == reminder.group(2):
+            parts.append(reminder.group(1) + inner + reminder.group(3))
+        end = reminder.end()
+        reminder = REMINDER.match(text, end)
+    return "".join(parts) + text[end:], left_out
+
+
+def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) -> str:
+    if USER_RULES.search(text):
+        return text
+    lines, slim, here, before = text.split("\n"), [], 0, len(left_out)
+    while here < len(lines):
+        row = _passage_at(lines, here)
+        end = _passage_end(lines, here, row) if row else here + 1
+        kept = lines[here:end]
+        if row and not any(name in kept_tools for name in row.needs):
+            left_out.append(row.name)
+            kept = []
+            while row.paragraph and end < len(lines) and not lines[end].strip():
+                end += 1
+        elif row and row.name in SHORTENED:
+            passage = "\n".join(kept)
+            kept = [clip_entries(passage)]
+            if kept[0] != passage:
+                left_out.append(row.name + ", shortened")
+        slim += kept
+        here = end
+    if len(left_out) == before:
+        return text
+    return EMPTY_HEADING.sub("", "\n".join(slim))
+
+
+def _passage_at(lines: Sequence[str], here: int) -> Optional[Passage]:
+    first = here == 0 or not lines[here - 1].strip()
+    for row in PASSAGES if lines[here] else ():
+        if (first or not row.paragraph) and row.start.match(lines[here]):
+            return row
+    return None
+
+
+def _passage_end(lines: Sequence[str], here: int, row: Passage) -> int:
+    """Number of the line after the passage."""
+    if not row.paragraph:
+        return here + 1
+    end = here
+    while True:
+        while end < len(lines) and lines[end].strip():
+            end += 1
+        after = end
+        while after < len(lines) and not lines[after].strip():
+            after += 1
+        if row.more is None or after == len(lines) or not row.more.match(lines[after]):
+            return end
+        end = after
+
+
+def clip_entries(passage: str) -> str:
+    """Shorten the entries of a list of agents or skills ("- name: what it is for")."""
+    entries = list(ENTRY.finditer(passage))
+    slim = [passage[:entries[0].start()] if entries else passage]
+    for entry, following in zip(entries, [*entries[1:], None]):
+        limit = MAX_CLIENT_ENTRY_CHARS if entry.group(1) in CLIENT_ENTRIES else MAX_ENTRY_CHARS
+        whole = passage[entry.start():following.start() if following else len(passage)]
+        body = whole.partition("\n\n")[0].rstrip("\n")
+        slim.append(clip(body, limit) + whole[len(body):])
+    return "".join(slim)
 
 
 # ------------------------------ bodies ------------------------------
