@@ -2793,7 +2793,7 @@ ERROR_COLOUR = "31"
 WINDOW_WARN_SHARE = 0.8
 
 
-def fit(text: str, secrets: Iterable[str] = ()) -> str:
+def shown_text(text: str, secrets: Iterable[str] = ()) -> str:
     """Make foreign text one clean line without secrets or the login of a URL."""
     return clean(URL_LOGIN.sub("://", redact(text, secrets)))
 
@@ -2872,13 +2872,13 @@ def turn_line(record: TurnRecord, colour: bool = False, utc_offset_s: float = 0.
     parts = [f"{at} turn {record.turn}" if record.turn else at,
              f"answered here ({record.model})" if record.way == "local" else fill_text(record),
              *pace_texts(record), tools_text(record)]
-    line = "  ".join(fit(part, secrets) for part in parts if part)
+    line = "  ".join(shown_text(part, secrets) for part in parts if part)
     code = COLOURS.get(record.outcome, ERROR_COLOUR)
-    line += "  " + paint(fit(record.outcome), code, colour)
+    line += "  " + paint(shown_text(record.outcome), code, colour)
     if record.error:
-        line += f": {fit(record.error, secrets)} {fit(record.cure, secrets)}".rstrip()
+        line += f": {shown_text(record.error, secrets)} {shown_text(record.cure, secrets)}".rstrip()
     for note in filter(None, (left_text(record), *record.notes)):
-        line += "  " + paint(fit(note, secrets), COLOURS["warn"], colour)
+        line += "  " + paint(shown_text(note, secrets), COLOURS["warn"], colour)
     return line
 
 
@@ -2888,9 +2888,9 @@ def turn_fields(record: TurnRecord, secrets: Iterable[str] = ()) -> Json:
     fields: Json = {}
     for name, value in record._asdict().items():
         if isinstance(value, str):
-            fields[name] = fit(value, hidden)
+            fields[name] = shown_text(value, hidden)
         elif isinstance(value, tuple):
-            fields[name] = [fit(item, hidden) for item in value]
+            fields[name] = [shown_text(item, hidden) for item in value]
         else:
             fields[name] = round(value, 3) if isinstance(value, float) else value
     return fields
@@ -2938,7 +2938,7 @@ def scrub(value: Any, secrets: Tuple[str, ...]) -> Any:
         return {clean(str(key)): scrub(item, secrets) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [scrub(item, secrets) for item in value]
-    return fit(value, secrets) if isinstance(value, str) else value
+    return shown_text(value, secrets) if isinstance(value, str) else value
 
 
 def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
