@@ -51,6 +51,8 @@ import socket
 import sys
 import threading
 import time
+from bisect import bisect_left
+from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import (
@@ -58,6 +60,8 @@ from typing import (
     Any,
     Callable,
     ClassVar,
+    ContextManager,
+    Deque,
     Dict,
     Iterable,
     List,
@@ -146,6 +150,20 @@ BASH_CHECK_S = 2.0
 MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
 MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
 DEFAULT_MAX_TOKENS = 32000  # what the CLI asks for with a model it does not know (A4)
+# What the status page keeps: turns and, of rescues and errors each, the last few, so
+# that an hour of work is seen and memory stays at some hundred kilobytes.
+MAX_TURNS = 50
+MAX_EVENTS = 20
+SHOWN_SESSIONS = 12  # window gauges: a person's sessions and their subagents
+# Different values of one metric label: our own rules and kinds are fewer; a client or
+# an upstream that invents names must not grow the table.
+MAX_LABELS = 64
+MAX_LABEL_CHARS = 60
+MAX_LOG_TOOLS = 4  # tool names in one log line; a turn can hold dozens of calls
+# Upper bounds in seconds. First token: a cached prompt takes 0.02 s, a cold one of
+# 20,000 tokens minutes. A token: 200/s on a large GPU, 1/s on a CPU.
+FIRST_TOKEN_BOUNDS_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 600.0)
+PER_TOKEN_BOUNDS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
 
 # ============================== 2. ERRORS ==============================
@@ -3047,6 +3065,764 @@ class Turn:
 
 
 # ============================== 14. STATUS ==============================
+
+
+class TurnRecord(NamedTuple):
+    """What one request became; holds no prompt and no answer text.
+
+    started is epoch seconds, *_s are seconds, tokens are counts; window 0 means
+    unknown. way is chat, verbatim or local (answered without the model). rescue names
+    the rule that made the call, rescue_outcome what came of it. outcome is "ok",
+    "client left" or a kind of error; notes are sentences such as what broke the prefix.
+    """
+
+    session: str = ""
+    turn: int = 0
+    model: str = ""
+    started: float = 0.0
+    first_s: Optional[float] = None
+    total_s: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: Optional[int] = None
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    prefill_s: float = 0.0
+    tokens_per_s: float = 0.0
+    window: int = 0
+    tools: Tuple[str, ...] = ()
+    way: str = "chat"
+    rescue: str = ""
+    rescue_outcome: str = ""
+    outcome: str = "ok"
+    error: str = ""
+    cure: str = ""
+    notes: Tuple[str, ...] = ()
+
+
+CLIENT_LEFT = "client left"
+UPSTREAM_KINDS = Pattern(r"upstream|ollama|timeout_error|api_error|invalid_response|rate_limit")
+
+
+class Running:
+    """A request at work: its state is waiting, prefill or writing."""
+
+    __slots__ = ("model", "session", "since", "state", "state_since", "tokens")
+
+    def __init__(self, session: str, model: str, state: str, now: float) -> None:
+        self.session, self.model, self.state = session, model, state
+        self.since = self.state_since = now
+        self.tokens = 0
+
+
+class Histogram:
+    """Counts of observations at or below each bound, as Prometheus wants them."""
+
+    def __init__(self, bounds: Tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count value; anything but a number from 0 up is left out."""
+        if 0 <= value < float("inf"):
+            self.counts[bisect_left(self.bounds, value)] += 1
+            self.total += value
+
+
+def bump(counter: Dict[str, int], key: str, by: int = 1) -> None:
+    """Add to a counter whose keys may come from outside; their number is bounded."""
+    key = clean(key, MAX_LABEL_CHARS) or "unknown"
+    if key not in counter and len(counter) >= MAX_LABELS:
+        key = "other"
+    counter[key] = counter.get(key, 0) + by
+
+
+class Stats:
+    """What the shim has done since its start, in bounded memory.
+
+    A request is `begin`, any number of `progress`, `end`; the key is the caller's and
+    tells requests apart. Times are epoch seconds. Callers on several threads pass a
+    lock; progress needs none, since it only sets fields of its own request.
+    """
+
+    def __init__(self, started: float = 0.0, lock: Optional[ContextManager[Any]] = None) -> None:
+        self.started = started
+        self.lock: ContextManager[Any] = contextlib.nullcontext() if lock is None else lock
+        self.active: Dict[Any, Running] = {}
+        self.sessions: Dict[str, TurnRecord] = {}
+        self.turns: Deque[TurnRecord] = deque(maxlen=MAX_TURNS)
+        self.rescued: Deque[TurnRecord] = deque(maxlen=MAX_EVENTS)
+        self.failed: Deque[TurnRecord] = deque(maxlen=MAX_EVENTS)
+        self.requests: Dict[str, int] = {"ok": 0}
+        self.rescues: Dict[str, int] = {}
+        self.upstream_errors: Dict[str, int] = {}
+        self.tokens = {"prompt": 0, "cached": 0, "output": 0}
+        self.first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
+        self.per_token = Histogram(PER_TOKEN_BOUNDS_S)
+
+    def begin(self, key: Any, session: str, model: str, now: float,
+              state: str = "prefill") -> None:
+        """Note a request; state "waiting" for one that has no slot yet."""
+        with self.lock:
+            self.active[key] = Running(session, model, state, now)
+
+    def progress(self, key: Any, now: float, tokens: int = 0, state: str = "writing") -> None:
+        """Note how far a request is: its state and the tokens written so far."""
+        running = self.active.get(key)
+        if running is None:
+            return
+        running.tokens = tokens
+        if running.state != state:
+            running.state, running.state_since = state, now
+
+    def end(self, key: Any, record: TurnRecord) -> None:
+        """Note how a request ended; one that never began counts as well."""
+        with self.lock:
+            self.active.pop(key, None)
+            bump(self.requests, record.outcome)
+            self._count(record)
+            self.turns.append(record)
+            if record.rescue:
+                self.rescued.append(record)
+            if record.outcome not in ("ok", CLIENT_LEFT):
+                self.failed.append(record)
+            if record.prompt_tokens and record.session and record.way != "local":
+                self._keep_session(record)
+
+    def settle(self, session: str, outcome: str) -> None:
+        """Say what came of the last rescue of a session, once its result is known."""
+        with self.lock:
+            for index in range(len(self.rescued) - 1, -1, -1):
+                record = self.rescued[index]
+                if record.session == session:
+                    self.rescued[index] = record._replace(rescue_outcome=outcome)
+                    return
+
+    def _count(self, record: TurnRecord) -> None:
+        for rule in filter(None, record.rescue.split(",")):
+            bump(self.rescues, rule)
+        if record.outcome not in ("ok", CLIENT_LEFT) and UPSTREAM_KINDS.search(record.outcome):
+            bump(self.upstream_errors, record.outcome)
+        self.tokens["prompt"] += record.prompt_tokens
+        self.tokens["cached"] += record.cached_tokens
+        self.tokens["output"] += record.output_tokens
+        if record.first_s is not None and record.way != "local":
+            self.first_token.observe(record.first_s)
+        if record.tokens_per_s > 0:
+            self.per_token.observe(1 / record.tokens_per_s)
+
+    def _keep_session(self, record: TurnRecord) -> None:
+        """Make this the newest session; the one that was idle longest gives way."""
+        self.sessions.pop(record.session, None)
+        self.sessions[record.session] = record
+        if len(self.sessions) > SHOWN_SESSIONS:
+            del self.sessions[next(iter(self.sessions))]
+
+
+# ------------------------------ log lines ------------------------------
+
+COLOURS = {"ok": "32", CLIENT_LEFT: "33", "warn": "33"}
+ERROR_COLOUR = "31"
+# Share of the window from which a turn's line says what is left.
+WINDOW_WARN_SHARE = 0.8
+
+
+def shown_text(text: str, secrets: Iterable[str] = ()) -> str:
+    """Make foreign text one clean line without secrets or the login of a URL."""
+    return clean(URL_LOGIN.sub("://", redact(text, secrets)))
+
+
+def token_text(count: int) -> str:
+    """Shorten a count of tokens: 940, 1.1k, 41.2k, 118k."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1000:.1f}k" if count < 99_950 else f"{round(count / 1000)}k"
+
+
+def window_text(window: int) -> str:
+    """Name a window as people do: 65536 is 64k, 100000 is 100k."""
+    if window >= 1024 and window % 1024 == 0:
+        return f"{window // 1024}k"
+    return token_text(window)
+
+
+def paint(text: str, code: str, colour: bool) -> str:
+    """Colour text for a terminal."""
+    return f"\x1b[{code}m{text}\x1b[0m" if colour and code else text
+
+
+def fill_text(record: TurnRecord) -> str:
+    """Say how full the window is: "41.2k/64k tokens (1.1k new)"."""
+    if not record.prompt_tokens:
+        return ""
+    window = f"/{window_text(record.window)}" if record.window else ""
+    new = f" ({token_text(record.new_tokens)} new)" if record.new_tokens is not None else ""
+    return f"{token_text(used_tokens(record))}{window} tokens{new}"
+
+
+def used_tokens(record: TurnRecord) -> int:
+    """Count what the next turn starts from: the prompt and its answer."""
+    return record.prompt_tokens + record.output_tokens
+
+
+def left_text(record: TurnRecord) -> str:
+    """Warn of a window that is nearly full."""
+    used = used_tokens(record)
+    if not record.window or used < record.window * WINDOW_WARN_SHARE:
+        return ""
+    left = max(0, record.window - used)
+    return f"{100 * used // record.window}% of the window used, {token_text(left)} left"
+
+
+def pace_texts(record: TurnRecord) -> List[str]:
+    """Say how long reading took, when the first token came and the speed after it."""
+    texts = []
+    if record.prefill_s:
+        texts.append(f"prefill {record.prefill_s:.1f}s")
+    if record.first_s is not None:
+        texts.append(f"first {record.first_s:.1f}s")
+    if record.tokens_per_s:
+        texts.append(f"{record.tokens_per_s:.0f} tok/s")
+    return texts
+
+
+def tools_text(record: TurnRecord) -> str:
+    """Name the tools called and the rule that rescued them."""
+    names = ", ".join(record.tools[:MAX_LOG_TOOLS])
+    if len(record.tools) > MAX_LOG_TOOLS:
+        names += f" and {len(record.tools) - MAX_LOG_TOOLS} more"
+    via = f"via rescue:{record.rescue}" if record.rescue else ""
+    return f"{names} {via}".strip()
+
+
+def turn_line(record: TurnRecord, colour: bool = False, utc_offset_s: float = 0.0,
+              secrets: Iterable[str] = ()) -> str:
+    """Write the log line of a turn, without the line end.
+
+    12:01:07 turn 4  41.2k/64k tokens (1.1k new)  first 1.9s  38 tok/s  Write  ok
+    """
+    second = int(record.started + record.total_s + utc_offset_s) % 86400
+    at = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
+    parts = [f"{at} turn {record.turn}" if record.turn else at,
+             f"answered here ({record.model})" if record.way == "local" else fill_text(record),
+             *pace_texts(record), tools_text(record)]
+    line = "  ".join(shown_text(part, secrets) for part in parts if part)
+    code = COLOURS.get(record.outcome, ERROR_COLOUR)
+    line += "  " + paint(shown_text(record.outcome), code, colour)
+    if record.error:
+        line += f": {shown_text(record.error, secrets)} {shown_text(record.cure, secrets)}".rstrip()
+    for note in filter(None, (left_text(record), *record.notes)):
+        line += "  " + paint(shown_text(note, secrets), COLOURS["warn"], colour)
+    return line
+
+
+def turn_fields(record: TurnRecord, secrets: Iterable[str] = ()) -> Json:
+    """Return a turn as plain JSON values, cleaned for any reader."""
+    hidden = tuple(secrets)
+    fields: Json = {}
+    for name, value in record._asdict().items():
+        if isinstance(value, str):
+            fields[name] = shown_text(value, hidden)
+        elif isinstance(value, tuple):
+            fields[name] = [shown_text(item, hidden) for item in value]
+        else:
+            fields[name] = round(value, 3) if isinstance(value, float) else value
+    return fields
+
+
+def turn_json(record: TurnRecord, secrets: Iterable[str] = ()) -> str:
+    """Write a turn as one line of JSON for `--log-format json`."""
+    ended = round(record.started + record.total_s, 3)
+    return json.dumps({"event": "turn", "time": ended, **turn_fields(record, secrets)})
+
+
+# ------------------------------ status as JSON ------------------------------
+
+# Options that say how the shim works; none can hold a secret or a path of the user.
+SHOWN_OPTIONS = ("model", "num_ctx", "auto_ctx", "max_tools", "rescue", "verbatim", "bash_style",
+                 "prompt", "local_answers", "warm", "log")
+
+
+def running_fields(running: Running, now: float) -> Json:
+    """Describe a request at work."""
+    state_s = max(0.0, now - running.state_since)
+    writes = running.state == "writing" and state_s > 0
+    return {
+        "session": clean(running.session), "model": clean(running.model), "state": running.state,
+        "seconds": round(max(0.0, now - running.since), 1), "state_seconds": round(state_s, 1),
+        "tokens": running.tokens,
+        "tokens_per_s": round(running.tokens / state_s, 1) if writes else 0.0,
+    }
+
+
+def session_fields(record: TurnRecord) -> Json:
+    """Describe a session by its last turn: what its window holds and what is left."""
+    used = used_tokens(record)
+    return {
+        "session": clean(record.session), "model": clean(record.model), "turn": record.turn,
+        "used": used, "window": record.window,
+        "left": max(0, record.window - used) if record.window else None,
+        "last": record.started + record.total_s,
+    }
+
+
+def scrub(value: Any, secrets: Tuple[str, ...]) -> Any:
+    """Make every string of a JSON value fit to be shown."""
+    if isinstance(value, dict):
+        return {clean(str(key)): scrub(item, secrets) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrub(item, secrets) for item in value]
+    return shown_text(value, secrets) if isinstance(value, str) else value
+
+
+def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
+    """Return what the page at `/` shows; newest turns first, times in epoch seconds.
+
+    health is what `/health` answers. Prompts and answers are never in it.
+    """
+    secrets = secrets_of(config)
+    with stats.lock:
+        active = [running_fields(one, now) for one in stats.active.values()]
+        sessions = [session_fields(one) for one in reversed(list(stats.sessions.values()))]
+        lists = [list(one) for one in (stats.turns, stats.rescued, stats.failed)]
+        counters = {"requests": dict(stats.requests), "rescues": dict(stats.rescues),
+                    "upstream_errors": dict(stats.upstream_errors), "tokens": dict(stats.tokens)}
+    turns, rescues, errors = (
+        [turn_fields(one, secrets) for one in reversed(records)] for records in lists)
+    return {
+        "version": __version__, "now": round(now, 3), "uptime_s": round(now - stats.started, 1),
+        "health": scrub(health, secrets),
+        "options": scrub({name: getattr(config, name) for name in SHOWN_OPTIONS}, secrets),
+        "running": [one for one in active if one["state"] != "waiting"],
+        "waiting": [one for one in active if one["state"] == "waiting"],
+        "sessions": sessions, "turns": turns, "rescues": rescues, "errors": errors,
+        "counters": counters,
+    }
+
+
+# ------------------------------ Prometheus ------------------------------
+
+
+class Metric(NamedTuple):
+    """One metric family: samples are (suffix and labels, value)."""
+
+    name: str
+    kind: str
+    help: str
+    samples: List[Tuple[str, float]]
+
+
+def labels(**values: str) -> str:
+    """Write a label set; backslash, quote and line end are escaped."""
+    pairs = []
+    for name, value in values.items():
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        pairs.append(f'{name}="{escaped}"')
+    return "{" + ",".join(pairs) + "}"
+
+
+def by_label(label: str, counter: Dict[str, int]) -> List[Tuple[str, float]]:
+    """Return a counter's samples."""
+    return [(labels(**{label: key}), count) for key, count in sorted(counter.items())]
+
+
+def histogram_samples(histogram: Histogram) -> List[Tuple[str, float]]:
+    """Return the cumulative buckets, the sum and the count."""
+    samples: List[Tuple[str, float]] = []
+    seen = 0
+    for bound, count in zip((*histogram.bounds, None), histogram.counts):
+        seen += count
+        samples.append(("_bucket" + labels(le="+Inf" if bound is None else f"{bound:g}"), seen))
+    return [*samples, ("_sum", histogram.total), ("_count", seen)]
+
+
+def metrics_of(stats: Stats, config: Config) -> List[Metric]:
+    """Gather the families in the order in which they are printed."""
+    states = [one.state for one in list(stats.active.values())]
+    waiting = states.count("waiting")
+    info = labels(version=__version__, model=clean(config.model))
+    return [
+        Metric("info", "gauge", "What runs here; always 1.", [(info, 1)]),
+        Metric("start_time_seconds", "gauge", "Start of the shim, in epoch seconds.",
+               [("", stats.started)]),
+        Metric("requests_total", "counter", "Requests for messages by outcome.",
+               by_label("outcome", stats.requests)),
+        Metric("requests_running", "gauge", "Requests at work.", [("", len(states) - waiting)]),
+        Metric("requests_waiting", "gauge", "Requests that wait for a place.", [("", waiting)]),
+        Metric("rescues_total", "counter", "Tool calls made from text or a request, by rule.",
+               by_label("rule", stats.rescues)),
+        Metric("upstream_errors_total", "counter", "Failures of Ollama by kind.",
+               by_label("kind", stats.upstream_errors)),
+        Metric("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.",
+               [("", stats.tokens["prompt"])]),
+        Metric("cached_prompt_tokens_total", "counter", "Tokens of prompts not read again.",
+               [("", stats.tokens["cached"])]),
+        Metric("output_tokens_total", "counter", "Tokens written by the model.",
+               [("", stats.tokens["output"])]),
+        Metric("time_to_first_token_seconds", "histogram",
+               "From the request to the first token.", histogram_samples(stats.first_token)),
+        Metric("time_per_output_token_seconds", "histogram",
+               "Mean time for a token after the first, one observation a turn.",
+               histogram_samples(stats.per_token)),
+    ]
+
+
+def metrics_text(stats: Stats, config: Config) -> str:
+    """Write the Prometheus text format, version 0.0.4."""
+    with stats.lock:
+        families = metrics_of(stats, config)
+    lines = []
+    for name, kind, text, samples in families:
+        full = "qwencode_" + name
+        lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+        lines += [f"{full}{suffix} {value:.10g}" for suffix, value in samples]
+    return "\n".join(lines) + "\n"
+
+# ------------------------------ the page ------------------------------
+
+STATUS_STYLE = """
+:root { color-scheme: light dark; --bg: #f6f8fa; --card: #ffffff; --text: #1b1f24;
+  --muted: #57606a; --line: #d0d7de; --accent: #0550ae; --ok: #116329; --warn: #7d4e00;
+  --bad: #a40e26; --track: #e4e8ec; }
+@media (prefers-color-scheme: dark) { :root { --bg: #0d1117; --card: #161b22; --text: #e6edf3;
+  --muted: #9da7b3; --line: #30363d; --accent: #79c0ff; --ok: #56d364; --warn: #e3b341;
+  --bad: #ff7b72; --track: #30363d; } }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0 auto; max-width: 1240px; padding: 16px; background: var(--bg);
+  color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 14px; margin-bottom: 14px; }
+h1 { font-size: 22px; margin: 0; } h2 { font-size: 16px; margin: 0 0 8px; }
+header p { margin: 0; color: var(--muted); } header .grow { flex: 1; }
+main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 14px 16px; min-width: 0; }
+.wide { grid-column: 1 / -1; }
+.ok { color: var(--ok); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+.muted, .empty, figcaption { color: var(--muted); margin: 0; }
+.state { font-weight: 600; }
+button, input { font: inherit; color: inherit; background: var(--card); padding: 5px 12px;
+  border: 1px solid var(--muted); border-radius: 6px; min-height: 34px; }
+button { cursor: pointer; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+dl { display: grid; grid-template-columns: fit-content(70%) minmax(4em, 1fr); gap: 3px 16px;
+  margin: 0; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
+.gauge { margin: 0 0 12px; } .gauge:last-child { margin: 0; }
+.gauge p { margin: 0 0 3px; display: flex; flex-wrap: wrap; justify-content: space-between;
+  gap: 0 12px; }
+.track { height: 12px; border-radius: 6px; background: var(--track); overflow: hidden; }
+.fill { height: 100%; background: var(--accent); }
+.fill.warn { background: var(--warn); } .fill.bad { background: var(--bad); }
+figure { margin: 0; } figure svg { width: 100%; height: 120px; display: block; margin-top: 6px; }
+svg .bar { fill: var(--accent); } svg .base { stroke: var(--line); }
+svg .limit { stroke: var(--bad); stroke-dasharray: 5 4; }
+svg .area { fill: var(--accent); opacity: 0.18; }
+svg .curve { fill: none; stroke: var(--accent); stroke-width: 2; }
+svg * { vector-effect: non-scaling-stroke; }
+.scroll { overflow: auto; max-height: 520px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 14px 5px 0; vertical-align: top; }
+th { color: var(--muted); font-weight: 600; white-space: nowrap; }
+td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+td.num, th.num { text-align: right; white-space: nowrap; } td.nowrap { white-space: nowrap; }
+td small { display: block; color: var(--muted); font-size: 13.5px; }
+@media (max-width: 720px) {
+  body { padding: 10px; } main { grid-template-columns: minmax(0, 1fr); gap: 10px; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table, tbody, tr { display: block; }
+  tr { border-top: 1px solid var(--line); padding: 8px 0; }
+  tbody tr:first-child { border-top: 0; padding-top: 0; } tbody tr:last-child { padding-bottom: 0; }
+  td, td.num { display: flex; gap: 12px; border: 0; padding: 1px 0; text-align: left; }
+  td::before { content: attr(data-label); color: var(--muted); flex: 0 0 96px; }
+  td:empty { display: none; }
+}
+"""
+
+STATUS_SCRIPT = r"""
+"use strict";
+const SVG = "http://www.w3.org/2000/svg";
+const byId = (id) => document.getElementById(id);
+const shown = {};
+let key = "", paused = false, timer = 0, online = null, seen = null;
+try { key = sessionStorage.getItem("qwencode-key") || ""; } catch (error) { key = ""; }
+
+// Values reach the page as text nodes and attributes only: nothing is parsed as HTML.
+function fill(node, attributes, parts) {
+  for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
+  node.append(...parts.filter((part) => part !== "" && part !== null && part !== undefined));
+  return node;
+}
+const el = (name, attributes, ...parts) => fill(document.createElement(name), attributes, parts);
+const svg = (name, attributes, ...parts) =>
+  fill(document.createElementNS(SVG, name), attributes, parts);
+
+const count = (n) => n < 1000 ? String(n) : n < 99950 ? (n / 1000).toFixed(1) + "k"
+  : n < 999500 ? Math.round(n / 1000) + "k" : (n / 1e6).toFixed(1) + "M";
+const size = (n) => n >= 1024 && n % 1024 === 0 ? n / 1024 + "k" : count(n);
+const seconds = (s) => s === null || s === undefined ? "" : s < 100 ? s.toFixed(1) + " s"
+  : s < 7200 ? Math.round(s / 60) + " min" : (s / 3600).toFixed(1) + " h";
+const clock = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
+const short = (id) => id ? id.slice(0, 8) : "one without a name";
+const share = (part, whole) => whole > 0 ? Math.round(100 * part / whole) + " %" : "";
+const speed = (n) => n > 0 ? n.toFixed(n < 10 ? 1 : 0) : "";
+const used = (turn) => turn.prompt_tokens + turn.output_tokens;
+
+// A part is drawn anew only when its data changed, so that reading and selecting stay possible.
+function draw(id, data, make) {
+  const now = JSON.stringify(data);
+  if (shown[id] === now) return;
+  shown[id] = now;
+  byId(id).replaceChildren(...[].concat(make(data)));
+}
+const none = (text) => el("p", { class: "empty" }, text);
+
+// Roles are named because display:block on a phone takes a table's own ones away.
+function table(label, heads, rows) {
+  const cell = ([text, numeric], part, index) => el("td", { role: "cell", "data-label": text,
+    class: numeric ? "num" : index ? "" : "nowrap" }, ...[].concat(part));
+  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
+    el("table", { role: "table", "aria-label": label },
+      el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...heads.map(([text, numeric]) =>
+        el("th", { role: "columnheader", scope: "col", class: numeric ? "num" : "" }, text)))),
+      el("tbody", { role: "rowgroup" }, ...rows.map((row) => el("tr", { role: "row" },
+        ...row.map((part, index) => cell(heads[index], part, index)))))));
+}
+
+function outcome(turn) {
+  const tone = turn.outcome === "ok" ? "ok" : turn.outcome === "client left" ? "warn" : "bad";
+  return el("span", { class: tone }, turn.outcome.replaceAll("_", " "));
+}
+
+function lists(pairs) {
+  return el("dl", {}, ...pairs.filter((pair) => pair[1] !== "" && pair[1] !== undefined
+    && pair[1] !== null).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+}
+
+function gauges(sessions) {
+  if (!sessions.length) return none("No session yet. Ask Claude Code something.");
+  return sessions.map((one) => {
+    const part = one.window ? Math.min(1, one.used / one.window) : 0;
+    const tone = part >= 0.95 ? "bad" : part >= 0.8 ? "warn" : "";
+    const words = one.window
+      ? `${count(one.used)} of ${size(one.window)} used (${share(one.used, one.window)}), `
+        + `${count(one.left)} left`
+      : `${count(one.used)} used, window unknown`;
+    const bar = el("div", { class: "fill " + tone });
+    bar.style.width = (100 * part).toFixed(1) + "%";
+    return el("div", { class: "gauge" },
+      el("p", {}, el("span", {}, `Session ${short(one.session)}`,
+        el("span", { class: "muted" }, one.turn ? `, turn ${one.turn}` : "")),
+        el("span", { class: tone }, words)),
+      el("div", { class: "track", role: "meter", "aria-label": `Window of ${short(one.session)}`,
+        "aria-valuemin": "0", "aria-valuemax": String(one.window || one.used),
+        "aria-valuenow": String(one.used), "aria-valuetext": words }, bar));
+  });
+}
+
+function running(data) {
+  const rows = [...data.running, ...data.waiting];
+  if (!rows.length) return none("Nothing is running.");
+  return table("Running now", [["Session"], ["State"], ["Seconds", 1], ["Tokens", 1],
+    ["Tokens/s", 1]], rows.map((one) => [short(one.session),
+    one.state === "prefill" ? "prefill " + seconds(one.state_seconds) : one.state,
+    seconds(one.seconds), String(one.tokens), speed(one.tokens_per_s)]));
+}
+
+function chart(id, caption, label, parts) {
+  byId(id + "-text").textContent = caption;
+  return svg("svg", { viewBox: "0 0 500 120", preserveAspectRatio: "none", role: "img",
+    "aria-label": label }, svg("line", { class: "base", x1: 0, x2: 500, y1: 119, y2: 119 }),
+    ...parts);
+}
+
+function speeds(turns) {
+  const top = Math.max(1, ...turns.map((turn) => turn.tokens_per_s));
+  const last = turns.length ? turns[turns.length - 1].tokens_per_s : 0;
+  const text = turns.length ? `Latest ${speed(last)}, highest ${speed(top)}, `
+    + `${turns.length} turns, newest on the right` : "No turn yet.";
+  const step = 500 / Math.max(20, turns.length);
+  return chart("speeds", text, "Tokens a second. " + text, turns.map((turn, index) => {
+    const height = 116 * turn.tokens_per_s / top;
+    return svg("rect", { class: "bar", x: (index * step + step * 0.15).toFixed(1),
+      y: (119 - height).toFixed(1), width: (step * 0.7).toFixed(1), height: height.toFixed(1) });
+  }));
+}
+
+function contexts(turns) {
+  if (!turns.length) return chart("contexts", "No turn yet.", "Context: no turn yet", []);
+  const own = turns.map((one) => turns.filter((turn) => turn.session === one.session))
+    .reduce((most, some) => some.length > most.length ? some : most);
+  const last = own[own.length - 1];
+  const top = Math.max(last.window, ...own.map(used), 1) * 1.02;
+  const y = (tokens) => (119 - 116 * tokens / top).toFixed(1);
+  const step = 500 / Math.max(1, own.length - 1);
+  const points = own.map((turn, index) => `${(index * step).toFixed(1)},${y(used(turn))}`);
+  if (points.length === 1) points.push(`500,${y(used(last))}`);
+  const text = `Session ${short(last.session)}: ${count(used(last))} tokens`
+    + (last.window ? `; the dashed line is the window, ${size(last.window)}` : "");
+  const parts = [svg("polygon", { class: "area", points: `0,119 ${points.join(" ")} 500,119` }),
+    svg("polyline", { class: "curve", points: points.join(" ") })];
+  if (last.window) parts.push(svg("line", { class: "limit", x1: 0, x2: 500, y1: y(last.window),
+    y2: y(last.window) }));
+  return chart("contexts", text, "Context over time. " + text, parts);
+}
+
+function turnRows(turns) {
+  if (!turns.length) return none("No turn yet.");
+  return table("Last turns", [["Time"], ["Turn", 1], ["First token", 1], ["Total", 1],
+    ["Tokens in", 1], ["Cached", 1], ["Out", 1], ["Tokens/s", 1], ["Tools"], ["Outcome"]],
+  turns.map((turn) => [clock(turn.started + turn.total_s), turn.turn ? String(turn.turn) : "",
+    seconds(turn.first_s), seconds(turn.total_s),
+    turn.prompt_tokens ? count(turn.prompt_tokens) : "",
+    turn.prompt_tokens ? share(turn.cached_tokens, turn.prompt_tokens) : "",
+    String(turn.output_tokens), speed(turn.tokens_per_s),
+    turn.tools.length ? turn.tools.join(", ") + (turn.rescue ? ` via rescue:${turn.rescue}` : "")
+      : turn.way === "local" ? "answered without the model" : "",
+    [outcome(turn), ...turn.notes.map((note) => el("small", {}, note))]]));
+}
+
+function rescueRows(turns) {
+  if (!turns.length) return none("No rescue was needed.");
+  return table("Rescues", [["Time"], ["Rule"], ["Call"], ["Result"]], turns.map((turn) =>
+    [clock(turn.started + turn.total_s), turn.rescue, turn.tools.join(", "),
+      turn.rescue_outcome || turn.outcome]));
+}
+
+function errorRows(turns) {
+  if (!turns.length) return none("No error.");
+  return table("Errors", [["Time"], ["Kind"], ["What to do"]], turns.map((turn) =>
+    [clock(turn.started + turn.total_s), outcome(turn),
+      el("div", {}, turn.error, turn.cure ? el("small", {}, turn.cure) : "")]));
+}
+
+function counters(data) {
+  const pairs = (title, values) => Object.entries(values).map(([name, n]) => [title + name, n]);
+  const tokens = data.tokens;
+  return lists([...pairs("Requests: ", data.requests), ...pairs("Rescues: ", data.rescues),
+    ...pairs("Failures of Ollama: ", data.upstream_errors),
+    ["Tokens read", count(tokens.prompt)], ["of these cached", count(tokens.cached)],
+    ["Tokens written", count(tokens.output)]].map(([name, n]) => [name, String(n)]));
+}
+
+function tell(data) {
+  const latest = data.turns[0];
+  const mark = latest ? `${latest.session} ${latest.started} ${latest.turn}` : "";
+  if (seen !== null && mark !== seen && latest) {
+    const rescue = latest.rescue ? `, rescued by ${latest.rescue}` : "";
+    byId("news").textContent = latest.outcome === "ok"
+      ? `Turn ${latest.turn || ""} finished${rescue}.`
+      : `A turn ended with ${latest.outcome}. ${latest.error} ${latest.cure}`;
+  }
+  seen = mark;
+}
+
+function state(tone, text) {
+  byId("state").className = "state " + tone;
+  if (byId("state").textContent !== text) byId("state").textContent = text;
+}
+
+function show(data) {
+  const health = data.health;
+  const past = [...data.turns].reverse().filter((turn) => turn.way !== "local");
+  byId("about").textContent =
+    `${data.options.model}, version ${data.version}, up ${seconds(data.uptime_s)}`;
+  state(health.ok === false ? "bad" : "ok", health.ok === false ? health.problem
+    : data.running.length ? "at work" : "ready");
+  draw("model", [health.facts || {}, data.options], ([facts, options]) =>
+    lists([...Object.entries(facts), ...Object.entries(options)].map(([name, value]) =>
+      [name.replaceAll("_", " "), Array.isArray(value) ? value.join(", ")
+        : value === true ? "on" : value === false ? "off" : value === null ? "" : String(value)])));
+  draw("sessions", data.sessions, gauges);
+  draw("running", { running: data.running, waiting: data.waiting }, running);
+  draw("speeds", past.filter((turn) => turn.tokens_per_s > 0), speeds);
+  draw("contexts", past.filter((turn) => turn.prompt_tokens > 0), contexts);
+  draw("turns", data.turns, turnRows);
+  draw("rescues", data.rescues, rescueRows);
+  draw("errors", data.errors, errorRows);
+  draw("counters", data.counters, counters);
+  tell(data);
+}
+
+function askKey(wrong) {
+  byId("login").hidden = false;
+  byId("login-text").textContent = wrong ? "That key is not the one in SHIM_API_KEY."
+    : "This shim asks for the key in SHIM_API_KEY.";
+  state("warn", "locked");
+  byId("key").focus();
+}
+
+async function poll() {
+  clearTimeout(timer);
+  try {
+    const headers = key ? { "x-api-key": key } : {};
+    const reply = await fetch("status", { cache: "no-store", headers,
+      signal: AbortSignal.timeout(5000) });
+    if (reply.status === 401) return askKey(key !== "");
+    if (!reply.ok) throw new Error("HTTP " + reply.status);
+    const data = await reply.json();
+    byId("login").hidden = true;
+    byId("content").hidden = false;
+    show(data);
+    if (online === false) byId("news").textContent = "The shim answers again.";
+    online = true;
+  } catch (error) {
+    state("bad", "the shim does not answer");
+    if (online !== false) byId("news").textContent = "The shim does not answer; trying again.";
+    online = false;
+  }
+  if (!paused) timer = setTimeout(poll, document.hidden ? 5000 : 1000);
+  return undefined;
+}
+
+byId("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key = byId("key").value.trim();
+  try { sessionStorage.setItem("qwencode-key", key); } catch (error) { shown.key = ""; }
+  poll();
+});
+byId("pause").addEventListener("click", () => {
+  paused = !paused;
+  byId("pause").textContent = paused ? "Go on" : "Pause";
+  if (paused) clearTimeout(timer); else poll();
+});
+document.addEventListener("visibilitychange", () => { if (!document.hidden && !paused) poll(); });
+poll();
+"""
+
+# The hashes let the page forbid every other script, style and host to itself. They are
+# written down, not computed, to spare the start-up; tests/test_status.py checks them.
+STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
+STATUS_SCRIPT_HASH = "sha256-FJVmO/qllK9IK9ryPDiSq1gcPV/WmAQV+EF+H+Wch/Y="
+
+STATUS_PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; connect-src 'self';
+ img-src data:; base-uri 'none'; form-action 'none'; script-src '{STATUS_SCRIPT_HASH}';
+ style-src '{STATUS_STYLE_HASH}'">
+<link rel="icon" href="data:,"><style>{STATUS_STYLE}</style></head>
+<body><header><h1>qwencode</h1><p id="about"></p><p id="state" class="state">connecting</p>
+<p class="grow"></p><button id="pause" type="button">Pause</button></header>
+<p id="news" class="muted" role="status" aria-live="polite"></p>
+<form id="login" hidden><p id="login-text"></p><label for="key">Key</label>
+<input id="key" type="password" autocomplete="off" required><button>Open</button></form>
+<main id="content" hidden>
+<section><h2>Context window</h2><div id="sessions"></div></section>
+<section><h2>Running now</h2><div id="running"></div></section>
+<section><h2>Tokens a second</h2><figure><figcaption id="speeds-text"></figcaption>
+<div id="speeds"></div></figure></section>
+<section><h2>Context over time</h2><figure><figcaption id="contexts-text"></figcaption>
+<div id="contexts"></div></figure></section>
+<section><h2>Rescues</h2><div id="rescues"></div></section>
+<section><h2>Errors</h2><div id="errors"></div></section>
+<section class="wide"><h2>Last turns</h2><div id="turns"></div></section>
+<section><h2>Model and options</h2><div id="model"></div></section>
+<section><h2>Counters since the start</h2><div id="counters"></div></section>
+</main><noscript><p>This page needs JavaScript; <a href="status">status</a> has the same facts as
+JSON and <a href="metrics">metrics</a> for Prometheus.</p></noscript>
+<script>{STATUS_SCRIPT}</script></body></html>
+"""
 
 
 # ============================== I/O BELOW THIS LINE ==============================
