@@ -149,6 +149,7 @@ MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
 BASH_CHECK_S = 2.0
 MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
 MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
+IMAGE_TOKENS = 1280  # of a picture of 1 megapixel in Qwen's vision models (28 x 28 pixels a token)
 DEFAULT_MAX_TOKENS = 32000  # what the CLI asks for with a model it does not know (A4)
 # What the status page keeps: turns and, of rescues and errors each, the last few, so
 # that an hour of work is seen and memory stays at some hundred kilobytes.
@@ -1308,8 +1309,8 @@ class ToolTable(NamedTuple):
     dropped: Tuple[str, ...]
 
 
-def tool_table(request: Request, limit: int, kept: Sequence[str] = ()) -> ToolTable:
-    """Choose what the model sees; kept names what an earlier turn of the session sent.
+def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -> ToolTable:
+    """Choose what the model sees; last is the table of the session's last turn.
 
     As long as the client offers the same tools the same are sent, whichever were
     called since: a changed list makes the model read everything again (OL 5b).
@@ -1318,7 +1319,8 @@ def tool_table(request: Request, limit: int, kept: Sequence[str] = ()) -> ToolTa
     offered = {tool.name: tool for tool in tools}
     if request.tool_choice.kind == "none":
         return ToolTable({}, (), ())
-    if kept and all(name in offered for name in kept) and not (request.loaded - set(kept)):
+    if last and last.offered.keys() == offered.keys():
+        kept = {tool.name for tool in last.sent}
         sent = [tool for tool in tools if tool.name in kept]
     else:
         used = {block.name for message in request.messages for block in message.blocks
@@ -2191,10 +2193,13 @@ def wants_thinking(request: Request, facts: ModelFacts) -> Optional[bool]:
 
 
 def chat_body(
-    request: Request, tools: Sequence[Tool], facts: ModelFacts, *, messages_json: str,
-    config: Config, options: Json,
+    request: Request, facts: ModelFacts, config: Config, options: Json, *,
+    messages_json: str, tools_json: str,
 ) -> str:
-    """Write the body of /api/chat. options holds load options and num_predict."""
+    """Write the body of /api/chat from the JSON of its messages and tools.
+
+    options holds load options and num_predict.
+    """
     merged = {**options, **dict(request.sampling)}
     fields: Json = {"stream": True, "truncate": False, "shift": False,
                     "keep_alive": keep_alive_value(config.keep_alive), "options": merged}
@@ -2203,10 +2208,9 @@ def chat_body(
         fields["think"] = think
     if request.schema is not None:
         fields["format"] = request.schema
-    if tools and not facts.tools_in_text:
-        fields["tools"] = [tool_json(tool, facts.renderer) for tool in tools]
     head = to_json({"model": facts.name})[:-1]
-    return f'{head},"messages":[{messages_json}],{to_json(fields)[1:]}'
+    tools = f'"tools":{tools_json},' if tools_json else ""
+    return f'{head},"messages":[{messages_json}],{tools}{to_json(fields)[1:]}'
 
 
 def render_body(chat: str) -> str:
@@ -2833,6 +2837,88 @@ def _fold_block(block: Json, pieces: List[str]) -> None:
         block["input"] = json.loads(joined or "{}")
     except ValueError:
         block["input"] = {}
+
+
+# ------------------------------ answers without the model ------------------------------
+
+
+class LocalAnswer(NamedTuple):
+    """An answer that needs no model: the rule that gave it, and its text."""
+
+    rule: str
+    text: str
+    stop_reason: str = "end_turn"
+
+
+TITLE_WORDS, TITLE_CHARS = 7, 50
+SESSION_TEXT = Pattern(r"<session>\s*(.*?)\s*(?:</session>|\Z)", re.DOTALL)
+SUGGESTION_START = "[SUGGESTION MODE:"
+SAFETY_CHECK_START = "You are a security monitor for autonomous AI coding agents"
+
+
+def last_user_text(request: Request) -> str:
+    """Join the texts of the last message."""
+    last = request.messages[-1]
+    return "\n".join(block.text for block in last.blocks if isinstance(block, Text))
+
+
+def is_title_request(request: Request) -> bool:
+    """Recognise the CLI's request for a session title (CC A9)."""
+    properties = _mapping((request.schema or {}).get("properties"))
+    return not request.tools and list(properties) == ["title"] \
+        and bool(SESSION_TEXT.search(last_user_text(request)))
+
+
+def _title(request: Request) -> LocalAnswer:
+    found = SESSION_TEXT.search(last_user_text(request))
+    words = (found.group(1) if found else "").split()
+    title = " ".join(words[:TITLE_WORDS])[:TITLE_CHARS].strip()
+    return LocalAnswer("title", to_json({"title": title or "Session"}))
+
+
+def _safety(_request: Request) -> LocalAnswer:
+    raise ForbiddenError(
+        "Auto mode's safety check is not answered by a local model. Start claude with"
+        " --permission-mode default, acceptEdits or plan.")
+
+
+# One row for each kind of background request that would push the conversation out of
+# the model's cache (OL 5b): name, how it is recognised, the answer.
+LOCAL_RULES: Tuple[
+    Tuple[str, Callable[[Request], bool], Callable[[Request], LocalAnswer]], ...] = (
+    ("title", is_title_request, _title),
+    ("probe", lambda request: request.max_tokens == 1,
+     lambda request: LocalAnswer("probe", ".", "max_tokens")),
+    ("suggestion", lambda request: last_user_text(request).startswith(SUGGESTION_START),
+     lambda request: LocalAnswer("suggestion", "")),
+    ("safety", lambda request: any(SAFETY_CHECK_START in text for text in request.system),
+     _safety),
+)
+
+
+def local_answer(request: Request, config: Config) -> Optional[LocalAnswer]:
+    """Answer a background request here, or None where the model must."""
+    for name, fits, answer in LOCAL_RULES:
+        if name in config.local_answers and fits(request):
+            if name == "title" and config.small_model:
+                return None
+            return answer(request)
+    return None
+
+
+def count_request(request: Request) -> int:
+    """Estimate a request's input tokens: system, messages, tools and images."""
+    texts = list(request.system)
+    images = 0
+    for message in request.messages:
+        for block in message.blocks:
+            if isinstance(block, (Text, Thinking, ToolResult)):
+                texts.append(block.text)
+            elif isinstance(block, ToolUse):
+                texts.append(to_json(block.input))
+            images += isinstance(block, Image) or len(getattr(block, "images", ()))
+    texts += [to_json([tool.name, tool.description, tool.schema]) for tool in request.tools]
+    return sum(map(estimate_tokens, texts)) + images * IMAGE_TOKENS + 5 * len(request.messages)
 
 
 # ============================== 13. TURN ==============================
@@ -4139,6 +4225,9 @@ class Log:
         self._limit = self.LEVELS[config.log]
         self._json = config.log_format == "json"
         self._secrets = secrets_of(config)
+        self._colour = sys.stderr is not None and sys.stderr.isatty() \
+            and not os.environ.get("NO_COLOR")
+        self._utc_offset_s = time.localtime().tm_gmtoff or 0
         self._lock = threading.Lock()
 
     def on(self, level: str) -> bool:
@@ -4153,6 +4242,15 @@ class Log:
         line = to_json({"time": stamp, "level": level, "message": text}) if self._json else \
             f"{stamp} {'' if level == 'info' else level + ': '}{text}"
         self.line(line)
+
+    def turn(self, record: TurnRecord) -> None:
+        """Write the line of a turn."""
+        if not self.on("warn" if record.error else "info"):
+            return
+        if self._json:
+            self.line(turn_json(record, self._secrets))
+        else:
+            self.line(turn_line(record, self._colour, self._utc_offset_s, self._secrets))
 
     def line(self, text: str) -> None:
         """Write a finished line as it is."""
@@ -4511,9 +4609,35 @@ class Session:
     """What is kept between the turns of one conversation; bounded, lost at the end."""
 
     def __init__(self) -> None:
-        self.tools: Tuple[str, ...] = ()
-        self.written = ReusedJson()
         self.lock = threading.Lock()
+        self.turns = 0
+        self._table: Optional[ToolTable] = None
+        self.written = ReusedJson()
+        self._tools: Tuple[Tool, ...] = ()
+        self._slimmed: Tuple[Tool, ...] = ()
+        self._tools_json = ""
+        self._renderer: Optional[str] = None
+
+    def table(self, request: Request, limit: int) -> ToolTable:
+        """Choose the tools, the same as in the last turn while the client's are the same."""
+        if request.tool_choice.kind == "none":
+            return tool_table(request, limit)
+        self._table = tool_table(request, limit, self._table)
+        return self._table
+
+    def tools(
+        self, table: ToolTable, slim: bool, facts: ModelFacts,
+    ) -> Tuple[Tuple[Tool, ...], str]:
+        """Return the forwarded tools and their JSON ("" where the text holds them).
+
+        Translating 8 tools costs 1 ms; a session's are alike from turn to turn.
+        """
+        if table.sent != self._tools or self._renderer != facts.renderer:
+            self._tools, self._renderer = table.sent, facts.renderer
+            self._slimmed = tuple(map(slim_tool, table.sent)) if slim else table.sent
+            self._tools_json = to_json([tool_json(t, facts.renderer) for t in self._slimmed])
+        in_text = facts.tools_in_text or not self._slimmed
+        return self._slimmed, "" if in_text else self._tools_json
 
 
 class RawTurns:
@@ -4550,32 +4674,81 @@ class Exchange:
         self.handler, self.request = handler, request
         self.server, self.link = handler.server, handler.link
         self.config = handler.server.config
+        self.session_id = handler.session_id or request.session
+        self.session = self.server.session(self.session_id)
         self.started = False
-        self.begun_at = time.monotonic()
+        self.begun_at, self.first_at = time.monotonic(), 0.0
         self.translator = StreamTranslator(
-            "msg_" + new_id(), request.model or self.config.model, lambda: "toolu_" + new_id())
+            "msg_" + fresh_id(), request.model or self.config.model, lambda: "toolu_" + fresh_id())
         self.estimate = 1
         self.events: List[Event] = []
-        self.way = "chat"
+        self.way, self.model, self.window = "chat", self.config.model, 0
+        self.turn: Optional[Turn] = None
+        self.notes: List[str] = []
 
     def run(self) -> None:
-        """Carry the request out; whatever fails is told to the client."""
+        """Carry the request out; whatever fails is told to the client, and all counted."""
         self.link.on_tick = self._tick
         self.link.tick_at = self.begun_at + FIRST_EVENT_S
+        self.server.stats.begin(self, self.session_id, self.model, time.time(), "waiting")
+        outcome = CLIENT_LEFT
+        failure: Optional[ShimError] = None
         try:
-            self.server.gate.enter(self.link)
-            try:
-                self._relay()
-            finally:
-                self.server.gate.leave()
+            self._carry_out()
+            outcome = "ok"
         except ShimError as error:
+            outcome, failure = error.kind, error
             self._tell(error)
         finally:
             self.link.tick_at = float("inf")
+            self._record(outcome, failure)
+
+    def _carry_out(self) -> None:
+        answer = local_answer(self.request, self.config)
+        if answer:
+            self._answer_here(answer)
+            return
+        self.server.gate.enter(self.link)
+        try:
+            self.server.stats.progress(self, time.time(), state="prefill")
+            self._relay()
+        finally:
+            self.server.gate.leave()
+
+    def _answer_here(self, answer: LocalAnswer) -> None:
+        """Answer without the model: same events, estimated usage."""
+        self.way, self.model = "local", answer.rule
+        self.estimate = count_request(self.request)
+        self._begin()
+        events = self.translator.translate([TextDelta(answer.text)] if answer.text else [])
+        self._send(events + self.translator.finish(
+            answer.stop_reason, None, Usage(self.estimate, len(answer.text) // 4 + 1)))
+        self._end()
+
+    def _record(self, outcome: str, failure: Optional[ShimError]) -> None:
+        """Count the request and write its line."""
+        now, turn = time.monotonic(), self.turn
+        finish = (turn.finish if turn else None) or Finish("")
+        usage = turn.usage if turn else Usage()
+        calls = turn.calls if turn else []
+        self.session.turns += 1
+        record = TurnRecord(
+            session=self.session_id, turn=self.session.turns, model=self.model,
+            started=time.time() - (now - self.begun_at),
+            first_s=self.first_at - self.begun_at if self.first_at else None,
+            total_s=now - self.begun_at, output_tokens=usage.output_tokens,
+            prompt_tokens=usage.input_tokens + usage.cache_read + usage.cache_creation,
+            cached_tokens=usage.cache_read, prefill_s=finish.prompt_s,
+            tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
+            window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
+            rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
+            error=failure.message if failure else "", notes=tuple(self.notes))
+        self.server.stats.end(self, record)
+        self.server.log.turn(record)
 
     def _relay(self) -> None:
-        request, server = self.request, self.server
-        model = server.local_model(request.model)
+        server = self.server
+        model = self.model = server.local_model(self.request)
         own_until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         facts = server.registry.facts(model, self.link, own_until)
         try:
@@ -4599,34 +4772,51 @@ class Exchange:
 
     def _ask(self, facts: ModelFacts, own_until: float) -> None:
         """Build the body, choose the way, and relay the answer."""
-        request, server = self.request, self.server
-        session = server.session(self.handler.session_id or request.session)
-        with session.lock:
-            table = tool_table(request, self.config.max_tools, session.tools)
-            session.tools = tuple(tool.name for tool in table.sent)
-            messages = chat_messages(request, table.sent, facts, server.raw_turns.recall,
-                                     lambda text: text)
-            messages_json = session.written.write(messages)
+        server = self.server
+        table, messages, body_of = self._prepare(facts)
         window = server.registry.window(facts, self.link, own_until)
-        estimate = sum(estimate_tokens(m.content) for m in messages)
-        options = {**load_options(window), "num_predict": request.max_tokens}
-        body = chat_body(request, table.sent, facts, messages_json=messages_json,
-                         config=self.config, options=options)
+        self.estimate = sum(estimate_tokens(m.content) for m in messages)
+        options = {**load_options(window), "num_predict": self.request.max_tokens}
+        body = body_of(options)
         dialect, thinking = DIALECTS["chat"], False
-        if server.registry.verbatim(request, facts, self.link, own_until):
+        if server.registry.verbatim(self.request, facts, self.link, own_until):
             prompt = self._render(facts, body, own_until)
             if prompt is not None:
                 dialect = DIALECTS["verbatim"]
                 thinking = opens_thinking(prompt)
-                body = generate_body(request, facts, prompt, self.config, options)
-        self.way = dialect.way
+                body = generate_body(self.request, facts, prompt, self.config, options)
+        self.way, self.window = dialect.way, window or 0
         if server.log.on("debug"):
             server.log.write("debug", f"{dialect.path} {body}")
-        turn = self._make_turn(dialect.decoder(facts.name, thinking), table, estimate)
+        turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), table)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.link, until) as call:
             self._pump(call, turn, until)
         self._remember(turn, thinking)
+
+    def _prepare(
+        self, facts: ModelFacts,
+    ) -> Tuple[ToolTable, List[ChatMessage], Callable[[Json], str]]:
+        """Translate tools and messages; the body is made once its options are known."""
+        request, config = self.request, self.config
+        session = self.session
+        with session.lock:
+            table = session.table(request, config.max_tools)
+            tools, tools_json = session.tools(table, config.prompt == "slim", facts)
+            names = [tool.name for tool in table.sent]
+            messages = chat_messages(request, tools, facts, self.server.raw_turns.recall,
+                                     lambda text: self._slim(text, names))
+            messages_json = session.written.write(messages)
+        return table, messages, lambda options: chat_body(
+            request, facts, config, options, messages_json=messages_json, tools_json=tools_json)
+
+    def _slim(self, text: str, names: Sequence[str]) -> str:
+        if self.config.prompt == "full":
+            return text
+        text, left_out = slim_text(text, names)
+        if left_out and self.server.log.on("debug"):
+            self.server.log.write("debug", f"left out of the prompt: {', '.join(left_out)}")
+        return text
 
     def _render(self, facts: ModelFacts, body: str, until: float) -> Optional[str]:
         """Have Ollama render the prompt; None where it cannot."""
@@ -4643,10 +4833,10 @@ class Exchange:
                 facts, f"Ollama rendered no prompt (status {answer.status})")
         return prompt
 
-    def _make_turn(self, decoder: ChatDecoder, table: ToolTable, estimate: int) -> Turn:
+    def _make_turn(self, decoder: ChatDecoder, table: ToolTable) -> Turn:
         tools = TurnTools(table.offered, "text" in self.config.rescue, True,
                           lambda answer: self._rescue(answer, table))
-        return Turn(decoder, self.translator, tools, estimate, self.request.stop_sequences)
+        return Turn(decoder, self.translator, tools, self.estimate, self.request.stop_sequences)
 
     def _rescue(self, answer: str, table: ToolTable) -> Optional[Call]:
         """Carry out what was asked or described; at most one verified command."""
@@ -4707,6 +4897,7 @@ class Exchange:
 
     def _begin(self) -> None:
         self.started = True
+        self.first_at = self.first_at or time.monotonic()
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream:
             self.handler.start_stream("text/event-stream; charset=utf-8")
@@ -4746,7 +4937,6 @@ class Exchange:
 
     def _tell(self, error: ShimError) -> None:
         """Tell a failure: an HTTP status before the first byte, an event after it."""
-        self.server.log.write("warn", f"{error.kind}: {error.message}")
         error.message = redact(error.message, secrets_of(self.config))
         if not self.handler.streaming:
             self.handler.reply_error(error)
@@ -4758,7 +4948,7 @@ class Exchange:
             self.handler.end_stream()
 
 
-def new_id() -> str:
+def fresh_id() -> str:
     """Make an id that is unique for ever: the CLI merges turns of one id (CC B4)."""
     return os.urandom(12).hex()
 
@@ -4804,7 +4994,7 @@ class Handler:
 
     def _serve_one(self) -> None:
         """Read and answer one request."""
-        self.streaming, self.request_id = False, "req_" + new_id()
+        self.streaming, self.request_id = False, "req_" + fresh_id()
         self.link.serving = False
         self.http = HttpRequest("GET", "/", "/", "1.1", {})
         try:
@@ -5042,10 +5232,7 @@ class Handler:
         Exchange(self, parse_request(self.read_json())).run()
 
     def count_tokens(self) -> None:
-        request = parse_request(self.read_json())
-        texts = [*request.system]
-        texts += [b.text for m in request.messages for b in m.blocks if isinstance(b, Text)]
-        self.reply_json({"input_tokens": sum(map(estimate_tokens, texts)) + 1})
+        self.reply_json({"input_tokens": count_request(parse_request(self.read_json()))})
 
     def models(self) -> None:
         self.read_body()
@@ -5063,8 +5250,24 @@ class Handler:
         full = not self.server.config.api_key or self.has_key()
         self.reply_json(self.server.health(self.link, full))
 
-    def root(self) -> None:
+    def status(self) -> None:
+        """Tell what the status page shows."""
         self.read_body()
+        server = self.server
+        self.reply_json(status_json(server.stats, server.config, server.health(self.link, True),
+                                    time.time()))
+
+    def metrics(self) -> None:
+        self.read_body()
+        text = metrics_text(self.server.stats, self.server.config)
+        self.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def root(self) -> None:
+        """Give a browser the status page, everything else a line of text."""
+        self.read_body()
+        if self.http.method == "GET" and "text/html" in self.http.header("accept"):
+            self.reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
+            return
         self.reply(200, f"qwencode {__version__} is running\n".encode(),
                    "text/plain; charset=utf-8")
 
@@ -5085,6 +5288,8 @@ ROUTES: Tuple[Tuple[Pattern, Dict[str, Route]], ...] = (
     (Pattern(r"/v1/models/?"), {"GET": Handler.models, "HEAD": Handler.models}),
     (Pattern(r"/v1/models/.+"), {"GET": Handler.model, "HEAD": Handler.model}),
     (Pattern(r"/health/?"), {"GET": Handler.health, "HEAD": Handler.health}),
+    (Pattern(r"/status/?"), {"GET": Handler.status, "HEAD": Handler.status}),
+    (Pattern(r"/metrics/?"), {"GET": Handler.metrics, "HEAD": Handler.metrics}),
     (Pattern(r"/|/v1/?|/api/hello"), {"GET": Handler.root, "HEAD": Handler.root}),
 )
 
@@ -5092,6 +5297,13 @@ ROUTES: Tuple[Tuple[Pattern, Dict[str, Route]], ...] = (
 def model_row(name: str) -> Json:
     """Make a row of /v1/models."""
     return {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+
+
+# The page needs nothing from elsewhere, so nothing else is allowed to load.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src"
+                               " 'unsafe-inline'; connect-src 'self'; img-src data:",
+    "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 
 
 def trace_of(problem: BaseException) -> str:
@@ -5115,6 +5327,7 @@ class ShimServer(ThreadingHTTPServer):
         self.registry = Registry(config, self.upstream, self.log)
         self.gate = Gate(config.max_concurrent)
         self.raw_turns = RawTurns()
+        self.stats = Stats(time.time(), threading.Lock())
         self._sessions: Dict[str, Session] = {}
         self._bash_shapes: Dict[str, bool] = {}
         self.stop_signal, self._stop_sender = socket.socketpair()
@@ -5175,8 +5388,11 @@ class ShimServer(ThreadingHTTPServer):
             self._sessions.pop(next(iter(self._sessions)), None)
         return session
 
-    def local_model(self, requested: str) -> str:
-        """Choose the model: SHIM_MODEL_MAP by role, then the request's where allowed."""
+    def local_model(self, request: Request) -> str:
+        """Choose the model: by kind, SHIM_MODEL_MAP by role, or the request's own."""
+        requested = request.model
+        if self.config.small_model and is_title_request(request):
+            return self.config.small_model
         for role, model in self.config.model_map:
             if role in requested.lower():
                 return model
@@ -5325,7 +5541,7 @@ class StandIn(BaseHTTPRequestHandler):
     CALL = '<tool_call>\n{"name": "Write", "arguments": {"file_path": "hello.txt",' \
            ' "content": "Hello from the demo.\\n"}}\n</tool_call>'
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+    def log_message(self, format: str, *args: Any) -> None:
         """Stay silent: the demo prints what is worth seeing."""
 
     def do_POST(self) -> None:
@@ -5338,7 +5554,8 @@ class StandIn(BaseHTTPRequestHandler):
         text = "The file is there now: hello.txt." if after_result else \
             "I will write the file.\n" + self.CALL
         words = [text[i:i + 12] for i in range(0, len(text), 12)]
-        lines = [{"message": {"role": "assistant", "content": word}, "done": False} for word in words]
+        lines: List[Json] = [
+            {"message": {"role": "assistant", "content": word}, "done": False} for word in words]
         lines.append({"message": {"role": "assistant", "content": ""}, "done": True,
                       "done_reason": "stop", "prompt_eval_count": 40, "eval_count": len(words)})
         payload = "".join(to_json({"model": body["model"], **line}) + "\n" for line in lines)
@@ -5392,7 +5609,8 @@ def run_demo(args: Any, env: Mapping[str, str]) -> int:
         server.finish()
         model.shutdown()
     say("\nNext: start Ollama, `ollama pull qwen2.5-coder:14b`, then `python qwencode.py` here and")
-    say("in another terminal:  ANTHROPIC_BASE_URL=http://127.0.0.1:8000 ANTHROPIC_API_KEY=local claude")
+    say("in another terminal:")
+    say("  ANTHROPIC_BASE_URL=http://127.0.0.1:8000 ANTHROPIC_AUTH_TOKEN=local claude")
     return 0 if done else 1
 
 
@@ -5445,8 +5663,10 @@ def run_try(args: Any, env: Mapping[str, str]) -> int:
     if not bash:
         say("There is no bash here to run it; on Windows install Git Bash.")
         return 1
-    done = late("subprocess").run([bash, "-c", command], check=False, stdin=late("subprocess").DEVNULL)
-    say(f"exit code {done.returncode}: " + ("done and verified" if done.returncode == 0 else "not done"))
+    subprocess = late("subprocess")
+    done = subprocess.run([bash, "-c", command], check=False, stdin=subprocess.DEVNULL)
+    verdict = "done and verified" if done.returncode == 0 else "not done"
+    say(f"exit code {done.returncode}: {verdict}")
     return int(done.returncode)
 
 
