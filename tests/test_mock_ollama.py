@@ -366,7 +366,8 @@ def test_an_old_ollama_has_no_tools_on_path_c():
 READ = {"type": "function", "function": {"name": "Read", "description": "d", "parameters": {
     "type": "object", "properties": {
         "n": {"type": "integer"}, "f": {"type": "number"}, "b": {"type": "boolean"},
-        "a": {"type": "array"}, "o": {"type": "object"}, "s": {"type": "string"}}}}}
+        "a": {"type": "array"}, "o": {"type": "object"}, "s": {"type": "string"},
+        "bn": {"anyOf": [{"type": "boolean"}, {"type": "number"}]}}}}}
 
 
 def xml(inner):
@@ -377,6 +378,8 @@ def xml(inner):
     ("s", "\nx\n", "x"), ("s", "\n\nx\n\n", "\nx\n"), ("s", "null", None), ("s", "5", "5"),
     ("n", "5", 5), ("n", "five", "five"), ("f", "1.5", 1.5), ("b", "true", True), ("b", "yes", False),
     ("a", "[1]", [1]), ("o", '{"x":1}', {"x": 1}), ("o", "{x}", "{x}"), ("new", "1", "1"),
+    ("n", "5.0", "5.0"), ("f", "5.0", 5), ("f", "x", "x"), ("bn", "3", 3), ("bn", "true", True),
+    ("s", 'a<b="c">', 'a<b name="&#34;c&#34;">'),
     ("s", "a < b && c", "a < b && c"), ("s", "<div>x</div>", "<div>x</div>"),
 ])
 def test_values_of_xml_calls(key, value, wanted):
@@ -393,6 +396,7 @@ def test_values_of_xml_calls(key, value, wanted):
     (xml("</parameter>\n"), "XML syntax error on line 3: element <function> closed by </parameter>"),
     (xml("<parameter=s>\x1b</parameter>\n"),
      "XML syntax error on line 3: illegal character code U+001B"),
+    ("<parameter=x>", "expected element type <function> but have <parameter>"),
     ("</function>", "XML syntax error on line 1: unexpected end element </function>"),
 ])
 def test_errors_of_xml_calls(body, message):
@@ -417,6 +421,9 @@ PARSED = [
     ("b", '<tool_call>{"arguments":{"f":"Edit.md"},"name":"Read"}</tool_call>after',
      ("", "", [("Edit", {"f": "Edit.md"})])),
     ("b", "text <", ("", "text ", [])),
+    ("b", '<tool_call>{"a":{"Edit":{"x":"}"}}}', ("", "", [("Edit", {"x": "}"})])),
+    ("b", '<tool_call>{"name":"Read","arguments":"{\\"n\\":1}"}', ("", "", [("Read", {"n": 1})])),
+    ("b", '<tool_call>{bad}{"name":"Read","arguments":{"n":1}}', ("", "", [("Read", {"n": 1})])),
     ("b", '<tool_call>{{"name":"Read","arguments":{}}}</tool_call>', ("", "", [])),
     ("c", '<tool_call>{"name":"Read","arguments":{"n":1}}</tool_call>',
      ("", "", [("Read", {"n": 1})])),
@@ -465,6 +472,21 @@ START, END = "<|im_start|>", "<|im_end|>\n"
 
 
 @pytest.mark.parametrize(("model", "messages", "more", "wanted"), [
+    ("b-x", said(("user", "a"), ("system", "S"), ("user", "b"), ("system", "T")), {},
+     f"{START}system\nS\n\nT{END}{START}user\na{END}{START}user\nb{END}{START}assistant\n"),
+    ("b-x", [{"role": "user", "content": "a", "images": ["aa", "bb"]}], {},
+     f"{START}user\n[img-0][img-1]a{END}{START}assistant\n"),
+    ("a-x", [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "R",
+      "arguments": {"n": 1234567, "f": 0.5, "b": True, "z": None, "s": "<"}}}]}], {},
+     f"{START}assistant\nx\n\n<tool_call>\n<function=R>\n<parameter=n>\n1.234567e+06\n</parameter>\n"
+     "<parameter=f>\n0.5\n</parameter>\n<parameter=b>\ntrue\n</parameter>\n<parameter=z>\nnull\n"
+     f"</parameter>\n<parameter=s>\n<\n</parameter>\n</function>\n</tool_call>{END}"),
+    ("a35-x", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>t</think>\n\nb"},
+               {"role": "tool", "content": " r "}], {},
+     f"{START}user\na{END}{START}assistant\n<think>\nt\n</think>\n\nb{END}"
+     f"{START}user\n<tool_response>\nr\n</tool_response>{END}{START}assistant\n<think>\n"),
+    ("q3-x", said(("user", "a"), ("assistant", "<think>t</think>\n\nb"), ("user", "c")), {},
+     f"{START}user\na{END}{START}assistant\nb{END}{START}user\nc /think{END}{START}assistant\n"),
     ("b-x", said(("user", "a"), ("user", "b")), {}, f"{START}user\na\n\nb{END}{START}assistant\n"),
     ("b-x", [{"role": "assistant", "content": "", **MADE}], {},
      f"{START}assistant\n<tool_call>\n"
@@ -472,7 +494,7 @@ START, END = "<|im_start|>", "<|im_end|>\n"
     ("a-x", [{"role": "assistant", "content": "", **MADE}, {"role": "tool", "content": "1"},
              {"role": "tool", "content": "2"}], {},
      f"{START}assistant\n\n<tool_call>\n<function=Read>\n<parameter=b>\n1\n</parameter>\n"
-     '<parameter=a>\n{"z":1,"y":2}\n</parameter>\n</function>\n</tool_call>' + END +
+     '<parameter=a>\n{"y":2,"z":1}\n</parameter>\n</function>\n</tool_call>' + END +
      f"{START}user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n"
      f"</tool_response>{END}{START}assistant\n"),
     ("a-x", said(("user", "a"), ("assistant", "pre")), {}, f"{START}user\na{END}{START}assistant\npre"),
