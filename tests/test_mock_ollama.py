@@ -737,6 +737,36 @@ def test_stopping_leaves_no_threads():
         sock.close()
 
 
+def test_stopping_does_not_wait_for_a_client_that_reads_nothing():
+    mock = MockOllama(raw(b"x" * 50_000_000), models="any").start()
+    with open_socket(mock, chat()) as sock:
+        assert sock.recv(1) == b"H"
+        mock.stop()
+    assert mock.alive == 0
+
+
+def test_a_client_that_leaves_while_the_model_loads_aborts_the_load():
+    with MockOllama(text("x"), models="any", load_delay=60) as mock:
+        sock = open_socket(mock, chat())
+        request = mock.wait_for(1, turns=False)
+        sock.close()
+        assert request.closed_by_client.wait(5)
+        assert json.loads(ask(mock, "/api/ps")[2]) == {"models": []}
+        mock.load_delay = 0
+        assert ask(mock, "/api/chat", chat())[0] == 200
+        assert (len(mock.turns), len(mock.loads)) == (1, 2)
+
+
+def test_pipelined_requests_are_answered_in_turn():
+    with MockOllama([text("one"), text("two")], models="any") as mock:
+        data = json.dumps(chat()).encode()
+        head = f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        with socket.create_connection(mock.address, timeout=5) as sock:
+            sock.sendall(head.encode() + b"\r\n" + data + head.encode() + b"Connection: close\r\n\r\n" + data)
+            whole = read_all(sock)
+    assert whole.index(b'"one"') < whole.index(b'"two"') and whole.count(b"200 OK") == 2
+
+
 def test_garbage_instead_of_a_request_closes_the_connection():
     with MockOllama() as mock:
         sock = socket.create_connection(mock.address, timeout=5)
