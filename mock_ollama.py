@@ -6,8 +6,8 @@
 
 Each generation (/api/chat or /api/generate with a prompt) takes the next reply;
 the last one repeats. A reply is a row of steps: text, thinking, call,
-model_text, done, error_line, status, raw, wire, delay, cut, reset, hang; add
-them with + or list them. Without a closing step a plausible done line follows.
+model_text, done, error_line, status, raw, wire, delay, hold, end, cut, reset,
+hang; add them with + or list them. Without a closing step a plausible done line follows.
 A string is short for model_text. A callable gets the request and returns a reply.
 
 model_text is what the model wrote, markup included. /api/generate gives it back
@@ -153,6 +153,11 @@ def raw(data: Union[bytes, str]) -> Reply:
     return Reply([Step("raw", data.encode() if isinstance(data, str) else data)])
 
 
+def end() -> Reply:
+    """End the body here, properly, with no done line."""
+    return Reply([Step("end")])
+
+
 def wire(data: bytes) -> Reply:
     """Exact bytes on the connection, outside of head and transfer coding."""
     return Reply([Step("wire", data)])
@@ -160,12 +165,17 @@ def wire(data: bytes) -> Reply:
 
 def cut(clean: bool = False) -> Reply:
     """End without done: the connection closes, or (clean) only the body ends."""
-    return Reply([Step("cut", clean)])
+    return end() if clean else Reply([Step("cut")])
 
 
 def reset() -> Reply:
     """End with a TCP reset."""
     return Reply([Step("reset")])
+
+
+def hold(event: threading.Event) -> Reply:
+    """Say nothing until the event is set."""
+    return Reply([Step("hold", event)])
 
 
 def hang() -> Reply:
@@ -1176,7 +1186,7 @@ class Model:
     name: str
     path: str = ""
     context: int = 32_768
-    parameters: Tuple[Tuple[str, Any], ...] = ()
+    parameters: Json = field(default_factory=dict)
     capabilities: Optional[Tuple[str, ...]] = None
     size: int = 168_097_216
     size_vram: Optional[int] = None
@@ -1218,7 +1228,7 @@ class Model:
         ]
         if self.kind.renderer:
             lines += [f"RENDERER {self.kind.renderer}", f"PARSER {self.kind.renderer}"]
-        lines += [f"PARAMETER {key} {value}" for key, value in self.parameters]
+        lines += [f"PARAMETER {key} {value}" for key, value in self.parameters.items()]
         return "\n".join(lines) + "\n"
 
     def show(self, version: str) -> Json:
@@ -1228,7 +1238,7 @@ class Model:
         arch = self.kind.architecture
         shown: Json = {"modelfile": self.modelfile(inner)}
         if self.parameters:
-            shown["parameters"] = "\n".join(f"{k:<30} {v}" for k, v in self.parameters)
+            shown["parameters"] = "\n".join(f"{k:<30} {v}" for k, v in self.parameters.items())
         wanted = self.capabilities or self.kind.capabilities
         shown.update(
             template=inner if old(version) else self.kind.template,
@@ -1731,7 +1741,6 @@ class Turn:
 
     def __init__(self, mock: MockOllama, answer: Answer, asked: Asked, fit: Fit) -> None:
         self.mock, self.answer, self.asked, self.fit = mock, answer, asked, fit
-        self.started_at = time.monotonic()
         self.lines: List[Json] = []
         self.calls = 0
         self.late_calls: List[Json] = []
@@ -1757,7 +1766,8 @@ class Turn:
             getattr(self, f"do_{step.kind}")(step.value)
             if self.over:
                 return
-        self.do_done(("stop", {}))
+        full = self.budget is not None and self.tokens >= self.budget
+        self.do_done(("length" if full else "stop", {}))
 
     # -- lines
 
@@ -1803,7 +1813,7 @@ class Turn:
                 return
             self.answer.connection.wait(self.mock.token_delay + self.spend(piece))
             if self.guarded and self.repeats > REPEAT_LIMIT:
-                self.do_cut(True)
+                self.do_end()
                 return
             try:
                 parsed = parse(piece)
@@ -1836,10 +1846,7 @@ class Turn:
     # -- steps
 
     def do_text(self, pieces: List[str]) -> None:
-        if self.asked.chat:
-            self.pieces(pieces, lambda piece: Parsed(content=piece))
-        else:
-            self.pieces(pieces, self.verbatim if self.asked.verbatim else self.parser.add)
+        self.pieces(pieces, self.verbatim if self.asked.verbatim else Parsed)
 
     def do_thinking(self, pieces: List[str]) -> None:
         if self.asked.chat:
@@ -1939,18 +1946,19 @@ class Turn:
 
     def do_end(self, _: None = None) -> None:
         self.over = True
-        self.answer.finish()
-
-    def do_cut(self, clean: bool) -> None:
-        self.over = True
-        if not clean:
-            raise StoppedError
         if not self.answer.head and not self.answer.started:
             self.answer.begin(200, {"Content-Type": "application/x-ndjson"})
         self.answer.finish()
 
+    def do_cut(self, _: None = None) -> None:
+        raise StoppedError
+
     def do_reset(self, _: None = None) -> None:
         self.answer.connection.reset()
+
+    def do_hold(self, event: threading.Event) -> None:
+        while not event.wait(0.01):
+            self.answer.connection.wait()
 
     def do_hang(self, _: None = None) -> None:
         self.answer.connection.wait(86_400)
@@ -2378,7 +2386,7 @@ any number),
     # -- loading
 
     def _num_ctx(self, asked: Asked) -> int:
-        wanted = asked.options.get("num_ctx") or dict(asked.model.parameters).get("num_ctx")
+        wanted = asked.options.get("num_ctx") or asked.model.parameters.get("num_ctx")
         return max(4, min(int(wanted or self.default_num_ctx), asked.model.context))
 
     def _load(self, asked: Asked, answer: Answer) -> float:
@@ -2571,15 +2579,15 @@ def mode_reply(mode: str, env: Dict[str, str]) -> Reply:
         chunks += (text(f"chunk-{number}", 1) + delay(between)).steps
     modes = {
         "delay": delay(slow) + text("mock delayed response"),
-        "malformed-json": raw("{not valid json") + Reply([Step("end")]),
+        "malformed-json": raw("{not valid json") + end(),
         "rate-limit": status(429, {"error": "rate limit exceeded"}),
-        "stream-garbage": raw("not-json\n") + raw("still-not-json\n") + Reply([Step("end")]),
+        "stream-garbage": raw("not-json\n") + raw("still-not-json\n") + end(),
         "stream-slow": Reply(chunks) + text("done"),
         "script-json": text(env.get("MOCK_OLLAMA_SCRIPT_TEXT") or SCRIPT_TEXT),
         "hang": hang(),
         "cut": text("cut off in the mid") + cut(),
         "reset": text("reset in the mid") + reset(),
-        "empty": cut(clean=True),
+        "empty": end(),
         "error-line": text("before the error") + error_line("an error was encountered"),
     }
     return modes.get(mode, text("ok"))

@@ -16,7 +16,7 @@ import pytest
 import mock_ollama
 from mock_ollama import (
     PATHS, MockOllama, Model, ParserError, SimulatedSlot, call, common_length, cut, delay, done,
-    error_line, hang, mode_reply, model_text, parse_xml_call, raw, reset, split_pieces, status, text,
+    end, error_line, hang, hold, mode_reply, model_text, parse_xml_call, raw, reset, split_pieces, status, text,
     thinking, wire,
 )
 
@@ -219,6 +219,7 @@ def test_a_prompt_over_the_window_goes_as_recorded(version, name):
 
 @pytest.mark.parametrize(("size", "code", "reason", "tokens"), [
     (90, 200, "stop", 6), (97, 200, "length", 3), (98, 200, "length", 2), (99, 200, "length", 1),
+    (94, 200, "stop", 6), (95, 200, "length", 5),
     (100, 400, None, None), (101, 400, None, None),
 ])
 def test_generation_ends_at_the_edge_of_the_window(size, code, reason, tokens):
@@ -260,6 +261,15 @@ def test_the_window_is_clamped_and_shown_and_a_change_reloads():
         unload = ask(mock, "/api/generate", {"model": "b-x", "keep_alive": 0})
         assert json.loads(unload[2])["done_reason"] == "unload"
         assert json.loads(ask(mock, "/api/ps")[2]) == {"models": []}
+
+
+def test_the_window_of_the_modelfile_is_used_and_shown():
+    with MockOllama(model=Model("b-x", parameters={"num_ctx": 6000})) as mock:
+        ask(mock, "/api/chat", chat())
+        assert json.loads(ask(mock, "/api/ps")[2])["models"][0]["context_length"] == 6000
+        shown = json.loads(ask(mock, "/api/show", {"model": "b-x"})[2])
+    assert shown["parameters"].split() == ["num_ctx", "6000"]
+    assert "PARAMETER num_ctx 6000" in shown["modelfile"]
 
 
 def test_a_changed_shift_does_not_reload_an_old_one():
@@ -646,12 +656,7 @@ def read_all(sock):
 
 def test_nothing_is_sent_before_the_first_line():
     gate = threading.Event()
-
-    def reply(request):
-        gate.wait(5)
-        return text("x")
-
-    with MockOllama(reply, models="any") as mock, open_socket(mock, chat()) as sock:
+    with MockOllama(hold(gate) + text("x"), models="any") as mock, open_socket(mock, chat()) as sock:
         mock.wait_for(1)
         assert select.select([sock], [], [], 0.05)[0] == []
         gate.set()
@@ -681,6 +686,7 @@ def test_one_connection_serves_many_requests():
     (text("x") + cut(), b'"done":false}\n\r\n'),
     (text("x") + cut(clean=True), b"0\r\n\r\n"),
     (cut(clean=True), b"\r\n\r\n0\r\n\r\n"),
+    (raw("{}\n") + end(), b"{}\n\r\n0\r\n\r\n"),
     (raw('{"half') + cut(), b'6\r\n{"half\r\n'),
     (wire(b"HTTP/1.1 200 OK\r\n\r\nzzz\r\n") + cut(), b"HTTP/1.1 200 OK\r\n\r\nzzz\r\n"),
     (cut(), b""),
