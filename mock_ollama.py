@@ -1285,12 +1285,37 @@ def common_length(one: str, other: str) -> int:
     return low
 
 
+@dataclass
+class Cache:
+    """What one model's runner holds: the slot's text, and displaced ones."""
+
+    slot: str = ""
+    ram: List[str] = field(default_factory=list)
+
+    def take(self, prompt: str) -> int:
+        """Put the prompt into the slot; return how much of it was there."""
+
+        def share(held: str) -> float:
+            return common_length(held, prompt) / max(1, len(held))
+
+        if self.slot and share(self.slot) < 0.5:
+            best = max(self.ram, key=share, default="")
+            self.ram.append(self.slot)
+            if best and share(best) >= max(0.25, share(self.slot)):
+                self.ram.remove(best)
+                self.slot = best
+        common = common_length(self.slot, prompt)
+        self.slot = prompt
+        return common
+
+
 class SimulatedSlot:
     """One place in llama-server: charges only what its cache does not hold.
 
     scale is how much of the charged time really passes (0: none, only counted
     in seconds). What a new prompt displaces goes to the RAM cache unless at
     least half of it is kept; an entry comes back when a quarter of it matches.
+    Each model has its own cache.
     """
 
     def __init__(
@@ -1299,40 +1324,28 @@ class SimulatedSlot:
         self.prefill_s_per_token, self.token_s, self.scale = prefill_s_per_token, token_s, scale
         self.seconds = 0.0
         self.read: List[int] = []  # tokens read anew, one entry for each request
-        self.cached = ""
-        self.ram: List[str] = []
+        self.caches: Dict[str, Cache] = {}
         self._lock = threading.RLock()
 
-    def prefill(self, prompt: str, count: Callable[[str], int]) -> Tuple[int, float]:
+    def prefill(
+        self, prompt: str, count: Callable[[str], int], model: str = ""
+    ) -> Tuple[int, float]:
         """Return (tokens read anew, seconds) for this prompt and keep it."""
         with self._lock:
-            self._choose(prompt)
-            common = common_length(self.cached, prompt)
+            common = self.caches.setdefault(model, Cache()).take(prompt)
             fresh = max(1, count(prompt) - count(prompt[:common]))
-            self.cached = prompt
             self.read.append(fresh)
             return fresh, self._charge(fresh * self.prefill_s_per_token)
 
-    def generate(self, piece: str) -> float:
+    def generate(self, piece: str, model: str = "") -> float:
         with self._lock:
-            self.cached += piece
+            self.caches.setdefault(model, Cache()).slot += piece
             return self._charge(self.token_s)
 
-    def forget(self) -> None:
-        """Lose everything, as an unload does."""
-        self.cached, self.ram = "", []
-
-    def _choose(self, prompt: str) -> None:
-        def share(held: str) -> float:
-            return common_length(held, prompt) / max(1, len(held))
-
-        if not self.cached or share(self.cached) >= 0.5:
-            return
-        best = max(self.ram, key=share, default="")
-        self.ram.append(self.cached)
-        if best and share(best) >= max(0.25, share(self.cached)):
-            self.ram.remove(best)
-            self.cached = best
+    def forget(self, model: str = "") -> None:
+        """Lose the model's cache, as an unload does."""
+        with self._lock:
+            self.caches.pop(model, None)
 
     def _charge(self, seconds: float) -> float:
         self.seconds += seconds
@@ -1831,7 +1844,7 @@ class Turn:
         self.repeats = self.repeats + 1 if same else 0
         self.last_piece = piece.strip()
         self.tokens += 1
-        seconds = self.mock.slot.generate(piece)
+        seconds = self.mock.slot.generate(piece, self.asked.model.full_name)
         self.eval_s += seconds
         return seconds * self.mock.slot.scale
 
@@ -2339,7 +2352,8 @@ any number),
         with Acquired(self.parallel, answer.connection):
             generation = Turn(self, answer, asked, fit)
             generation.load_s = load_s
-            _, generation.prefill_s = self.slot.prefill(fit.prompt, self.count)
+            name = asked.model.full_name
+            _, generation.prefill_s = self.slot.prefill(fit.prompt, self.count, name)
             answer.connection.wait(generation.prefill_s * self.slot.scale)
             generation.serve(reply)
         if asked.keep_s == 0:
@@ -2353,24 +2367,21 @@ any number),
             raise RefusedError(400, go_json({"error": inner}), "application/json")
 
     def _empty(self, answer: Answer, asked: Asked, reason: str) -> None:
-        line: Json = {"model": asked.body["model"], "created_at": timestamp()}
-        if asked.chat:
-            line["message"] = {"role": "assistant", "content": ""}
-        else:
-            line["response"] = ""
+        line = self._bare_line(asked, {"role": "assistant", "content": ""})
         answer.json(200, {**line, "done": True, "done_reason": reason})
 
     def _rendered(self, answer: Answer, asked: Asked, fit: Fit) -> None:
-        answer.json(
-            200,
-            {
-                "model": asked.body["model"],
-                "created_at": timestamp(),
-                "message": {"role": "", "content": ""},
-                "done": False,
-                "_debug_info": {"rendered_template": fit.prompt},
-            },
-        )
+        debug: Json = {"rendered_template": fit.prompt}
+        images = sum(len(m.get("images") or []) for m in asked.messages)
+        if images:
+            debug["image_count"] = images
+        line = self._bare_line(asked, {"role": "", "content": ""})
+        answer.json(200, {**line, "done": False, "_debug_info": debug})
+
+    def _bare_line(self, asked: Asked, message: Json) -> Json:
+        line: Json = {"model": asked.body["model"], "created_at": timestamp()}
+        line.update({"message": message} if asked.chat else {"response": ""})
+        return line
 
     def _next_reply(self, request: Recorded) -> Reply:
         with self._news:
@@ -2402,7 +2413,7 @@ any number),
                 with self._lock:
                     self.loaded.pop(name, None)
                     self.loads.append((name, options))
-                    self.slot.forget()
+                    self.slot.forget(name)
                 answer.connection.wait(self.load_delay)
                 keep_s = asked.keep_s if asked.keep_s is not None else LIVE_S
                 self.loaded[name] = Loaded(asked.model, options, options["num_ctx"], keep_s)
@@ -2422,7 +2433,7 @@ any number),
     def _unload(self, model: Model) -> None:
         with self._lock:
             self.loaded.pop(model.full_name, None)
-            self.slot.forget()
+            self.slot.forget(model.full_name)
 
     # -- the window
 

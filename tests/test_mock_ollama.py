@@ -801,6 +801,14 @@ def test_a_displaced_prompt_comes_back_from_ram_but_a_shared_beginning_does_not(
     assert [slot.prefill(p, len)[0] for p in prompts] == [100, 40, 40]
 
 
+def test_another_model_costs_the_first_nothing_and_a_reload_costs_all():
+    with MockOllama(text("x"), models="any", slot=SimulatedSlot()) as mock:
+        for model, options in (("b-x", {}), ("b-y", {}), ("b-x", {}), ("b-x", {"num_ctx": 99})):
+            ask(mock, "/api/chat", chat("word " * 20, model=model, options=options))
+        read = mock.slot.read
+    assert read[2] == 1 and read[0] == read[1] == read[3] > 30
+
+
 def test_durations_tell_a_cached_prompt_from_a_new_one():
     slot = SimulatedSlot(prefill_s_per_token=0.01)
     with MockOllama(text("x"), models="any", slot=slot) as mock:
