@@ -1902,7 +1902,7 @@ class Turn:
         last = self.line(self.parser.end() if self.asked.chat else Parsed(), finished=True)
         if self.late_calls:
             last["message"].setdefault("tool_calls", []).extend(self.late_calls)
-        counts = {
+        counts: Json = {
             "done_reason": reason,
             "total_duration": self.load_s + self.prefill_s + self.eval_s,
             "load_duration": self.load_s,
@@ -2253,7 +2253,7 @@ any number),
         del request
         listed = []
         for model in self.models:
-            entry = {"name": model.full_name, "model": model.full_name}
+            entry: Json = {"name": model.full_name, "model": model.full_name}
             entry.update(modified_at=timestamp(-3600), size=model.size, digest=model.digest)
             entry["details"] = model.details()
             if not old(self.version):
