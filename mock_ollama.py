@@ -6,8 +6,8 @@
 
 Each generation (/api/chat or /api/generate with a prompt) takes the next reply;
 the last one repeats. A reply is a row of steps: text, thinking, call,
-model_text, done, error_line, status, raw, wire, delay, cut, reset, hang; add
-them with + or list them. Without a closing step a plausible done line follows.
+model_text, done, error_line, status, raw, wire, delay, hold, end, cut, reset,
+hang; add them with + or list them. Without a closing step a plausible done line follows.
 A string is short for model_text. A callable gets the request and returns a reply.
 
 model_text is what the model wrote, markup included. /api/generate gives it back
@@ -36,7 +36,9 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from hashlib import sha256
+from html import unescape
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
@@ -151,6 +153,11 @@ def raw(data: Union[bytes, str]) -> Reply:
     return Reply([Step("raw", data.encode() if isinstance(data, str) else data)])
 
 
+def end() -> Reply:
+    """End the body here, properly, with no done line."""
+    return Reply([Step("end")])
+
+
 def wire(data: bytes) -> Reply:
     """Exact bytes on the connection, outside of head and transfer coding."""
     return Reply([Step("wire", data)])
@@ -158,12 +165,17 @@ def wire(data: bytes) -> Reply:
 
 def cut(clean: bool = False) -> Reply:
     """End without done: the connection closes, or (clean) only the body ends."""
-    return Reply([Step("cut", clean)])
+    return end() if clean else Reply([Step("cut")])
 
 
 def reset() -> Reply:
     """End with a TCP reset."""
     return Reply([Step("reset")])
+
+
+def hold(event: threading.Event) -> Reply:
+    """Say nothing until the event is set."""
+    return Reply([Step("hold", event)])
 
 
 def hang() -> Reply:
@@ -285,40 +297,50 @@ class Qwen35Parser(CoderParser):
     def __init__(self, tools: List[Json], think: bool, version: str) -> None:
         super().__init__(tools, think, version)
         self.thinking = think
-        self.start = True
+        self.opening = True  # the model may repeat the opening tag, once
+        self.trim = False
         self.eat_space = False
 
     def add(self, piece: str) -> Parsed:
         if not self.thinking:
             return self._answer(piece)
         self.buffer += piece
-        if self.start and not self._skip_opening():
+        if self.opening and not self._past_opening():
             return Parsed()
-        ends = [at for at in (self.buffer.find(THINK_END), self.buffer.find(OPEN)) if at >= 0]
-        if not ends:
-            shown = min((visible_part(self.buffer, t) for t in (THINK_END, OPEN)), key=len)
-            self.buffer = self.buffer[len(shown) :]
-            return Parsed(thinking=shown)
-        thought, rest = self.buffer[: min(ends)].rstrip(), self.buffer[min(ends) :]
-        self.thinking, self.buffer, self.eat_space = False, "", True
-        found = self._answer(rest[len(THINK_END) :] if rest.startswith(THINK_END) else rest)
-        found.thinking = thought
-        return found
+        if self.trim:
+            self.buffer = self.buffer.lstrip()
+            self.trim = not self.buffer
+        return self._think()
 
-    def _skip_opening(self) -> bool:
-        """Drop an opening tag that the model repeats; False while unsure."""
+    def _past_opening(self) -> bool:
+        """Drop a repeated opening tag; False while it may still come."""
         trimmed = self.buffer.lstrip()
-        if THINK.startswith(trimmed):
-            if trimmed == THINK:
-                self.buffer, self.start = "", not self._old()
-            return False
-        self.buffer = trimmed.replace(THINK, "", 1) if trimmed.startswith(THINK) else trimmed
-        self.buffer, self.start = self.buffer.lstrip(), False
-        return bool(self.buffer)
+        if trimmed.startswith(THINK):
+            self.buffer = trimmed[len(THINK) :].lstrip()
+            # 0.24 keeps the white space that comes with the next token
+            self.opening = old(self.version) and not self.buffer
+            self.trim = not self.opening
+            return bool(self.buffer)
+        self.opening = THINK.startswith(trimmed)
+        return not self.opening
 
-    def _old(self) -> bool:
-        """Whether white space after the tag stays (0.24)."""
-        return self.version.startswith("0.2")
+    def _think(self) -> Parsed:
+        before, tag, after = self.buffer.partition(THINK_END)
+        if tag:
+            return self._end_thinking(before, after)
+        held = max(held_tail(self.buffer, THINK_END), held_tail(self.buffer, OPEN))
+        before, tag, after = self.buffer.partition(OPEN)
+        if tag and not held:
+            return self._end_thinking(before, OPEN + after.lstrip())
+        shown = self.buffer[: len(self.buffer) - held].rstrip()
+        self.buffer = self.buffer[len(shown) :]
+        return Parsed(thinking=shown)
+
+    def _end_thinking(self, thought: str, rest: str) -> Parsed:
+        self.thinking, self.buffer, self.eat_space = False, "", True
+        found = self._answer(rest)
+        found.thinking = thought.rstrip()
+        return found
 
     def _answer(self, piece: str) -> Parsed:
         if self.eat_space:
@@ -327,9 +349,72 @@ class Qwen35Parser(CoderParser):
         return super().add(piece) if piece else Parsed()
 
 
-XML_RENAME = re.compile(r"<(\w+)=([^>]+)>")
+XML_RENAME = re.compile(r"<(\w+)=([^>]+)>", re.ASCII)
 XML_TAG = re.compile(r'<(/?)(function|parameter)(?:\s+name="([^"]*)")?>')
 XML_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+XML_ESCAPES = {
+    ord('"'): "&#34;", ord("'"): "&#39;", ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;",
+    ord("\t"): "&#x9;", ord("\n"): "&#xA;", ord("\r"): "&#xD;",
+}  # fmt: skip
+
+
+def rename_tag(tag: re.Match[str]) -> str:
+    return f'<{tag.group(1)} name="{tag.group(2).translate(XML_ESCAPES)}">'
+
+
+class XmlCall:
+    """The reader of one call; fed with its tags, in order."""
+
+    def __init__(self, body: str) -> None:
+        self.body = XML_RENAME.sub(rename_tag, body).replace("\r\n", "\n").replace("\r", "\n")
+        self.stack: List[str] = []
+        self.name = ""
+        self.parameter: Optional[str] = None
+        self.values: Dict[str, str] = {}
+        self.last = 0
+
+    def fail(self, at: int, message: str) -> ParserError:
+        line = self.body.count("\n", 0, at) + 1
+        return ParserError(f"XML syntax error on line {line}: {message}")
+
+    def read(self) -> Tuple[str, Dict[str, str]]:
+        """Return name and texts of the first function; raises ParserError."""
+        for tag in XML_TAG.finditer(self.body):
+            self._text(tag.start())
+            self.last = tag.end()
+            if not tag.group(1):
+                self._open(tag.group(2), unescape(tag.group(3) or ""))
+            elif self._close(tag.group(2), tag.start()):
+                return self.name, self.values
+        if not self.stack:
+            raise ParserError("EOF")
+        raise self.fail(len(self.body), "unexpected EOF")
+
+    def _text(self, end: int) -> None:
+        bad = XML_CONTROL.search(self.body, self.last, end)
+        if bad:
+            raise self.fail(bad.start(), f"illegal character code U+{ord(bad.group()):04X}")
+        if len(self.stack) == 2 and self.parameter is not None:
+            self.values[self.parameter] += self.body[self.last : end]
+
+    def _open(self, kind: str, name: str) -> None:
+        if not self.stack and kind != "function":
+            raise ParserError(f"expected element type <function> but have <{kind}>")
+        self.stack.append(kind)
+        if len(self.stack) == 1:
+            self.name = name
+        elif len(self.stack) == 2:
+            self.parameter = name if kind == "parameter" else None
+            if self.parameter is not None:
+                self.values[name] = ""
+
+    def _close(self, kind: str, at: int) -> bool:
+        """Close one element; whether it was the outermost."""
+        opened = self.stack.pop() if self.stack else ""
+        if opened != kind:
+            wrong = f"element <{opened}> closed by" if opened else "unexpected end element"
+            raise self.fail(at, f"{wrong} </{kind}>")
+        return not self.stack
 
 
 def parse_xml_call(body: str, tools: List[Json]) -> Tuple[str, Json]:
@@ -338,39 +423,8 @@ def parse_xml_call(body: str, tools: List[Json]) -> Tuple[str, Json]:
     Raises ParserError with its texts. Generics in values come back rewritten,
     CR LF becomes LF, only the first function counts.
     """
-    body = XML_RENAME.sub(r'<\1 name="\2">', body).replace("\r\n", "\n").replace("\r", "\n")
-    stack: List[str] = []
-    name, parameter, last = "", "", 0
-    values: Dict[str, str] = OrderedDict()
-
-    def fail(at: int, message: str) -> ParserError:
-        line = body.count("\n", 0, at) + 1
-        return ParserError(f"XML syntax error on line {line}: {message}")
-
-    for tag in XML_TAG.finditer(body):
-        bad = XML_CONTROL.search(body, last, tag.start())
-        if bad:
-            raise fail(bad.start(), f"illegal character code U+{ord(bad.group()):04X}")
-        if len(stack) == 2:
-            values[parameter] = values.get(parameter, "") + body[last : tag.start()]
-        last = tag.end()
-        if not tag.group(1):
-            stack.append(tag.group(2))
-            if len(stack) == 1:
-                name = tag.group(3) or ""
-            elif len(stack) == 2:
-                parameter = tag.group(3) or ""
-                values[parameter] = ""
-            continue
-        opened = stack.pop() if stack else ""
-        if opened != tag.group(2):
-            wrong = f"element <{opened}> closed by" if opened else "unexpected end element"
-            raise fail(tag.start(), f"{wrong} </{tag.group(2)}>")
-        if not stack:
-            return name, typed_values(name, values, tools)
-    if not stack:
-        raise ParserError("EOF")
-    raise fail(len(body), "unexpected EOF")
+    name, values = XmlCall(body).read()
+    return name, typed_values(name, values, tools)
 
 
 def typed_values(name: str, values: Dict[str, str], tools: List[Json]) -> Json:
@@ -379,10 +433,18 @@ def typed_values(name: str, values: Dict[str, str], tools: List[Json]) -> Json:
         function = tool.get("function") or {}
         if function.get("name") == name:
             known = (function.get("parameters") or {}).get("properties") or {}
+            break
     return {
-        key: typed_value(unpad(value), (known.get(key) or {}).get("type"))
+        key: typed_value(unpad(value), schema_types(known.get(key) or {}))
         for key, value in values.items()
     }
+
+
+def schema_types(schema: Json) -> List[str]:
+    if schema.get("anyOf"):
+        return [kind for one in schema["anyOf"] for kind in schema_types(one)]
+    kinds = schema.get("type") or []
+    return kinds if isinstance(kinds, list) else [kinds]
 
 
 def unpad(value: str) -> str:
@@ -390,23 +452,32 @@ def unpad(value: str) -> str:
     return value[:-1] if value.endswith("\n") else value
 
 
-def typed_value(value: str, kind: Any) -> Any:
-    """Convert as Ollama does; what does not fit stays text (booleans: false)."""
-    kinds = kind if isinstance(kind, list) else [kind]
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
+
+
+def typed_value(value: str, kinds: List[str]) -> Any:
+    """Convert as Ollama does, the narrowest type first; else it stays text."""
     if value.lower() == "null":
         return None
-    if "boolean" in kinds:
+    if "boolean" in kinds and (value.lower() in ("true", "false") or len(kinds) == 1):
         return value.lower() == "true"
-    wanted = {"integer": int, "number": (int, float), "array": list, "object": dict}
-    for one in kinds:
-        if one in wanted:
-            try:
+    if "integer" in kinds and INTEGER.fullmatch(value):
+        return int(value)
+    if "number" in kinds and NUMBER.fullmatch(value):
+        return whole_number(float(value))
+    for kind, wanted in (("array", list), ("object", dict)):
+        if kind in kinds:
+            with suppress(ValueError, RecursionError):
                 made = json.loads(value)
-            except ValueError:
-                continue
-            if isinstance(made, wanted[one]) and not isinstance(made, bool):
-                return made
+                if isinstance(made, wanted):
+                    return made
     return value
+
+
+def whole_number(number: float) -> Union[int, float]:
+    """Return what Go's JSON writes for the number: 5 for 5.0."""
+    return int(number) if number.is_integer() and abs(number) < 1e21 else number
 
 
 class ThinkSplitter:
@@ -461,6 +532,7 @@ class TemplateParser(PlainParser):
         self.splitter = ThinkSplitter() if think else None
         self.buffer = ""
         self.calling = False
+        self.scanner = ObjectScanner()
 
     def add(self, piece: str) -> Parsed:
         thought = ""
@@ -490,55 +562,101 @@ class TemplateParser(PlainParser):
         return content
 
     def _next_call(self) -> Optional[Tuple[str, Json]]:
+        found = self.scanner.first_object(self.buffer)
         name = first_known_name(self.buffer, self.tools)
-        arguments, end = first_arguments(self.buffer) if name else (None, 0)
-        if not name or arguments is None:
+        if found is None or name is None:
             return None
-        self.buffer = self.buffer[end:]
-        return name, arguments
+        value, end = found
+        arguments = find_arguments(value, name)
+        if arguments is None:
+            return None
+        self.buffer = self.buffer[max(end, self.buffer.find(name) + len(name)) :]
+        self.scanner = ObjectScanner()
+        return name, dict(sorted(arguments.items()))
 
 
 def first_known_name(buffer: str, tools: List[Json]) -> Optional[str]:
-    """Return the tool whose name occurs first, anywhere in the text."""
-    hits = []
-    for tool in tools:
-        name = (tool.get("function") or {}).get("name") or ""
-        at = buffer.find(name) if name else -1
-        if at >= 0:
-            hits.append((at, -len(name), name))
+    """Return the tool whose name occurs first, anywhere in the text.
+
+    None while the text ends in the beginning of a name.
+    """
+    names = [name for name in map(tool_name, tools) if name]
+    if any(held_tail(buffer, name) for name in names):
+        return None
+    hits = [(buffer.find(name), -len(name), name) for name in names if name in buffer]
     return min(hits)[2] if hits else None
 
 
-def first_arguments(buffer: str) -> Tuple[Optional[Json], int]:
-    """Return the first complete object's arguments and where it ends."""
-    depth, start, quoted, escaped = 0, -1, False, False
-    for at, char in enumerate(buffer):
-        if escaped or char == "\\":
-            escaped = not escaped
-        elif char == '"':
-            quoted = not quoted
-        elif quoted:
-            continue
-        elif char == "{":
-            start = at if depth == 0 else start
-            depth += 1
-        elif char == "}" and depth:
-            depth -= 1
-            if depth == 0:
-                try:
-                    return find_arguments(json.loads(buffer[start : at + 1])), at + 1
-                except ValueError:
-                    start = -1
-    return None, 0
+def tool_name(tool: Json) -> str:
+    return (tool.get("function") or {}).get("name") or ""
 
 
-def find_arguments(value: Json) -> Optional[Json]:
-    if "name" not in value:
-        return value
-    for key in ("arguments", "parameters"):
-        if isinstance(value.get(key), dict):
-            return dict(sorted(value[key].items()))
-    return None
+class ObjectScanner:
+    """Finds the first JSON object in a growing text, looking at each byte once."""
+
+    MARK = re.compile(r'[\\"{}]')
+
+    def __init__(self) -> None:
+        self.at, self.depth, self.start, self.quoted = 0, 0, -1, False
+        self.found: Optional[Tuple[Json, int]] = None
+
+    def first_object(self, buffer: str) -> Optional[Tuple[Json, int]]:
+        """Return (object, index of its last brace) once it is complete."""
+        while self.found is None:
+            mark = self.MARK.search(buffer, self.at)
+            if mark is None:
+                self.at = max(self.at, len(buffer))
+                break
+            self.at = mark.end() + (mark.group() == "\\")
+            if mark.group() == '"':
+                self.quoted = not self.quoted
+            elif mark.group() == "{" and not self.quoted:
+                self.start = mark.start() if self.depth == 0 else self.start
+                self.depth += 1
+            elif mark.group() == "}" and not self.quoted:
+                self.depth = max(0, self.depth - 1)
+                if self.depth == 0 and self.start >= 0:
+                    self._complete(buffer, mark.start())
+        return self.found
+
+    def _complete(self, buffer: str, end: int) -> None:
+        try:
+            self.found = (json.loads(buffer[self.start : end + 1]), end)
+        except (ValueError, RecursionError):
+            self.start = -1
+
+
+def find_arguments(value: Json, name: str) -> Optional[Json]:
+    """Return the arguments in the object, or the object itself.
+
+    None if it has a name but no arguments: Ollama then waits for ever.
+    """
+    found, arguments = search_arguments(value, name)
+    return arguments if found else value
+
+
+def search_arguments(value: Json, name: str) -> Tuple[bool, Optional[Json]]:
+    if "name" in value:
+        options = [as_object(value.get(key)) for key in ("arguments", "parameters")]
+        return True, next((one for one in options if one is not None), None)
+    own = as_object(value.get(name))
+    if own is not None:
+        return True, own
+    for child in value.values():
+        for one in child if isinstance(child, list) else [child]:
+            if isinstance(one, dict):
+                found, arguments = search_arguments(one, name)
+                if found:
+                    return True, arguments
+    return False, None
+
+
+def as_object(value: Any) -> Optional[Json]:
+    """Return an object, also one written as a JSON string."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return value if isinstance(value, dict) else None
 
 
 class NativeParser(PlainParser):
@@ -573,7 +691,7 @@ class NativeParser(PlainParser):
         return found
 
     def _call(self, body: str) -> None:
-        names = [(tool.get("function") or {}).get("name") for tool in self.tools]
+        names = [tool_name(tool) for tool in self.tools]
         try:
             made = json.loads(body)
             if made["name"] in names:
@@ -598,16 +716,40 @@ def turn(role: str, content: str) -> str:
 
 
 def xml_call(name: str, arguments: Json) -> str:
+    """Write a past call as the XML renderers do."""
     parts = []
     for key, value in arguments.items():
-        shown = value if isinstance(value, str) else go_json(value)
+        nested = isinstance(value, (dict, list))
+        shown = go_json(value, sort_keys=True) if nested else go_text(value)
         parts.append(f"<parameter={key}>\n{shown}\n</parameter>\n")
     return f"{OPEN}\n<function={name}>\n{''.join(parts)}</function>\n{CLOSE}"
+
+
+def written_xml_call(name: str, arguments: Json) -> str:
+    """Write a call as the model does: what is no string is JSON."""
+    shown = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
+    return xml_call(name, shown)
 
 
 def json_call(name: str, arguments: Json) -> str:
     made = go_json(arguments, spaced=True)
     return f'{OPEN}\n{{"name": "{name}", "arguments": {made}}}\n{CLOSE}'
+
+
+def go_text(value: Any) -> str:
+    """Print a scalar as Go's %v does; numbers have been float64 there."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    sign, digits, shift = Decimal(repr(float(value))).normalize().as_tuple()
+    point = len(digits) + int(shift) - 1
+    if not value or -4 <= point < 6:
+        return go_json(whole_number(float(value)))
+    mantissa = str(digits[0]) + "." * (len(digits) > 1) + "".join(map(str, digits[1:]))
+    return f"{'-' * sign}{mantissa}e{'-' if point < 0 else '+'}{abs(point):02d}"
 
 
 def calls_of(message: Json) -> List[Tuple[str, Json]]:
@@ -663,16 +805,16 @@ def xml_extras(schema: Json, known: Iterable[str], rotation: int) -> str:
 
     Ollama walks a Go map here, so that two renders of one request may differ.
     """
-    keys = [key for key in schema if key not in known and schema[key] not in (None, [], {})]
+    keys = [key for key in schema if key not in known]
     rotation = rotation % len(keys) if keys else 0
     keys = keys[rotation:] + keys[:rotation]
-    return "".join(f"<{key}>{go_json(schema[key])}</{key}>\n" for key in keys)
+    return "".join(f"<{key}>{go_json(schema[key], sort_keys=True)}</{key}>\n" for key in keys)
 
 
 def xml_tool(tool: Json, rotation: int) -> str:
-    function = tool.get("function") or {}
-    parameters = function.get("parameters") or {}
-    made = [f"\n<function>\n<name>{function.get('name', '')}</name>"]
+    function = ordered_tool(tool)["function"]
+    parameters = function["parameters"]
+    made = [f"\n<function>\n<name>{function['name']}</name>"]
     if function.get("description"):
         made.append(f"\n<description>{function['description']}</description>")
     made.append("\n<parameters>\n")
@@ -709,6 +851,8 @@ def render_coder(messages: List[Json], tools: List[Json], think: bool, rotation:
             made.append(turn("assistant", content + calls))
         else:
             made.append(turn(message["role"], message["content"]))
+    if rest and rest[-1]["role"] == "assistant" and rest[-1].get("tool_calls"):
+        return "".join(made)  # closed, and no new turn opened
     return close_prompt("".join(made), rest, "")
 
 
@@ -720,7 +864,7 @@ def close_prompt(made: str, messages: List[Json], opening: str) -> str:
 
 
 def tool_json(tool: Json) -> str:
-    return go_json(ordered_tool(tool), spaced=True)
+    return go_json(ordered_tool(tool), spaced=True).translate(GO_ESCAPES)
 
 
 def ordered_tool(tool: Json) -> Json:
@@ -749,7 +893,9 @@ def ordered_properties(properties: Optional[Json]) -> Optional[Json]:
 
 
 def ordered_property(schema: Json) -> Json:
-    made = {key: schema[key] for key in PROPERTY_KEYS if schema.get(key)}
+    made = {key: schema[key] for key in PROPERTY_KEYS if schema.get(key) not in (None, [], "")}
+    if isinstance(made.get("type"), list) and len(made["type"]) == 1:
+        made["type"] = made["type"][0]
     if "properties" in made:
         made["properties"] = ordered_properties(made["properties"])
     if "anyOf" in made:
@@ -761,41 +907,65 @@ def render_qwen35(messages: List[Json], tools: List[Json], think: bool, rotation
     """Path A, qwen3.5: thinking only after the last user message."""
     del rotation
     made = []
+    messages = [dict(m, content=m["content"].strip()) for m in number_images(messages)]
     first = messages[0] if messages and messages[0]["role"] == "system" else None
-    system = first["content"].strip() if first else ""
     if tools:
         listed = "".join("\n" + tool_json(tool) for tool in tools)
-        block = f"{XML_TOOLS}{listed}\n</tools>{XML_RULES}"
-        made.append(turn("system", f"{block}\n\n{system}" if system else block))
-    elif system:
-        made.append(turn("system", system))
-    rest = messages[1:] if first else messages
-    last_user = max((at for at, m in enumerate(rest) if m["role"] == "user"), default=-1)
-    for at, message in enumerate(rest):
+        after = "\n\n" + first["content"] if first and first["content"] else ""
+        made.append(turn("system", f"{XML_TOOLS}{listed}\n</tools>{XML_RULES}{after}"))
+    elif first:
+        made.append(turn("system", first["content"]))
+    last_query = max((at for at, m in enumerate(messages) if is_query(m)), default=len(messages))
+    for at, message in enumerate(messages):
         if message["role"] == "tool":
-            made.append(grouped_results(rest, at))
+            made.append(grouped_results(messages, at))
         elif message["role"] == "assistant":
-            thought = (message.get("thinking") or "").strip()
-            block = f"<think>\n{thought}\n</think>\n\n" if think and at > last_user else ""
-            content = message["content"].strip()
-            calls = "\n".join(xml_call(*c) for c in calls_of(message))
-            joint = "\n\n" if content and calls else ""
-            made.append(turn("assistant", f"{block}{content}{joint}{calls}"))
-        elif message["role"] in ("user", "system"):
-            images = "".join("[img]" for _ in message.get("images") or [])
-            made.append(turn(message["role"], images + message["content"].strip()))
-    return close_prompt("".join(made), rest, "<think>\n" if think else "<think>\n\n</think>\n\n")
+            made.append(turn("assistant", qwen35_answer(message, think, at > last_query)))
+        elif message["role"] == "user" or (message["role"] == "system" and at):
+            made.append(turn(message["role"], message["content"]))
+    opening = "<think>\n" if think else "<think>\n\n</think>\n\n"
+    return close_prompt("".join(made), messages, opening)
+
+
+def is_query(message: Json) -> bool:
+    """Whether a person speaks here, not a tool result in a user turn."""
+    content = message["content"]
+    wrapped = content.startswith("<tool_response>") and content.endswith("</tool_response>")
+    return message["role"] == "user" and not wrapped
+
+
+def qwen35_answer(message: Json, think: bool, recent: bool) -> str:
+    thought, content = (message.get("thinking") or "").strip() if think else "", message["content"]
+    if not thought and THINK_END in content:
+        before, _, after = content.partition(THINK_END)
+        thought, content = before.rpartition(THINK)[2].strip(), after.lstrip("\n")
+    block = f"<think>\n{thought}\n</think>\n\n" if think and recent else ""
+    calls = "\n".join(xml_call(*c) for c in calls_of(message))
+    joint = "\n\n" if content.strip() and calls else ""
+    return f"{block}{content}{joint}{calls}"
+
+
+def number_images(messages: List[Json]) -> List[Json]:
+    """Put [img-N] before the text of each message with images."""
+    made, seen = [], 0
+    for message in messages:
+        count = len(message.get("images") or [])
+        marks = "".join(f"[img-{seen + n}]" for n in range(count))
+        seen += count
+        made.append(dict(message, content=marks + message["content"]) if count else message)
+    return made
 
 
 def collate(messages: List[Json]) -> Tuple[str, List[Json]]:
-    """Path B: hoist system messages, merge neighbours of one role."""
+    """Path B: hoist system messages, merge neighbours of one role.
+
+    A system message stays as an empty place between its neighbours.
+    """
+    messages = number_images(messages)
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
     merged: List[Json] = []
     for message in messages:
-        role = message["role"]
-        if role == "system":
-            continue
-        if merged and merged[-1]["role"] == role and role in ("user", "assistant"):
+        if merged and merged[-1]["role"] == message["role"] and message["role"] != "tool":
             content = f"{merged[-1]['content']}\n\n{message['content']}"
             merged[-1] = dict(merged[-1], content=content)
         else:
@@ -815,7 +985,7 @@ def go_struct_tool(tool: Json) -> str:
             go_value(parameters.get("$defs")),
             go_value(parameters.get("items")),
             " ".join(parameters.get("required") or []),
-            go_json(parameters["properties"]) if parameters["properties"] is not None else "<nil>",
+            go_json(dict(sorted((parameters["properties"] or {}).items()))),
         ),
     ]
     return '{"type": "function", "function": {' + " ".join(values) + "}}"
@@ -829,7 +999,7 @@ def go_value(value: Any) -> str:
         return "map[" + " ".join(f"{k}:{go_value(v)}" for k, v in sorted(value.items())) + "]"
     if isinstance(value, list):
         return "[" + " ".join(map(go_value, value)) + "]"
-    return go_json(value) if isinstance(value, bool) else str(value)
+    return go_text(value)
 
 
 JSON_RULES = """\
@@ -886,6 +1056,8 @@ def render_qwen25(messages: List[Json], tools: List[Json], think: bool, rotation
 def render_qwen3(messages: List[Json], tools: List[Json], think: bool, rotation: int = 0) -> str:
     """Path B, the qwen3 template: a switch on the last user message."""
     del rotation
+    last_user = max((at for at, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    messages = [without_thinking(m) if at < last_user else m for at, m in enumerate(messages)]
     system, merged = collate(messages)
     last_user = max((at for at, m in enumerate(merged) if m["role"] == "user"), default=-1)
     head = f"{system}\n\n" if system else ""
@@ -905,6 +1077,13 @@ def render_qwen3(messages: List[Json], tools: List[Json], think: bool, rotation:
     return close_prompt(made, merged, "" if think else "<think>\n\n</think>\n\n")
 
 
+def without_thinking(message: Json) -> Json:
+    """Strip a leading think block from a past answer, as for family qwen3."""
+    if message["role"] != "assistant":
+        return message
+    return dict(message, content=ThinkSplitter().add(message["content"])[1])
+
+
 def render_native(messages: List[Json], tools: List[Json], think: bool, rotation: int = 0) -> str:
     """Path C: the chat template of the recordings' GGUF."""
     del think, rotation
@@ -912,7 +1091,7 @@ def render_native(messages: List[Json], tools: List[Json], think: bool, rotation
     made = []
     if tools:
         head = first["content"] + "\n\n" if first else ""
-        listed = "".join("\n" + tool_json(tool) for tool in tools)
+        listed = "".join("\n" + go_json(ordered_tool(tool), spaced=True) for tool in tools)
         head += f"# Tools\n<tools>{listed}\n</tools>\nReturn {JSON_RULES}"
         made.append(turn("system", head))
     elif first:
@@ -971,11 +1150,11 @@ class ModelPath:
 PATHS = {
     "a": ModelPath(
         render_coder, CoderParser, ("completion", "tools"), renderer="qwen3-coder",
-        write_call=xml_call, architecture="qwen3moe",
+        write_call=written_xml_call, architecture="qwen3moe",
     ),
     "a35": ModelPath(
         render_qwen35, Qwen35Parser, ("completion", "tools", "thinking"), renderer="qwen3.5",
-        write_call=xml_call, architecture="qwen35",
+        write_call=written_xml_call, architecture="qwen35",
     ),
     "b": ModelPath(render_qwen25, TemplateParser, ("completion", "tools"), GO_TEMPLATE),
     "q3": ModelPath(
@@ -1007,7 +1186,7 @@ class Model:
     name: str
     path: str = ""
     context: int = 32_768
-    parameters: Tuple[Tuple[str, Any], ...] = ()
+    parameters: Json = field(default_factory=dict)
     capabilities: Optional[Tuple[str, ...]] = None
     size: int = 168_097_216
     size_vram: Optional[int] = None
@@ -1049,7 +1228,7 @@ class Model:
         ]
         if self.kind.renderer:
             lines += [f"RENDERER {self.kind.renderer}", f"PARSER {self.kind.renderer}"]
-        lines += [f"PARAMETER {key} {value}" for key, value in self.parameters]
+        lines += [f"PARAMETER {key} {value}" for key, value in self.parameters.items()]
         return "\n".join(lines) + "\n"
 
     def show(self, version: str) -> Json:
@@ -1059,7 +1238,7 @@ class Model:
         arch = self.kind.architecture
         shown: Json = {"modelfile": self.modelfile(inner)}
         if self.parameters:
-            shown["parameters"] = "\n".join(f"{k:<30} {v}" for k, v in self.parameters)
+            shown["parameters"] = "\n".join(f"{k:<30} {v}" for k, v in self.parameters.items())
         wanted = self.capabilities or self.kind.capabilities
         shown.update(
             template=inner if old(version) else self.kind.template,
@@ -1106,12 +1285,37 @@ def common_length(one: str, other: str) -> int:
     return low
 
 
+@dataclass
+class Cache:
+    """What one model's runner holds: the slot's text, and displaced ones."""
+
+    slot: str = ""
+    ram: List[str] = field(default_factory=list)
+
+    def take(self, prompt: str) -> int:
+        """Put the prompt into the slot; return how much of it was there."""
+
+        def share(held: str) -> float:
+            return common_length(held, prompt) / max(1, len(held))
+
+        if self.slot and share(self.slot) < 0.5:
+            best = max(self.ram, key=share, default="")
+            self.ram.append(self.slot)
+            if best and share(best) >= max(0.25, share(self.slot)):
+                self.ram.remove(best)
+                self.slot = best
+        common = common_length(self.slot, prompt)
+        self.slot = prompt
+        return common
+
+
 class SimulatedSlot:
     """One place in llama-server: charges only what its cache does not hold.
 
     scale is how much of the charged time really passes (0: none, only counted
     in seconds). What a new prompt displaces goes to the RAM cache unless at
     least half of it is kept; an entry comes back when a quarter of it matches.
+    Each model has its own cache.
     """
 
     def __init__(
@@ -1120,40 +1324,28 @@ class SimulatedSlot:
         self.prefill_s_per_token, self.token_s, self.scale = prefill_s_per_token, token_s, scale
         self.seconds = 0.0
         self.read: List[int] = []  # tokens read anew, one entry for each request
-        self.cached = ""
-        self.ram: List[str] = []
+        self.caches: Dict[str, Cache] = {}
         self._lock = threading.RLock()
 
-    def prefill(self, prompt: str, count: Callable[[str], int]) -> Tuple[int, float]:
+    def prefill(
+        self, prompt: str, count: Callable[[str], int], model: str = ""
+    ) -> Tuple[int, float]:
         """Return (tokens read anew, seconds) for this prompt and keep it."""
         with self._lock:
-            self._choose(prompt)
-            common = common_length(self.cached, prompt)
+            common = self.caches.setdefault(model, Cache()).take(prompt)
             fresh = max(1, count(prompt) - count(prompt[:common]))
-            self.cached = prompt
             self.read.append(fresh)
             return fresh, self._charge(fresh * self.prefill_s_per_token)
 
-    def generate(self, piece: str) -> float:
+    def generate(self, piece: str, model: str = "") -> float:
         with self._lock:
-            self.cached += piece
+            self.caches.setdefault(model, Cache()).slot += piece
             return self._charge(self.token_s)
 
-    def forget(self) -> None:
-        """Lose everything, as an unload does."""
-        self.cached, self.ram = "", []
-
-    def _choose(self, prompt: str) -> None:
-        def share(held: str) -> float:
-            return common_length(held, prompt) / max(1, len(held))
-
-        if not self.cached or share(self.cached) >= 0.5:
-            return
-        best = max(self.ram, key=share, default="")
-        self.ram.append(self.cached)
-        if best and share(best) >= max(0.25, share(self.cached)):
-            self.ram.remove(best)
-            self.cached = best
+    def forget(self, model: str = "") -> None:
+        """Lose the model's cache, as an unload does."""
+        with self._lock:
+            self.caches.pop(model, None)
 
     def _charge(self, seconds: float) -> float:
         self.seconds += seconds
@@ -1210,12 +1402,17 @@ def go_mismatch(value: Any, where: str, wanted: str) -> RefusedError:
     return RefusedError(400, f"{what} {where} of type {wanted}")
 
 
+def go_float(digits: str) -> Union[int, float]:
+    """Read a number through float64, as Go does where the type is open."""
+    return whole_number(float(digits))
+
+
 def parse_body(data: bytes) -> Json:
     """Decode as Go does; raises RefusedError with its words."""
     if not data.strip():
         raise RefusedError(400, "missing request body")
     try:
-        body = json.loads(data.decode("utf-8", "replace"))
+        body = json.loads(data.decode("utf-8", "replace"), parse_float=go_float, parse_int=go_float)
     except RecursionError:
         raise RefusedError(400, "exceeded max depth") from None
     except ValueError as error:
@@ -1358,6 +1555,13 @@ class Asked:
     def verbatim(self) -> bool:
         """Raw generate: neither renderer nor parser take part."""
         return not self.chat and self.body.get("raw") is True
+
+    @property
+    def prefilled(self) -> bool:
+        """The last message is the beginning of the answer (path A, qwen3.5)."""
+        last = self.messages[-1] if self.messages else {}
+        begun = last.get("role") == "assistant" and last["content"]
+        return bool(begun) and self.model.kind.parser is Qwen35Parser
 
     @property
     def stream(self) -> bool:
@@ -1550,7 +1754,6 @@ class Turn:
 
     def __init__(self, mock: MockOllama, answer: Answer, asked: Asked, fit: Fit) -> None:
         self.mock, self.answer, self.asked, self.fit = mock, answer, asked, fit
-        self.started_at = time.monotonic()
         self.lines: List[Json] = []
         self.calls = 0
         self.late_calls: List[Json] = []
@@ -1565,7 +1768,7 @@ class Turn:
         self.native = kind.parser is NativeParser
         splits = asked.think and kind.parser is TemplateParser
         self.splitter = ThinkSplitter() if splits else None
-        self.parser = kind.parser(asked.tools, asked.think, mock.version)
+        self.parser = kind.parser(asked.tools, asked.think and not asked.prefilled, mock.version)
         limit = asked.options.get("num_predict") or -1
         bounds = [b for b in (limit if limit > 0 else None, fit.room) if b is not None]
         self.budget = min(bounds) if bounds else None
@@ -1576,7 +1779,8 @@ class Turn:
             getattr(self, f"do_{step.kind}")(step.value)
             if self.over:
                 return
-        self.do_done(("stop", {}))
+        full = self.budget is not None and self.tokens >= self.budget
+        self.do_done(("length" if full else "stop", {}))
 
     # -- lines
 
@@ -1622,7 +1826,7 @@ class Turn:
                 return
             self.answer.connection.wait(self.mock.token_delay + self.spend(piece))
             if self.guarded and self.repeats > REPEAT_LIMIT:
-                self.do_cut(True)
+                self.do_end()
                 return
             try:
                 parsed = parse(piece)
@@ -1640,7 +1844,7 @@ class Turn:
         self.repeats = self.repeats + 1 if same else 0
         self.last_piece = piece.strip()
         self.tokens += 1
-        seconds = self.mock.slot.generate(piece)
+        seconds = self.mock.slot.generate(piece, self.asked.model.full_name)
         self.eval_s += seconds
         return seconds * self.mock.slot.scale
 
@@ -1655,10 +1859,7 @@ class Turn:
     # -- steps
 
     def do_text(self, pieces: List[str]) -> None:
-        if self.asked.chat:
-            self.pieces(pieces, lambda piece: Parsed(content=piece))
-        else:
-            self.pieces(pieces, self.verbatim if self.asked.verbatim else self.parser.add)
+        self.pieces(pieces, self.verbatim if self.asked.verbatim else Parsed)
 
     def do_thinking(self, pieces: List[str]) -> None:
         if self.asked.chat:
@@ -1701,7 +1902,7 @@ class Turn:
         last = self.line(self.parser.end() if self.asked.chat else Parsed(), finished=True)
         if self.late_calls:
             last["message"].setdefault("tool_calls", []).extend(self.late_calls)
-        counts = {
+        counts: Json = {
             "done_reason": reason,
             "total_duration": self.load_s + self.prefill_s + self.eval_s,
             "load_duration": self.load_s,
@@ -1758,18 +1959,19 @@ class Turn:
 
     def do_end(self, _: None = None) -> None:
         self.over = True
-        self.answer.finish()
-
-    def do_cut(self, clean: bool) -> None:
-        self.over = True
-        if not clean:
-            raise StoppedError
         if not self.answer.head and not self.answer.started:
             self.answer.begin(200, {"Content-Type": "application/x-ndjson"})
         self.answer.finish()
 
+    def do_cut(self, _: None = None) -> None:
+        raise StoppedError
+
     def do_reset(self, _: None = None) -> None:
         self.answer.connection.reset()
+
+    def do_hold(self, event: threading.Event) -> None:
+        while not event.wait(0.01):
+            self.answer.connection.wait()
 
     def do_hang(self, _: None = None) -> None:
         self.answer.connection.wait(86_400)
@@ -1834,7 +2036,8 @@ ALLOWED_HOST = re.compile(
     re.IGNORECASE,
 )
 ALLOWED_ORIGIN = re.compile(
-    r"https?://(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(?::\d+)?|(?:app|file|tauri|vscode-.*)://.*",
+    r"https?://(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(?::\d+)?"
+    r"|(?:app|file|tauri|vscode-[^:]*)://.*",
     re.IGNORECASE,
 )
 
@@ -2050,7 +2253,7 @@ any number),
         del request
         listed = []
         for model in self.models:
-            entry = {"name": model.full_name, "model": model.full_name}
+            entry: Json = {"name": model.full_name, "model": model.full_name}
             entry.update(modified_at=timestamp(-3600), size=model.size, digest=model.digest)
             entry["details"] = model.details()
             if not old(self.version):
@@ -2149,7 +2352,8 @@ any number),
         with Acquired(self.parallel, answer.connection):
             generation = Turn(self, answer, asked, fit)
             generation.load_s = load_s
-            _, generation.prefill_s = self.slot.prefill(fit.prompt, self.count)
+            name = asked.model.full_name
+            _, generation.prefill_s = self.slot.prefill(fit.prompt, self.count, name)
             answer.connection.wait(generation.prefill_s * self.slot.scale)
             generation.serve(reply)
         if asked.keep_s == 0:
@@ -2163,24 +2367,21 @@ any number),
             raise RefusedError(400, go_json({"error": inner}), "application/json")
 
     def _empty(self, answer: Answer, asked: Asked, reason: str) -> None:
-        line: Json = {"model": asked.body["model"], "created_at": timestamp()}
-        if asked.chat:
-            line["message"] = {"role": "assistant", "content": ""}
-        else:
-            line["response"] = ""
+        line = self._bare_line(asked, {"role": "assistant", "content": ""})
         answer.json(200, {**line, "done": True, "done_reason": reason})
 
     def _rendered(self, answer: Answer, asked: Asked, fit: Fit) -> None:
-        answer.json(
-            200,
-            {
-                "model": asked.body["model"],
-                "created_at": timestamp(),
-                "message": {"role": "", "content": ""},
-                "done": False,
-                "_debug_info": {"rendered_template": fit.prompt},
-            },
-        )
+        debug: Json = {"rendered_template": fit.prompt}
+        images = sum(len(m.get("images") or []) for m in asked.messages)
+        if images:
+            debug["image_count"] = images
+        line = self._bare_line(asked, {"role": "", "content": ""})
+        answer.json(200, {**line, "done": False, "_debug_info": debug})
+
+    def _bare_line(self, asked: Asked, message: Json) -> Json:
+        line: Json = {"model": asked.body["model"], "created_at": timestamp()}
+        line.update({"message": message} if asked.chat else {"response": ""})
+        return line
 
     def _next_reply(self, request: Recorded) -> Reply:
         with self._news:
@@ -2196,7 +2397,7 @@ any number),
     # -- loading
 
     def _num_ctx(self, asked: Asked) -> int:
-        wanted = asked.options.get("num_ctx") or dict(asked.model.parameters).get("num_ctx")
+        wanted = asked.options.get("num_ctx") or asked.model.parameters.get("num_ctx")
         return max(4, min(int(wanted or self.default_num_ctx), asked.model.context))
 
     def _load(self, asked: Asked, answer: Answer) -> float:
@@ -2212,7 +2413,7 @@ any number),
                 with self._lock:
                     self.loaded.pop(name, None)
                     self.loads.append((name, options))
-                    self.slot.forget()
+                    self.slot.forget(name)
                 answer.connection.wait(self.load_delay)
                 keep_s = asked.keep_s if asked.keep_s is not None else LIVE_S
                 self.loaded[name] = Loaded(asked.model, options, options["num_ctx"], keep_s)
@@ -2232,7 +2433,7 @@ any number),
     def _unload(self, model: Model) -> None:
         with self._lock:
             self.loaded.pop(model.full_name, None)
-            self.slot.forget()
+            self.slot.forget(model.full_name)
 
     # -- the window
 
@@ -2249,14 +2450,13 @@ any number),
         prompt = self._render(asked, asked.messages)
         size = self.count(prompt)
         shift = asked.body.get("shift") is not False
-        if asked.body.get("_debug_render_only"):
-            return Fit(prompt, size)
+        render_only = asked.body.get("_debug_render_only")
         if asked.body.get("truncate") is False:
-            if size > window - 1:
+            if size > window - 1 and not render_only:
                 raise self._too_long(size, window)
             return Fit(prompt, size, None if shift else window - size)
         prompt, size = self._drop_messages(asked, prompt, size, window)
-        if size <= window - 1:
+        if size <= window - 1 or render_only:
             return Fit(prompt, size, None if shift else window - size)
         if old(self.version):
             return Fit(prompt, window, None if shift else 1)
@@ -2390,15 +2590,15 @@ def mode_reply(mode: str, env: Dict[str, str]) -> Reply:
         chunks += (text(f"chunk-{number}", 1) + delay(between)).steps
     modes = {
         "delay": delay(slow) + text("mock delayed response"),
-        "malformed-json": raw("{not valid json") + Reply([Step("end")]),
+        "malformed-json": raw("{not valid json") + end(),
         "rate-limit": status(429, {"error": "rate limit exceeded"}),
-        "stream-garbage": raw("not-json\n") + raw("still-not-json\n") + Reply([Step("end")]),
+        "stream-garbage": raw("not-json\n") + raw("still-not-json\n") + end(),
         "stream-slow": Reply(chunks) + text("done"),
         "script-json": text(env.get("MOCK_OLLAMA_SCRIPT_TEXT") or SCRIPT_TEXT),
         "hang": hang(),
         "cut": text("cut off in the mid") + cut(),
         "reset": text("reset in the mid") + reset(),
-        "empty": cut(clean=True),
+        "empty": end(),
         "error-line": text("before the error") + error_line("an error was encountered"),
     }
     return modes.get(mode, text("ok"))

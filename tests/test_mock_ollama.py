@@ -16,7 +16,7 @@ import pytest
 import mock_ollama
 from mock_ollama import (
     PATHS, MockOllama, Model, ParserError, SimulatedSlot, call, common_length, cut, delay, done,
-    error_line, hang, mode_reply, model_text, parse_xml_call, raw, reset, split_pieces, status, text,
+    end, error_line, hang, hold, mode_reply, model_text, parse_xml_call, raw, reset, split_pieces, status, text,
     thinking, wire,
 )
 
@@ -219,6 +219,7 @@ def test_a_prompt_over_the_window_goes_as_recorded(version, name):
 
 @pytest.mark.parametrize(("size", "code", "reason", "tokens"), [
     (90, 200, "stop", 6), (97, 200, "length", 3), (98, 200, "length", 2), (99, 200, "length", 1),
+    (94, 200, "stop", 6), (95, 200, "length", 5),
     (100, 400, None, None), (101, 400, None, None),
 ])
 def test_generation_ends_at_the_edge_of_the_window(size, code, reason, tokens):
@@ -260,6 +261,15 @@ def test_the_window_is_clamped_and_shown_and_a_change_reloads():
         unload = ask(mock, "/api/generate", {"model": "b-x", "keep_alive": 0})
         assert json.loads(unload[2])["done_reason"] == "unload"
         assert json.loads(ask(mock, "/api/ps")[2]) == {"models": []}
+
+
+def test_the_window_of_the_modelfile_is_used_and_shown():
+    with MockOllama(model=Model("b-x", parameters={"num_ctx": 6000})) as mock:
+        ask(mock, "/api/chat", chat())
+        assert json.loads(ask(mock, "/api/ps")[2])["models"][0]["context_length"] == 6000
+        shown = json.loads(ask(mock, "/api/show", {"model": "b-x"})[2])
+    assert shown["parameters"].split() == ["num_ctx", "6000"]
+    assert "PARAMETER num_ctx 6000" in shown["modelfile"]
 
 
 def test_a_changed_shift_does_not_reload_an_old_one():
@@ -366,7 +376,8 @@ def test_an_old_ollama_has_no_tools_on_path_c():
 READ = {"type": "function", "function": {"name": "Read", "description": "d", "parameters": {
     "type": "object", "properties": {
         "n": {"type": "integer"}, "f": {"type": "number"}, "b": {"type": "boolean"},
-        "a": {"type": "array"}, "o": {"type": "object"}, "s": {"type": "string"}}}}}
+        "a": {"type": "array"}, "o": {"type": "object"}, "s": {"type": "string"},
+        "bn": {"anyOf": [{"type": "boolean"}, {"type": "number"}]}}}}}
 
 
 def xml(inner):
@@ -377,6 +388,8 @@ def xml(inner):
     ("s", "\nx\n", "x"), ("s", "\n\nx\n\n", "\nx\n"), ("s", "null", None), ("s", "5", "5"),
     ("n", "5", 5), ("n", "five", "five"), ("f", "1.5", 1.5), ("b", "true", True), ("b", "yes", False),
     ("a", "[1]", [1]), ("o", '{"x":1}', {"x": 1}), ("o", "{x}", "{x}"), ("new", "1", "1"),
+    ("n", "5.0", "5.0"), ("f", "5.0", 5), ("f", "x", "x"), ("bn", "3", 3), ("bn", "true", True),
+    ("s", 'a<b="c">', 'a<b name="&#34;c&#34;">'),
     ("s", "a < b && c", "a < b && c"), ("s", "<div>x</div>", "<div>x</div>"),
 ])
 def test_values_of_xml_calls(key, value, wanted):
@@ -393,6 +406,7 @@ def test_values_of_xml_calls(key, value, wanted):
     (xml("</parameter>\n"), "XML syntax error on line 3: element <function> closed by </parameter>"),
     (xml("<parameter=s>\x1b</parameter>\n"),
      "XML syntax error on line 3: illegal character code U+001B"),
+    ("<parameter=x>", "expected element type <function> but have <parameter>"),
     ("</function>", "XML syntax error on line 1: unexpected end element </function>"),
 ])
 def test_errors_of_xml_calls(body, message):
@@ -417,6 +431,9 @@ PARSED = [
     ("b", '<tool_call>{"arguments":{"f":"Edit.md"},"name":"Read"}</tool_call>after',
      ("", "", [("Edit", {"f": "Edit.md"})])),
     ("b", "text <", ("", "text ", [])),
+    ("b", '<tool_call>{"a":{"Edit":{"x":"}"}}}', ("", "", [("Edit", {"x": "}"})])),
+    ("b", '<tool_call>{"name":"Read","arguments":"{\\"n\\":1}"}', ("", "", [("Read", {"n": 1})])),
+    ("b", '<tool_call>{bad}{"name":"Read","arguments":{"n":1}}', ("", "", [("Read", {"n": 1})])),
     ("b", '<tool_call>{{"name":"Read","arguments":{}}}</tool_call>', ("", "", [])),
     ("c", '<tool_call>{"name":"Read","arguments":{"n":1}}</tool_call>',
      ("", "", [("Read", {"n": 1})])),
@@ -465,6 +482,21 @@ START, END = "<|im_start|>", "<|im_end|>\n"
 
 
 @pytest.mark.parametrize(("model", "messages", "more", "wanted"), [
+    ("b-x", said(("user", "a"), ("system", "S"), ("user", "b"), ("system", "T")), {},
+     f"{START}system\nS\n\nT{END}{START}user\na{END}{START}user\nb{END}{START}assistant\n"),
+    ("b-x", [{"role": "user", "content": "a", "images": ["aa", "bb"]}], {},
+     f"{START}user\n[img-0][img-1]a{END}{START}assistant\n"),
+    ("a-x", [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "R",
+      "arguments": {"n": 1234567, "f": 0.5, "b": True, "z": None, "s": "<"}}}]}], {},
+     f"{START}assistant\nx\n\n<tool_call>\n<function=R>\n<parameter=n>\n1.234567e+06\n</parameter>\n"
+     "<parameter=f>\n0.5\n</parameter>\n<parameter=b>\ntrue\n</parameter>\n<parameter=z>\nnull\n"
+     f"</parameter>\n<parameter=s>\n<\n</parameter>\n</function>\n</tool_call>{END}"),
+    ("a35-x", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>t</think>\n\nb"},
+               {"role": "tool", "content": " r "}], {},
+     f"{START}user\na{END}{START}assistant\n<think>\nt\n</think>\n\nb{END}"
+     f"{START}user\n<tool_response>\nr\n</tool_response>{END}{START}assistant\n<think>\n"),
+    ("q3-x", said(("user", "a"), ("assistant", "<think>t</think>\n\nb"), ("user", "c")), {},
+     f"{START}user\na{END}{START}assistant\nb{END}{START}user\nc /think{END}{START}assistant\n"),
     ("b-x", said(("user", "a"), ("user", "b")), {}, f"{START}user\na\n\nb{END}{START}assistant\n"),
     ("b-x", [{"role": "assistant", "content": "", **MADE}], {},
      f"{START}assistant\n<tool_call>\n"
@@ -472,7 +504,7 @@ START, END = "<|im_start|>", "<|im_end|>\n"
     ("a-x", [{"role": "assistant", "content": "", **MADE}, {"role": "tool", "content": "1"},
              {"role": "tool", "content": "2"}], {},
      f"{START}assistant\n\n<tool_call>\n<function=Read>\n<parameter=b>\n1\n</parameter>\n"
-     '<parameter=a>\n{"z":1,"y":2}\n</parameter>\n</function>\n</tool_call>' + END +
+     '<parameter=a>\n{"y":2,"z":1}\n</parameter>\n</function>\n</tool_call>' + END +
      f"{START}user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n"
      f"</tool_response>{END}{START}assistant\n"),
     ("a-x", said(("user", "a"), ("assistant", "pre")), {}, f"{START}user\na{END}{START}assistant\npre"),
@@ -624,12 +656,7 @@ def read_all(sock):
 
 def test_nothing_is_sent_before_the_first_line():
     gate = threading.Event()
-
-    def reply(request):
-        gate.wait(5)
-        return text("x")
-
-    with MockOllama(reply, models="any") as mock, open_socket(mock, chat()) as sock:
+    with MockOllama(hold(gate) + text("x"), models="any") as mock, open_socket(mock, chat()) as sock:
         mock.wait_for(1)
         assert select.select([sock], [], [], 0.05)[0] == []
         gate.set()
@@ -659,6 +686,7 @@ def test_one_connection_serves_many_requests():
     (text("x") + cut(), b'"done":false}\n\r\n'),
     (text("x") + cut(clean=True), b"0\r\n\r\n"),
     (cut(clean=True), b"\r\n\r\n0\r\n\r\n"),
+    (raw("{}\n") + end(), b"{}\n\r\n0\r\n\r\n"),
     (raw('{"half') + cut(), b'6\r\n{"half\r\n'),
     (wire(b"HTTP/1.1 200 OK\r\n\r\nzzz\r\n") + cut(), b"HTTP/1.1 200 OK\r\n\r\nzzz\r\n"),
     (cut(), b""),
@@ -715,6 +743,36 @@ def test_stopping_leaves_no_threads():
         sock.close()
 
 
+def test_stopping_does_not_wait_for_a_client_that_reads_nothing():
+    mock = MockOllama(raw(b"x" * 50_000_000), models="any").start()
+    with open_socket(mock, chat()) as sock:
+        assert sock.recv(1) == b"H"
+        mock.stop()
+    assert mock.alive == 0
+
+
+def test_a_client_that_leaves_while_the_model_loads_aborts_the_load():
+    with MockOllama(text("x"), models="any", load_delay=60) as mock:
+        sock = open_socket(mock, chat())
+        request = mock.wait_for(1, turns=False)
+        sock.close()
+        assert request.closed_by_client.wait(5)
+        assert json.loads(ask(mock, "/api/ps")[2]) == {"models": []}
+        mock.load_delay = 0
+        assert ask(mock, "/api/chat", chat())[0] == 200
+        assert (len(mock.turns), len(mock.loads)) == (1, 2)
+
+
+def test_pipelined_requests_are_answered_in_turn():
+    with MockOllama([text("one"), text("two")], models="any") as mock:
+        data = json.dumps(chat()).encode()
+        head = f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        with socket.create_connection(mock.address, timeout=5) as sock:
+            sock.sendall(head.encode() + b"\r\n" + data + head.encode() + b"Connection: close\r\n\r\n" + data)
+            whole = read_all(sock)
+    assert whole.index(b'"one"') < whole.index(b'"two"') and whole.count(b"200 OK") == 2
+
+
 def test_garbage_instead_of_a_request_closes_the_connection():
     with MockOllama() as mock:
         sock = socket.create_connection(mock.address, timeout=5)
@@ -741,6 +799,14 @@ def test_a_displaced_prompt_comes_back_from_ram_but_a_shared_beginning_does_not(
     shared = "s" * 60
     prompts = (shared + "x" * 40, shared + "y" * 40, shared + "x" * 40)
     assert [slot.prefill(p, len)[0] for p in prompts] == [100, 40, 40]
+
+
+def test_another_model_costs_the_first_nothing_and_a_reload_costs_all():
+    with MockOllama(text("x"), models="any", slot=SimulatedSlot()) as mock:
+        for model, options in (("b-x", {}), ("b-y", {}), ("b-x", {}), ("b-x", {"num_ctx": 99})):
+            ask(mock, "/api/chat", chat("word " * 20, model=model, options=options))
+        read = mock.slot.read
+    assert read[2] == 1 and read[0] == read[1] == read[3] > 30
 
 
 def test_durations_tell_a_cached_prompt_from_a_new_one():
