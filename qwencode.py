@@ -51,6 +51,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from bisect import bisect_left
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,6 +65,7 @@ from typing import (
     Deque,
     Dict,
     Iterable,
+    Iterator,
     List,
     Mapping,
     NamedTuple,
@@ -144,12 +146,12 @@ DRAIN_S = 5.0  # running streams at shutdown
 MAX_PENDING_BYTES = 4 * 1024 * 1024
 CLIENT_STALL_S = 30.0
 FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
+MAX_MODELS = 64  # models whose facts are remembered
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
 BASH_CHECK_S = 2.0
 MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
 MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
-IMAGE_TOKENS = 1280  # of a picture of 1 megapixel in Qwen's vision models (28 x 28 pixels a token)
 DEFAULT_MAX_TOKENS = 32000  # what the CLI asks for with a model it does not know (A4)
 # What the status page keeps: turns and, of rescues and errors each, the last few, so
 # that an hour of work is seen and memory stays at some hundred kilobytes.
@@ -1087,7 +1089,7 @@ class Request(NamedTuple):
     messages: Tuple[Message, ...]
     tools: Tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
-    max_tokens: Optional[int] = None
+    max_tokens: int = DEFAULT_MAX_TOKENS
     stop_sequences: Tuple[str, ...] = ()
     sampling: Tuple[Tuple[str, float], ...] = ()
     thinking: Optional[bool] = None
@@ -1921,28 +1923,6 @@ def cache_usage(prompt_tokens: int, shared_tokens: int, prefill_s: float,
             return prompt_tokens - shared, 0, shared
     return prompt_tokens - shared, shared, 0
 
-def unwrap_error(text: str) -> str:
-    """STUB until merged."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text.strip()
-    while isinstance(value, dict):
-        value = value.get("error", value.get("message", ""))
-    return str(value)
-
-
-def parse_overflow(text: str, status: int) -> Optional[Tuple[Optional[int], Optional[int]]]:
-    """STUB until merged."""
-    if status == 400 and "context" in text and "exceed" in text:
-        return None, None
-    return None
-
-
-def estimate_tokens(text: str) -> int:
-    """STUB until merged."""
-    return len(text) // 3 + 1
-
 
 # ------------------------------ slimming ------------------------------
 # What a small model needs to know of a tool: our own words, and those for its
@@ -2756,8 +2736,8 @@ class ReusedJson:
         self._messages: List[ChatMessage] = []
         self._written: List[str] = []
 
-    def write(self, messages: List[ChatMessage]) -> str:
-        """Return the JSON of the messages, comma-separated."""
+    def write(self, messages: List[ChatMessage]) -> Tuple[str, int]:
+        """Return the messages' JSON, comma-separated, and how many the last list had."""
         same = 0
         for old, new in zip(self._messages, messages):
             if old != new:
@@ -2765,7 +2745,27 @@ class ReusedJson:
             same += 1
         written = self._written[:same] + [to_json(message_json(m)) for m in messages[same:]]
         self._messages, self._written = messages, written
-        return ",".join(written)
+        return ",".join(written), same
+
+
+def message_text(message: ChatMessage) -> str:
+    """Return what a message adds to the prompt, for counting."""
+    if not message.calls and not message.thinking:
+        return message.content
+    calls = [call_markup(name, arguments) for _, name, arguments in message.calls]
+    return "\n".join([message.thinking, message.content, *calls])
+
+
+def agent_line(agent: str) -> str:
+    """Make a subagent's prompt differ from its first token on.
+
+    Two subagents of one kind share most of their prompt; alternating in one slot they
+    would throw each other's tail away: 5,000 tokens at every switch (OL 5b).
+    """
+    return f"{zlib.crc32(agent.encode()):08x} is the number of this agent."
+
+
+COMPACTION_MARK = "CRITICAL: Respond with TEXT ONLY"
 
 
 def wants_thinking(request: Request, facts: ModelFacts) -> Optional[bool]:
@@ -3584,7 +3584,7 @@ class Turn:
 
     def __init__(
         self, decoder: ChatDecoder, translator: StreamTranslator, tools: TurnTools,
-        estimate: int, stops: Sequence[str] = (),
+        stops: Sequence[str], usage_of: Callable[[Finish, int], Usage],
     ) -> None:
         verbatim = isinstance(decoder, GenerateDecoder)
         self._decoder, self._translator, self._tools = decoder, translator, tools
@@ -3596,13 +3596,13 @@ class Turn:
         self._text: List[str] = []
         self._shown_chars = 0
         self._unfinished = False
-        self.estimate = estimate
+        self._usage_of = usage_of
         self.calls: List[Tuple[str, str]] = []
         self.done = False
         self.error: Optional[ShimError] = None
         self.finish: Optional[Finish] = None
         self.stop_reason = ""
-        self.usage = Usage(estimate)
+        self.usage = Usage()
 
     @property
     def model(self) -> str:
@@ -3719,9 +3719,8 @@ class Turn:
         return "tool_use" if self.calls else "end_turn"
 
     def _count_usage(self, finish: Finish) -> Usage:
-        prompt = finish.prompt_tokens if finish.prompt_tokens else self.estimate
         output = finish.output_tokens
-        return Usage(prompt, output if output is not None else max(1, self._shown_chars // 4))
+        return self._usage_of(finish, max(1, self._shown_chars // 4) if output is None else output)
 
     def _loss(self, finish: Finish) -> Optional[ShimError]:
         """Tell an answer of which nothing or little arrived: never an empty success."""
@@ -5038,26 +5037,36 @@ def header_host(value: str) -> Optional[str]:
 
 
 class Gate:
-    """Let a bounded number of requests work; as many more wait in order."""
+    """Let at most limit requests work at once; queue more wait in order."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._working = limit, 0
+    def __init__(self, limit: int, queue: int) -> None:
+        self._limit, self._queue, self._working = limit, queue, 0
         self._waiting: List[socket.socket] = []
         self._lock = threading.Lock()
 
-    def enter(self, link: ClientLink) -> None:
+    @contextlib.contextmanager
+    def place(self, waiter: Waiter) -> Iterator[None]:
+        """Hold a place for a with block."""
+        self._enter(waiter)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self, waiter: Waiter) -> None:
         """Wait for a place; raise BusyError where too many wait already."""
         with self._lock:
             if self._working < self._limit and not self._waiting:
                 self._working += 1
                 return
-            if len(self._waiting) >= self._limit:
+            if len(self._waiting) >= self._queue:
                 raise BusyError("Too many requests are waiting; try again in a moment.", "5")
             mine, wake = socket.socketpair()
             self._waiting.append(wake)
         with mine, wake:
             try:
-                link.wait(mine, False, float("inf"))
+                while not waiter.wait(mine, False, time.monotonic() + 3600.0):
+                    pass
             except BaseException:
                 self._withdraw(wake)
                 raise
@@ -5067,9 +5076,9 @@ class Gate:
             if wake in self._waiting:
                 self._waiting.remove(wake)
                 return
-        self.leave()  # the place had been given already
+        self._leave()  # the place had been given already
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         with self._lock:
             if self._waiting:
                 self._waiting.pop(0).send(b"x")
@@ -5082,89 +5091,157 @@ class Gate:
         return self._working, len(self._waiting)
 
 
+class LocalModel(NamedTuple):
+    """A model as it is used: what is known of it, and its window in tokens.
+
+    num_ctx is what every request asks for (None leaves it to Ollama), window what the
+    model is loaded with (0 is unknown), reason one line about the choice.
+    """
+
+    facts: ModelFacts
+    num_ctx: Optional[int] = None
+    window: int = 0
+    reason: str = ""
+
+
 class Registry:
     """What is known of Ollama's models; asked once and remembered for a while."""
 
     def __init__(self, config: Config, upstream: Upstream, log: Log) -> None:
         self._config, self._upstream, self._log = config, upstream, log
-        self._facts: Dict[str, Tuple[float, ModelFacts]] = {}
-        self._version: Optional[Tuple[float, str]] = None
-        self._windows: Dict[str, Optional[int]] = {}
+        self._models: Dict[str, Tuple[float, LocalModel]] = {}
+        self._version: Tuple[float, str] = (0.0, "")
         self._no_render: Set[str] = set()
-        self._lock = threading.Lock()
+        self._gate = Gate(1, 4096)
 
-    def facts(self, model: str, waiter: Waiter, until: float) -> ModelFacts:
-        """Return the model's facts; defaults where Ollama does not tell them.
+    def known(self, name: str) -> Optional[LocalModel]:
+        """Return the model if it was learned lately."""
+        until, model = self._models.get(name, (0.0, None))
+        return model if until > time.monotonic() else None
+
+    def model(self, name: str, waiter: Waiter, until: float) -> LocalModel:
+        """Return the model, asking Ollama where needed; defaults where it does not tell.
 
         Raises UpstreamRefusedError where nothing answers, ModelMissingError where
         Ollama says the model is missing.
         """
-        known = self._facts.get(model)
-        if known and known[0] > time.monotonic():
-            return known[1]
-        facts = self._learn(model, waiter, until)
-        with self._lock:
-            if len(self._facts) > 64:
-                self._facts.clear()
-            self._facts[model] = (time.monotonic() + FACTS_TTL_S, facts)
-        return facts
+        model = self.known(name)
+        if model:
+            return model
+        with self._gate.place(waiter):
+            model = self.known(name) or self._learn(name, waiter, until)
+            if len(self._models) > MAX_MODELS:
+                self._models.clear()
+            self._models[name] = (time.monotonic() + FACTS_TTL_S, model)
+        return model
 
-    def _learn(self, model: str, waiter: Waiter, until: float) -> ModelFacts:
+    def _ask(self, method: str, path: str, body: Optional[Json], waiter: Waiter,
+             until: float) -> Answer:
+        """Ask on the shim's own account; silence and nonsense count as no answer."""
         try:
-            answer = self._upstream.ask(
-                "POST", "/api/show", to_json({"model": model}), waiter, until)
+            return self._upstream.ask(method, path, to_json(body) if body else None, waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
-            return ModelFacts(model)
+            return Answer(0, "", None)
+
+    def _learn(self, name: str, waiter: Waiter, until: float) -> LocalModel:
+        config = self._config
+        answer = self._ask("POST", "/api/show", {"model": name}, waiter, until)
         if answer.status != 200:
-            error = upstream_error(answer.status, answer.text, model)
+            error = upstream_error(answer.status, answer.text, name)
             if isinstance(error, ModelMissingError):
                 raise error
-            return ModelFacts(model)
-        facts = facts_from_show(model, answer.body)
-        if facts.path == "B" or (facts.path and self._config.verbatim != "off"):
-            facts = self._probe(facts, waiter, until)
-        return facts
+            return LocalModel(ModelFacts(name), config.num_ctx, config.num_ctx or 0)
+        facts = facts_from_show(name, answer.body)
+        before = self._models.get(name)
+        if before and before[1].facts.digest == facts.digest and before[1].window:
+            model = before[1]._replace(facts=facts)
+        else:
+            model = self._choose_window(facts, _mapping(answer.body).get("model_info"),
+                                        waiter, until)
+        if facts.path == "B" or (facts.path and config.verbatim != "off"):
+            model = model._replace(facts=self._probe(model, waiter, until))
+        return model
 
-    def _probe(self, facts: ModelFacts, waiter: Waiter, until: float) -> ModelFacts:
-        options = load_options(self.window(facts, waiter, until))
-        try:
-            answer = self._upstream.ask(
-                "POST", "/api/chat", to_json(probe_body(facts.name, options)), waiter, until)
-        except (UpstreamBrokenError, UpstreamTimeoutError):
-            return facts
+    def _choose_window(
+        self, facts: ModelFacts, info: Any, waiter: Waiter, until: float,
+    ) -> LocalModel:
+        """Decide the window (SHIM_NUM_CTX) and load the model with it."""
+        explicit = self._config.num_ctx
+        if explicit:
+            window = min(explicit, facts.trained or explicit)
+            return LocalModel(facts, explicit, window, judge_explicit(window, FIRST_PROMPT_TOKENS)
+                              or f"window of {window} tokens, as set")
+        if self._config.auto_ctx.lower() == "off" or facts.remote or not facts.path:
+            row = self._loaded_row(facts, waiter, until)
+            window = natural(_mapping(row).get("context_length")) or facts.num_ctx or 0
+            return LocalModel(facts, None, window, "window left to Ollama")
+        row = self._loaded_row(facts, waiter, until)
+        kv_bytes = kv_bytes_per_token(info)
+        choice = choose_window(WindowFacts(
+            facts.trained, natural(_mapping(row).get("context_length")) or None, facts.num_ctx,
+            kv_bytes))
+        judged = self._load(facts, choice.window, kv_bytes, waiter, until)
+        asked, reason = choice.window, f"{choice.reason}; {judged.reason}"
+        if judged.step_down:
+            asked = judged.step_down
+            judged = self._load(facts, asked, kv_bytes, waiter, until)
+            reason = f"{reason}, so {asked} it is: {judged.reason}"
+        return LocalModel(facts, asked, judged.window,
+                          f"window of {judged.window} tokens: {reason}")
+
+    def _load(
+        self, facts: ModelFacts, num_ctx: int, kv_bytes: Optional[int], waiter: Waiter,
+        until: float,
+    ) -> WindowChoice:
+        """Load the model without a prompt (OL 4) and see what came of it."""
+        answer = self._ask("POST", "/api/generate", {
+            "model": facts.name, "options": load_options(num_ctx), "shift": False, "stream": False,
+            "keep_alive": keep_alive_value(self._config.keep_alive)}, waiter, until)
+        row = self._loaded_row(facts, waiter, until) if answer.status == 200 else None
+        if row is None and answer.status < 500:
+            return WindowChoice(num_ctx, "not confirmed by /api/ps")
+        return judge_window(num_ctx, row, kv_bytes)
+
+    def _loaded_row(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[Json]:
+        """Find the model in /api/ps, by name or by its blob's digest."""
+        rows = _mapping(self._ask("GET", "/api/ps", None, waiter, until).body).get("models")
+        names = (facts.name, facts.name + ":latest")
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and (row.get("name") in names or row.get("model") in names):
+                return row
+        return None
+
+    def _probe(self, model: LocalModel, waiter: Waiter, until: float) -> ModelFacts:
+        facts = model.facts
+        answer = self._ask("POST", "/api/chat", probe_body(
+            facts.name, load_options(model.num_ctx)), waiter, until)
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
         return facts_from_probe(facts, prompt) if prompt else facts
 
-    def window(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[int]:
-        """Choose the context window to ask for; fixed once chosen."""
-        return self._config.num_ctx
-
-    def forget(self, model: str) -> None:
-        with self._lock:
-            self._facts.pop(model, None)
-
-    def amend(self, model: str, **known: Any) -> None:
+    def amend(self, model: LocalModel) -> None:
         """Remember what a refusal has taught."""
-        with self._lock:
-            fresh = (time.monotonic() + FACTS_TTL_S, ModelFacts(model))
-            until, facts = self._facts.get(model, fresh)
-            self._facts[model] = (until, facts._replace(**known))
+        self._models[model.facts.name] = (time.monotonic() + FACTS_TTL_S, model)
+
+    def forget(self, name: str) -> None:
+        """Ask anew next time: the model may have gone or changed."""
+        self._models.pop(name, None)
 
     def version(self, waiter: Waiter, until: float) -> str:
         """Ask Ollama's version; "" where it does not tell."""
-        if self._version and self._version[0] > time.monotonic():
+        if self._version[0] > time.monotonic():
             return self._version[1]
-        try:
-            answer = self._upstream.ask("GET", "/api/version", None, waiter, until)
-        except (UpstreamBrokenError, UpstreamTimeoutError):
-            return ""
-        version = _mapping(answer.body).get("version") if answer.status == 200 else None
+        answer = self._ask("GET", "/api/version", None, waiter, until)
+        version = _mapping(answer.body).get("version") if answer.status == 200 else ""
         version = version if isinstance(version, str) else ""
         self._version = (time.monotonic() + FACTS_TTL_S, version)
-        return version
+        return self._version[1]
 
     def verbatim(self, request: Request, facts: ModelFacts, waiter: Waiter, until: float) -> bool:
-        """Decide whether this turn reads the model's own text (issue: verbatim)."""
+        """Decide whether this turn reads the model's own text.
+
+        Only where prompts are ChatML and rendering was seen to work, on a local model,
+        without images (raw mode takes none, OL 6).
+        """
         mode = self._config.verbatim
         if mode == "off" or facts.remote or not facts.chatml or facts.digest in self._no_render:
             return False
@@ -5254,6 +5331,31 @@ class RawTurns:
         return ids or (index, text)
 
 
+class Prompt(NamedTuple):
+    """A request translated: its tools, the JSON of its parts, and its size.
+
+    shared is the estimated size in tokens of what the session's last request had too.
+    """
+
+    table: ToolTable
+    messages_json: str
+    tools_json: str
+    size: Count
+    shared: int
+    num_predict: int
+
+    def fitted(
+        self, request: Request, window: int, is_compaction: bool, answered: bool,
+    ) -> Prompt:
+        """Clamp num_predict to the window; raise PromptTooLongError where nothing fits.
+
+        A conversation without an answer cannot be compacted, so it keeps no headroom.
+        """
+        return self._replace(num_predict=fit(
+            self.size.tokens, request.max_tokens, window, is_compaction,
+            None if answered else 0, margin=self.size.margin))
+
+
 class Exchange:
     """One Messages request, from the parsed body to the last byte."""
 
@@ -5262,6 +5364,7 @@ class Exchange:
         self.server, self.link = handler.server, handler.link
         self.config = handler.server.config
         self.session_id = handler.session_id or request.session
+        self.agent = handler.http.header("x-claude-code-agent-id")
         self.session = self.server.session(self.session_id)
         self.started = False
         self.begun_at, self.first_at = time.monotonic(), 0.0
@@ -5295,12 +5398,12 @@ class Exchange:
         if answer:
             self._answer_here(answer)
             return
-        self.server.gate.enter(self.link)
-        try:
+        with contextlib.ExitStack() as places:
+            places.enter_context(self.server.gate.place(self.link))
+            if self.agent:  # subagents in turn: each switch costs the model a re-read (OL 5b)
+                places.enter_context(self.server.side_gate.place(self.link))
             self.server.stats.progress(self, time.time(), state="prefill")
             self._relay()
-        finally:
-            self.server.gate.leave()
 
     def _answer_here(self, answer: LocalAnswer) -> None:
         """Answer without the model: same events, estimated usage."""
@@ -5334,68 +5437,95 @@ class Exchange:
         self.server.log.turn(record)
 
     def _relay(self) -> None:
-        server = self.server
-        model = self.model = server.local_model(self.request)
-        own_until = time.monotonic() + self.config.first_token_timeout_ms / 1000
-        facts = server.registry.facts(model, self.link, own_until)
+        name = self.model = self.server.local_model(self.request)
+        until = time.monotonic() + self.config.first_token_timeout_ms / 1000
+        model = self.server.registry.model(name, self.link, until)
         try:
-            self._ask(facts, own_until)
+            self._ask(model, until)
+        except ModelMissingError:
+            self.server.registry.forget(name)
+            raise
         except BadRequestError as error:
-            amended = self._learn_refusal(facts, error)
+            amended = self._learn_refusal(model, error)
             if not amended or self.started:
                 raise
-            self._ask(amended, own_until)
+            self._ask(amended, until)
 
-    def _learn_refusal(self, facts: ModelFacts, error: ShimError) -> Optional[ModelFacts]:
+    def _learn_refusal(self, model: LocalModel, error: ShimError) -> Optional[LocalModel]:
         """Take a missing capability from Ollama's refusal: the model was not asked yet."""
+        facts = model.facts
         if NO_TOOLS_ERROR.search(error.message) and not facts.tools_in_text:
-            known: Json = {"tools_in_text": True}
+            facts = facts._replace(tools_in_text=True)
         elif NO_THINKING_ERROR.search(error.message) and not facts.think_refused:
-            known = {"think_refused": True}
+            facts = facts._replace(think_refused=True)
         else:
             return None
-        self.server.registry.amend(facts.name, **known)
-        return facts._replace(**known)
+        amended = model._replace(facts=facts)
+        self.server.registry.amend(amended)
+        return amended
 
-    def _ask(self, facts: ModelFacts, own_until: float) -> None:
-        """Build the body, choose the way, and relay the answer."""
-        server = self.server
-        table, messages, body_of = self._prepare(facts)
-        window = server.registry.window(facts, self.link, own_until)
-        self.estimate = sum(estimate_tokens(m.content) for m in messages)
-        options = {**load_options(window), "num_predict": self.request.max_tokens}
-        body = body_of(options)
+    def _ask(self, model: LocalModel, own_until: float) -> None:
+        """Build the body, choose the way, and relay the answer.
+
+        own_until bounds what the shim asks on its own account.
+        """
+        server, facts = self.server, model.facts
+        self.window = model.window
+        prompt = self._prepare(model)
+        options = {**load_options(model.num_ctx), "num_predict": prompt.num_predict}
+        body = chat_body(self.request, facts, self.config, options,
+                         messages_json=prompt.messages_json, tools_json=prompt.tools_json)
         dialect, thinking = DIALECTS["chat"], False
         if server.registry.verbatim(self.request, facts, self.link, own_until):
-            prompt = self._render(facts, body, own_until)
-            if prompt is not None:
-                dialect = DIALECTS["verbatim"]
-                thinking = opens_thinking(prompt)
-                body = generate_body(self.request, facts, prompt, self.config, options)
-        self.way, self.window = dialect.way, window or 0
+            text = self._render(facts, body, own_until)
+            if text is not None:
+                dialect, thinking = DIALECTS["verbatim"], opens_thinking(text)
+                body = generate_body(self.request, facts, text, self.config, options)
+        self.way = dialect.way
         if server.log.on("debug"):
             server.log.write("debug", f"{dialect.path} {body}")
-        turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), table)
+        turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.link, until) as call:
             self._pump(call, turn, until)
         self._remember(turn, thinking)
+        if turn.finish:
+            server.counter.observe(facts.name, prompt.size, turn.finish.prompt_tokens)
 
-    def _prepare(
-        self, facts: ModelFacts,
-    ) -> Tuple[ToolTable, List[ChatMessage], Callable[[Json], str]]:
-        """Translate tools and messages; the body is made once its options are known."""
-        request, config = self.request, self.config
-        session = self.session
+    def _prepare(self, model: LocalModel) -> Prompt:
+        """Translate tools and messages, and fit them to the window."""
+        prompt = self._translate(model.facts, self.request)
+        is_compaction = COMPACTION_MARK in last_user_text(self.request)
+        answered = any(message.role == "assistant" for message in self.request.messages)
+        if not model.window:
+            return prompt
+        try:
+            return prompt.fitted(self.request, model.window, is_compaction, answered)
+        except PromptTooLongError as error:
+            if not is_compaction:
+                raise
+            over = error.tokens - error.maximum + prompt.size.margin
+        short = shorten_results(self.request.messages, over)
+        self.notes.append("old tool results were shortened to fit the compaction request")
+        prompt = self._translate(model.facts, self.request._replace(messages=short))
+        return prompt.fitted(self.request, model.window, is_compaction, answered)
+
+    def _translate(self, facts: ModelFacts, request: Request) -> Prompt:
+        session, counter = self.session, self.server.counter
         with session.lock:
-            table = session.table(request, config.max_tools)
-            tools, tools_json = session.tools(table, config.prompt == "slim", facts)
+            table = session.table(request, self.config.max_tools)
+            tools, tools_json = session.tools(table, self.config.prompt == "slim", facts)
             names = [tool.name for tool in table.sent]
+            if self.agent:
+                request = request._replace(system=(agent_line(self.agent), *request.system))
             messages = chat_messages(request, tools, facts, self.server.raw_turns.recall,
                                      lambda text: self._slim(text, names))
-            messages_json = session.written.write(messages)
-        return table, messages, lambda options: chat_body(
-            request, facts, config, options, messages_json=messages_json, tools_json=tools_json)
+            messages_json, same = session.written.write(messages)
+        texts = [tools_json, *map(message_text, messages)]
+        count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
+        self.estimate = count.tokens
+        shared = sum(int(sum(counter.sizes(text)[1])) for text in texts[:same + 1]) if same else 0
+        return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
 
     def _slim(self, text: str, names: Sequence[str]) -> str:
         if self.config.prompt == "full":
@@ -5412,7 +5542,8 @@ class Exchange:
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
         if prompt is None and answer.status != 200:
             error = upstream_error(answer.status, answer.text, facts.name,
-                                   retry_after=answer.retry_after)
+                                   retry_after=answer.retry_after,
+                                   prompt_tokens=self.estimate, window=self.window)
             if answer.status >= 500 or isinstance(error, (ModelMissingError, PromptTooLongError)):
                 raise error
         if prompt is None:
@@ -5420,10 +5551,12 @@ class Exchange:
                 facts, f"Ollama rendered no prompt (status {answer.status})")
         return prompt
 
-    def _make_turn(self, decoder: ChatDecoder, table: ToolTable) -> Turn:
+    def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
+        table = prompt.table
         tools = TurnTools(table.offered, "text" in self.config.rescue, True,
                           lambda answer: self._rescue(answer, table))
-        return Turn(decoder, self.translator, tools, self.estimate, self.request.stop_sequences)
+        return Turn(decoder, self.translator, tools, self.request.stop_sequences,
+                    lambda finish, output: self.server.usage(decoder.model, prompt, finish, output))
 
     def _rescue(self, answer: str, table: ToolTable) -> Optional[Call]:
         """Carry out what was asked or described; at most one verified command."""
@@ -5449,7 +5582,7 @@ class Exchange:
             text = call.read_all(time.monotonic() + silence).decode("utf-8", "replace")
             raise upstream_error(
                 call.status, text, turn.model, retry_after=call.headers.get("retry-after"),
-                prompt_tokens=turn.estimate)
+                prompt_tokens=self.estimate, window=self.window)
         while not turn.done:
             data = call.read(until)
             until = time.monotonic() + silence
@@ -5912,9 +6045,12 @@ class ShimServer(ThreadingHTTPServer):
         self.log = Log(config)
         self.upstream = Upstream(config)
         self.registry = Registry(config, self.upstream, self.log)
-        self.gate = Gate(config.max_concurrent)
+        self.gate = Gate(config.max_concurrent, config.max_concurrent)
+        self.side_gate = Gate(1, config.max_concurrent)
         self.raw_turns = RawTurns()
         self.stats = Stats(time.time(), threading.Lock())
+        self.counter = TokenCounter()
+        self._rates: Dict[str, float] = {}
         self._sessions: Dict[str, Session] = {}
         self._bash_shapes: Dict[str, bool] = {}
         self.stop_signal, self._stop_sender = socket.socketpair()
@@ -5986,6 +6122,18 @@ class ShimServer(ThreadingHTTPServer):
         if self.config.use_requested_model and requested:
             return requested
         return self.config.model
+
+    def usage(self, model: str, prompt: Prompt, finish: Finish, output: int) -> Usage:
+        """Split a turn's prompt into new and cached tokens, as far as can be told.
+
+        The fastest read of a prompt that shared nothing gives the speed without a cache.
+        """
+        tokens = finish.prompt_tokens or prompt.size.tokens
+        if not prompt.shared and finish.prompt_s > MIN_MISS_S:
+            self._rates[model] = max(self._rates.get(model, 0.0), tokens / finish.prompt_s)
+        fresh, read, created = cache_usage(
+            tokens, prompt.shared, finish.prompt_s, self._rates.get(model))
+        return Usage(fresh, output, read, created)
 
     def model_names(self, waiter: Waiter) -> List[str]:
         """List the configured model and what Ollama has."""

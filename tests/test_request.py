@@ -328,10 +328,12 @@ def test_written_messages_are_taken_over_from_the_last_turn():
     request = parse_request({"messages": [user(text("a")), {"role": "assistant", "content": "b"},
                                           user(text("c"))]})
     rows = chat_messages(request, (), PLAIN, lambda index, turn: None, lambda words: words)
-    whole = written.write(rows)
-    assert written.write(rows[:1] + rows[2:]) == ",".join(
-        json.dumps(message_json(row), separators=(",", ":")) for row in rows[:1] + rows[2:])
-    assert ReusedJson().write(rows) == whole == written.write(rows)
+    whole, same = written.write(rows)
+    assert same == 0
+    assert written.write(rows[:1] + rows[2:]) == (",".join(
+        json.dumps(message_json(row), separators=(",", ":")) for row in rows[:1] + rows[2:]), 1)
+    assert written.write(rows) == (whole, 1)
+    assert written.write(rows) == (whole, 3)
 
 
 def test_show_and_probe_tell_the_path(recording):
