@@ -145,6 +145,7 @@ DRAIN_S = 5.0  # running streams at shutdown
 # A client that lags: bytes that may wait for it, and seconds without taking any.
 MAX_PENDING_BYTES = 4 * 1024 * 1024
 CLIENT_STALL_S = 30.0
+FOLLOW_S = 1.0  # between looks at whether anybody still listens to a request
 FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
 MAX_MODELS = 64  # models whose facts are remembered
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
@@ -2733,6 +2734,7 @@ class ReusedJson:
     """
 
     def __init__(self) -> None:
+        self.first: Optional[ChatMessage] = None
         self._messages: List[ChatMessage] = []
         self._written: List[str] = []
 
@@ -2745,6 +2747,7 @@ class ReusedJson:
             same += 1
         written = self._written[:same] + [to_json(message_json(m)) for m in messages[same:]]
         self._messages, self._written = messages, written
+        self.first = messages[0] if messages else None
         return ",".join(written), same
 
 
@@ -3181,6 +3184,9 @@ class GenerateDecoder(ChatDecoder):
             parts.extend(self._think.feed(response))
 
 
+USER_TURN = "<|im_start|>user\n"
+
+
 def opens_thinking(prompt: str) -> bool:
     """Say whether a rendered prompt ends in an open think block."""
     tail = prompt[-40:].rstrip()
@@ -3607,6 +3613,11 @@ class Turn:
     @property
     def model(self) -> str:
         return self._decoder.model
+
+    @property
+    def heard(self) -> bool:
+        """Say whether Ollama has begun to answer."""
+        return self._decoder.lines > 0 or self.error is not None
 
     @property
     def answer(self) -> str:
@@ -5279,7 +5290,7 @@ class Session:
         self.written = ReusedJson()
         self._tools: Tuple[Tool, ...] = ()
         self._slimmed: Tuple[Tool, ...] = ()
-        self._tools_json = ""
+        self.tools_json = ""
         self._renderer: Optional[str] = None
 
     def table(self, request: Request, limit: int) -> ToolTable:
@@ -5299,9 +5310,9 @@ class Session:
         if table.sent != self._tools or self._renderer != facts.renderer:
             self._tools, self._renderer = table.sent, facts.renderer
             self._slimmed = tuple(map(slim_tool, table.sent)) if slim else table.sent
-            self._tools_json = to_json([tool_json(t, facts.renderer) for t in self._slimmed])
+            self.tools_json = to_json([tool_json(t, facts.renderer) for t in self._slimmed])
         in_text = facts.tools_in_text or not self._slimmed
-        return self._slimmed, "" if in_text else self._tools_json
+        return self._slimmed, "" if in_text else self.tools_json
 
 
 class RawTurns:
@@ -5331,6 +5342,82 @@ class RawTurns:
         return ids or (index, text)
 
 
+class Cancellable(Waiter):
+    """Wait for an upstream socket until cancel() is called from another thread."""
+
+    def __init__(self) -> None:
+        self._mine, self._sender = socket.socketpair()
+
+    def cancel(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sender.send(b"x")
+
+    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
+        left = until - time.monotonic()
+        ready = wait_ready((self._mine,), (sock,), left) if writing else \
+            wait_ready((self._mine, sock), (), left)
+        if self._mine in ready:
+            raise ClientGoneError
+        return bool(ready)
+
+    def close(self) -> None:
+        self._mine.close()
+        self._sender.close()
+
+
+class Warmer:
+    """Load the model, and read the last session's prefix, before a request needs them.
+
+    One token after system text and tools: the real request then reads 140 tokens
+    instead of 12,300 (OL 5b). prefix is (path, body) of that reading.
+    """
+
+    def __init__(self, server: ShimServer) -> None:
+        self._server = server
+        self._lock = threading.Lock()
+        self._reading: Optional[Cancellable] = None
+        self._offered = ""
+        self.prefix: Optional[Tuple[str, str]] = None
+
+    def offer(self, text: str, make: Callable[[], Tuple[str, str]]) -> None:
+        """Take a session's prefix; its request is made only when the text is a new one."""
+        if text and text != self._offered:
+            self._offered, self.prefix = text, make()
+
+    def start(self) -> None:
+        """Warm in the background, unless something runs already."""
+        if self._server.config.warm and not self._server.gate.load[0]:
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def cancel(self) -> None:
+        """A real request came: stop reading, so that it need not wait."""
+        reading = self._reading
+        if reading:
+            reading.cancel()
+
+    def _run(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            return
+        server, waiter = self._server, Cancellable()
+        try:
+            until = time.monotonic() + server.config.first_token_timeout_ms / 1000
+            known = server.registry.known(server.config.model)
+            model = server.registry.model(server.config.model, Waiter(), until)
+            if not known:
+                server.log.write("info", f"{model.facts.name}: {model.reason or 'ready'}")
+            if self.prefix and not server.gate.load[0]:
+                self._reading = waiter
+                server.upstream.ask("POST", *self.prefix, waiter, until)
+        except ShimError as error:
+            server.log.write("warn", error.message)
+        except ClientGoneError:
+            server.log.write("debug", "warming was cancelled by a request")
+        finally:
+            self._reading = None
+            waiter.close()
+            self._lock.release()
+
+
 class Prompt(NamedTuple):
     """A request translated: its tools, the JSON of its parts, and its size.
 
@@ -5356,6 +5443,58 @@ class Prompt(NamedTuple):
             None if answered else 0, margin=self.size.margin))
 
 
+class Audience(Waiter):
+    """The clients of one running request: its own, and those that joined it.
+
+    Waits for Ollama together with the own client; when that leaves while others
+    listen, the request goes on without it (detached).
+    """
+
+    def __init__(self, link: ClientLink) -> None:
+        self._link = link
+        self._wakers: Dict[socket.socket, socket.socket] = {}
+        self.batches: List[List[Event]] = []
+        self.detached = self.ended = False
+        self.failure: Optional[ShimError] = None
+
+    def join(self) -> socket.socket:
+        """Return a socket that can be read whenever there is news."""
+        mine, wake = socket.socketpair()
+        wake.setblocking(False)
+        self._wakers[mine] = wake
+        return mine
+
+    def leave(self, mine: socket.socket) -> None:
+        self._wakers.pop(mine).close()
+        mine.close()
+
+    def share(self, events: List[Event]) -> None:
+        self.batches.append(events)
+        self._wake()
+
+    def end(self) -> None:
+        self.ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for wake in list(self._wakers.values()):
+            with contextlib.suppress(OSError):  # full: it wakes anyway
+                wake.send(b"x")
+
+    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
+        if not self.detached:
+            try:
+                return self._link.wait(sock, writing, until)
+            except ClientGoneError:
+                self.detached = True
+        while self._wakers:
+            if super().wait(sock, writing, min(until, time.monotonic() + FOLLOW_S)):
+                return True
+            if time.monotonic() >= until:
+                return False
+        raise ClientGoneError
+
+
 class Exchange:
     """One Messages request, from the parsed body to the last byte."""
 
@@ -5375,6 +5514,8 @@ class Exchange:
         self.way, self.model, self.window = "chat", self.config.model, 0
         self.turn: Optional[Turn] = None
         self.notes: List[str] = []
+        self.key = handler.join_key
+        self.audience = Audience(self.link)
 
     def run(self) -> None:
         """Carry the request out; whatever fails is told to the client, and all counted."""
@@ -5388,21 +5529,31 @@ class Exchange:
             outcome = "ok"
         except ShimError as error:
             outcome, failure = error.kind, error
-            self._tell(error)
+            self.audience.failure = error
+            if not self.audience.detached:
+                self._tell(error)
         finally:
             self.link.tick_at = float("inf")
+            self.server.close_joint(self)
             self._record(outcome, failure)
+        if self.audience.detached:
+            raise ClientGoneError
 
     def _carry_out(self) -> None:
         answer = local_answer(self.request, self.config)
         if answer:
             self._answer_here(answer)
             return
+        leader = self.server.joint(self)
+        if leader is not self:
+            self._follow(leader)
+            return
         with contextlib.ExitStack() as places:
             places.enter_context(self.server.gate.place(self.link))
             if self.agent:  # subagents in turn: each switch costs the model a re-read (OL 5b)
                 places.enter_context(self.server.side_gate.place(self.link))
             self.server.stats.progress(self, time.time(), state="prefill")
+            self.server.warmer.cancel()
             self._relay()
 
     def _answer_here(self, answer: LocalAnswer) -> None:
@@ -5435,6 +5586,33 @@ class Exchange:
             error=failure.message if failure else "", notes=tuple(self.notes))
         self.server.stats.end(self, record)
         self.server.log.turn(record)
+
+    def _follow(self, leader: Exchange) -> None:
+        """Give this client the whole stream of an identical request that runs already.
+
+        The CLI sends a request again after a timeout; a second prefill of the same prompt
+        would wait for the first and then start over.
+        """
+        self.way, self.notes = "joined", ["joined an identical request that was running"]
+        seen, mine = 0, leader.audience.join()
+        try:
+            while True:
+                ended = leader.audience.ended
+                batches = leader.audience.batches[seen:]
+                seen += len(batches)
+                for events in batches:
+                    if not self.started:
+                        self._open_stream()
+                    self._send(events)
+                if ended:
+                    break
+                if self.link.wait(mine, False, time.monotonic() + FOLLOW_S):
+                    mine.recv(READ_BYTES)
+        finally:
+            leader.audience.leave(mine)
+        if leader.audience.failure:
+            raise leader.audience.failure
+        self._end()
 
     def _relay(self) -> None:
         name = self.model = self.server.local_model(self.request)
@@ -5475,7 +5653,7 @@ class Exchange:
         options = {**load_options(model.num_ctx), "num_predict": prompt.num_predict}
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
-        dialect, thinking = DIALECTS["chat"], False
+        dialect, thinking, text = DIALECTS["chat"], False, None
         if server.registry.verbatim(self.request, facts, self.link, own_until):
             text = self._render(facts, body, own_until)
             if text is not None:
@@ -5486,11 +5664,28 @@ class Exchange:
             server.log.write("debug", f"{dialect.path} {body}")
         turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
-        with server.upstream.open("POST", dialect.path, body, self.link, until) as call:
+        with server.upstream.open("POST", dialect.path, body, self.audience, until) as call:
             self._pump(call, turn, until)
         self._remember(turn, thinking)
+        if not self.agent:
+            self._offer_prefix(facts, options, text)
         if turn.finish:
             server.counter.observe(facts.name, prompt.size, turn.finish.prompt_tokens)
+
+    def _offer_prefix(self, facts: ModelFacts, options: Json, prompt: Optional[str]) -> None:
+        """Give the warmer what reads system text and tools, and nothing of the turns."""
+        options, warmer = {**options, "num_predict": 1}, self.server.warmer
+        if prompt is not None:
+            before, user_turn, _ = prompt.partition(USER_TURN)
+            warmer.offer(before, lambda: ("/api/generate", generate_body(
+                self.request, facts, before + user_turn, self.config, options)))
+            return
+        first = self.session.written.first
+        if first is not None and first.role == "system":
+            messages = to_json([message_json(first), {"role": "user", "content": "."}])[1:-1]
+            warmer.offer(messages, lambda: ("/api/chat", chat_body(
+                self.request, facts, self.config, options, messages_json=messages,
+                tools_json=self.session.tools_json)))
 
     def _prepare(self, model: LocalModel) -> Prompt:
         """Translate tools and messages, and fit them to the window."""
@@ -5589,7 +5784,7 @@ class Exchange:
             events = turn.feed(data) if data else turn.close()
             if turn.error and not self.started and not events:
                 self._refuse(turn.error)
-            if data and not self.started:
+            if turn.heard and not self.started:
                 self._begin()
             if events:
                 self._send(events)
@@ -5616,17 +5811,22 @@ class Exchange:
         self.server.raw_turns.remember(key, text)
 
     def _begin(self) -> None:
+        self._open_stream()
+        self._send([self.translator.start(Usage(self.estimate, 1))])
+
+    def _open_stream(self) -> None:
         self.started = True
         self.first_at = self.first_at or time.monotonic()
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
-        if self.request.stream:
+        if self.request.stream and not self.audience.detached:
             self.handler.start_stream("text/event-stream; charset=utf-8")
-        self._send([self.translator.start(Usage(self.estimate, 1))])
 
     def _tick(self) -> None:
         """Keep the client waiting: the first event after 15 s, then one every 10 s."""
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream:
+            if self.way == "joined":
+                return
             if not self.started:
                 self._begin()
             else:
@@ -5638,13 +5838,17 @@ class Exchange:
             self.handler.send_piece(b" ")
 
     def _send(self, events: List[Event]) -> None:
-        if self.request.stream:
+        if self.key:
+            self.audience.share(events)
+        if not self.request.stream:
+            self.events.extend(events)
+        elif not self.audience.detached:
             self.handler.send_piece(sse(events))
             self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
-        else:
-            self.events.extend(events)
 
     def _end(self) -> None:
+        if self.audience.detached:
+            return
         if self.request.stream:
             self.handler.end_stream()
             return
@@ -5884,8 +6088,11 @@ class Handler:
             self._more_input(until)
 
     def read_json(self) -> Any:
-        """Read the body as JSON; raise 400 with the reason."""
-        body = self.read_body()
+        return self.json_of(self.read_body())
+
+    @staticmethod
+    def json_of(body: bytes) -> Any:
+        """Parse a body; raise 400 with the reason."""
         try:
             return parse_json(body)
         except ValueError as problem:
@@ -5948,8 +6155,16 @@ class Handler:
 
     # ---- routes ----
 
+    join_key = ""
+
     def messages(self) -> None:
-        Exchange(self, parse_request(self.read_json())).run()
+        """Answer a Messages request; one of a known session may join its own retry."""
+        body = self.read_body()
+        self.join_key = ""
+        if self.http.header("x-claude-code-session-id"):
+            digest = late("hashlib").sha256(body).hexdigest()
+            self.join_key = f"{self.session_id} {digest}"
+        Exchange(self, parse_request(self.json_of(body))).run()
 
     def count_tokens(self) -> None:
         self.reply_json({"input_tokens": count_request(parse_request(self.read_json()))})
@@ -5983,8 +6198,13 @@ class Handler:
         self.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def root(self) -> None:
-        """Give a browser the status page, everything else a line of text."""
+        """Give a browser the status page, everything else a line of text.
+
+        The CLI knocks with HEAD / when it starts (CC A1): time to warm the model.
+        """
         self.read_body()
+        if self.http.method == "HEAD":
+            self.server.warmer.start()
         if self.http.method == "GET" and "text/html" in self.http.header("accept"):
             self.reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
             return
@@ -6050,7 +6270,10 @@ class ShimServer(ThreadingHTTPServer):
         self.raw_turns = RawTurns()
         self.stats = Stats(time.time(), threading.Lock())
         self.counter = TokenCounter()
+        self.warmer = Warmer(self)
         self._rates: Dict[str, float] = {}
+        self._joints: Dict[str, Exchange] = {}
+        self._joints_lock = threading.Lock()
         self._sessions: Dict[str, Session] = {}
         self._bash_shapes: Dict[str, bool] = {}
         self.stop_signal, self._stop_sender = socket.socketpair()
@@ -6134,6 +6357,19 @@ class ShimServer(ThreadingHTTPServer):
         fresh, read, created = cache_usage(
             tokens, prompt.shared, finish.prompt_s, self._rates.get(model))
         return Usage(fresh, output, read, created)
+
+    def joint(self, exchange: Exchange) -> Exchange:
+        """Return the running request that is identical to this one, or this one."""
+        if not exchange.key:
+            return exchange
+        with self._joints_lock:
+            return self._joints.setdefault(exchange.key, exchange)
+
+    def close_joint(self, exchange: Exchange) -> None:
+        with self._joints_lock:
+            if self._joints.get(exchange.key) is exchange:
+                del self._joints[exchange.key]
+        exchange.audience.end()
 
     def model_names(self, waiter: Waiter) -> List[str]:
         """List the configured model and what Ollama has."""
@@ -6264,6 +6500,7 @@ def run_serve(args: Any, env: Mapping[str, str]) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
     say(f"qwencode {__version__} on {server.url} -> {server.upstream.url} model {config.model}")
+    server.warmer.start()
     server.serve_forever()
     server.finish()
     return 130 if signal.SIGINT in ended else 0
