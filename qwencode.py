@@ -40,8 +40,10 @@ Invariants of every event stream (checked by tests/helpers.py on every test):
 """
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -226,6 +228,16 @@ FIRST_PROMPT_TOKENS = 9_000
 MIN_WORK_TOKENS = 3_000
 # Seconds of reading below which a prompt counts as cached whatever the rate says.
 MIN_MISS_S = 0.15
+
+# Characters of a Bash command that the CLI's analyser still reads: 9,960 pass, 9,980
+# need approval (contract/claude-code.md C2).
+MAX_APPROVABLE_CHARS = 9_900
+# Bytes of a Bash command, every single quote counted as 5: 130,600 run, 130,700 fail
+# with E2BIG (C1, F6); the rest is for the CLI's own words around it.
+MAX_BASH_BYTES = 130_000
+# Bytes of content that are proven by their octal digits, three a byte, where no heredoc
+# can carry them: longer ones are proven by SHA-256.
+MAX_OCTAL_BYTES = 1_000
 
 
 # ============================== 2. ERRORS ==============================
@@ -3232,18 +3244,705 @@ class ToolTextParser:
 
 
 # ============================== 10. SHELL COMMANDS ==============================
+# A file operation becomes one Bash command that proves its own effect.
+#
+# How every edit works. The new content is made twice, by different tools, in files
+# of its own in the current folder: .new by the tool that does the work, .check by
+# the tools that prove it (never the same ones: printf compared with printf proves
+# nothing). Only when both are equal the target is touched: a new file by mv, an
+# existing one by cp from .new, after a backup that was compared too, so that links,
+# mode bits and owners stay. In the end the target is compared with .check.
+#
+# Why the commands look as they do. Claude Code runs a command in acceptEdits mode
+# without asking only if its analyser can follow it (contract/claude-code.md C2, F6,
+# and own runs of 2.1.197 and 2.1.330): no variables, substitutions, braces, set, exit,
+# awk or perl; a heredoc alone on its line; a pipe in no `if`; no flags of mv and cp;
+# sed only as s/// of some characters. `[[ ... ]]`, `if` and `!` are allowed, and as
+# keywords of the shell they cannot be replaced by a broken program: what decides
+# whether something is overwritten is always a keyword. Tools and options are those
+# that GNU, BusyBox, macOS and Git Bash share; the shell is bash 3.2 or newer.
+
+
+class ShellCommand(NamedTuple):
+    """A Bash command, and in words what it does and how that is proven."""
+
+    command: str
+    description: str
+
+
+class CannotCarryError(ValueError):
+    """The operation does not fit into a command; the message says why."""
+
+
+class Exit(NamedTuple):
+    """The operation named in `verification failed: NAME`, and its exit code.
+
+    The code is used in style "coded"; "plain" ends with 1, because the analyser
+    refuses `exit` (contract/claude-code.md C2).
+    """
+
+    operation: str
+    code: int
+
+
+EXITS: Dict[str, Exit] = {
+    "create": Exit("create", 91),
+    "write": Exit("write", 91),
+    "append": Exit("append", 92),
+    "append_line": Exit("append", 92),
+    "replace_missing": Exit("replace", 93),
+    "replace": Exit("replace", 94),
+    "read": Exit("read", 95),
+    "list": Exit("list", 95),
+    "run": Exit("run", 95),
+    "insert_before": Exit("insert", 96),
+    "insert_after": Exit("insert", 96),
+    "prepend": Exit("insert", 96),
+    "delete": Exit("delete", 97),
+    "rename": Exit("rename", 98),
+    "copy": Exit("copy", 98),
+    "moved": Exit("rename", 99),
+    "mkdir": Exit("mkdir", 100),
+}
+
+
+# ------------------------------ quoting ------------------------------
+
+# The analyser refuses a backslash before white space even inside quotes ("Contains
+# backslash-escaped whitespace"), so the quotes are closed and opened between the two.
+BACKSLASH_SPACE = Pattern(r"\\(?=[ \t])")
+PLAIN_WORD = Pattern(r"[A-Za-z0-9_@%+:,./-]+")
+# Cc, and the lone surrogates that cannot be encoded.
+UNUSABLE_IN_NAME = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def quoted(text: str) -> str:
+    """Quote one word for the shell; nothing in it is ever expanded."""
+    inner = text.replace("'", "'\\''")
+    return "'" + BACKSLASH_SPACE.sub("\\\\''", inner) + "'"
+
+
+def quoted_path(path: str) -> str:
+    """Quote a path: "~/" at the start stays the home folder, "-" no option."""
+    if path.startswith("~/") and len(path) > 2:
+        return "~/" + quoted(path[2:])
+    return quoted("./" + path if path.startswith("-") else path)
+
+
+def usable_path(path: str) -> str:
+    """Return the path without trailing slashes, or raise CannotCarryError."""
+    if UNUSABLE_IN_NAME.search(path):
+        raise CannotCarryError("The file name holds control characters.")
+    trimmed = path.rstrip("/")
+    if not trimmed:
+        raise CannotCarryError("The operation names no file." if not path
+                               else "The operation names the root folder.")
+    return trimmed
+
+
+def parent_step(path: str) -> str:
+    """Return "mkdir -p ... && " for the path's folder, "" where it needs none."""
+    folder = path.rpartition("/")[0]
+    return "" if folder in ("", "~", ".") else f"mkdir -p -- {quoted_path(folder)} && "
+
+
+# ------------------------------ carrying content ------------------------------
+
+# Characters that a command must not hold: the CLI rejects control characters in every
+# mode (contract/claude-code.md C1), its analyser Unicode white space and zero-width
+# characters ("Contains Unicode whitespace"). printf writes them from octal escapes.
+ESCAPED_RANGES = (
+    "\x00-\x08\x0b-\x1f\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028\u2029\u202f\u205f-\u2064"
+    "\u3000\ufeff"
+)
+ESCAPED = Pattern(f"[{ESCAPED_RANGES}]")
+PRINTF_PIECE = Pattern(f"[\n{ESCAPED_RANGES}]|[^\n{ESCAPED_RANGES}]+")
+
+
+def octal(content: bytes) -> str:
+    """Return bytes as od prints them: " 150 151"."""
+    return "".join(f" {byte:03o}" for byte in content)
+
+
+def fits_heredoc(text: str) -> bool:
+    """Say whether a quoted heredoc carries the text past the analyser.
+
+    It refuses a brace with a quote after it ("expansion obfuscation"), and what
+    ESCAPED and BACKSLASH_SPACE name.
+    """
+    brace = text.find("{")
+    obscure = brace >= 0 and ("'" in text[brace:] or '"' in text[brace:])
+    return not (obscure or ESCAPED.search(text) or BACKSLASH_SPACE.search(text))
+
+
+def heredoc(tool: str, target: str, text: str) -> str:
+    """Return lines that write text, which ends with a newline or is empty."""
+    lines, tag, number = set(text.split("\n")), "EOF", 1
+    while tag in lines:
+        tag, number = f"EOF_{number}", number + 1
+    return f"{tool} > {target} <<'{tag}'\n{text}{tag}"
+
+
+def printf_parts(text: str) -> Tuple[str, List[str]]:
+    """Split text into a printf format and its words.
+
+    A line is a word of its own: the analyser refuses a newline before # in quotes.
+    """
+    for end, name in (("\r\n", "%s\\r\\n"), ("\n", "%s\\n")):
+        lines = text.split(end)
+        if len(lines) > 1 and not lines[-1] and not any(map(ESCAPED.search, lines)):
+            return name, lines[:-1]
+    form, words = "", []
+    for piece in PRINTF_PIECE.findall(text):
+        if piece == "\n" or ESCAPED.match(piece):
+            form += octal(piece.encode()).replace(" ", "\\")
+        else:
+            form += "%s"
+            words.append(piece)
+    return form, words
+
+
+def printf(target: str, text: str) -> str:
+    """Return a printf that writes any text; what cannot stand plain is escaped."""
+    form, words = printf_parts(text)
+    gap = " \\\n  " if len(words) > 1 else " "
+    return f"printf '{form}'" + "".join(gap + quoted(word) for word in words) + f" > {target}"
+
+
+def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
+    """Return lines that write bytes from base64; macOS up to 12 knows only -D."""
+    coded = f"{target}64"
+    ways = [f"base64 {flag} < {coded}{then} > {target}" for flag in ("-d", "-D")]
+    return [heredoc("cat", coded, base64.encodebytes(content).decode()), " || ".join(ways)]
+
+
+def work_copy(text: str, target: str) -> List[str]:
+    """Return lines that write the text to target, as readable as it can be."""
+    if (not text or text.endswith("\n")) and fits_heredoc(text):
+        return [heredoc("cat", target, text)]
+    if len(ESCAPED.findall(text)) > len(text) // 4 + text.count("\r"):
+        return from_base64(target, text.encode())
+    return [printf(target, text)]
+
+
+def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]:
+    """Return lines that make target only if source holds exactly the text.
+
+    A heredoc read by another tool where one carries the text; else its bytes in octal
+    when they are few, which every system can check; else SHA-256, whose tool macOS
+    has only since version 15.
+    """
+    content = text.encode()
+    if by_hash or (len(content) > MAX_OCTAL_BYTES and not fits_heredoc(text)):
+        digest = hashlib.sha256(content).hexdigest()
+        check = f"printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null"
+        return [f"{check} && cp {source} {target}"]
+    if not fits_heredoc(text):
+        digits = octal(content).replace(" ", "")
+        return [f"od -An -v -to1 {source} | tr -d ' \\n' | grep -qx '{digits}'"
+                f" && cp {source} {target}"]
+    if not text or text.endswith("\n"):
+        return [heredoc("tail -c +1", target, text)]
+    line = f"{target}line"
+    return [
+        heredoc("tail -c +1", line, text + "\n"),
+        f"cp {source} {target} && echo >> {target} && cmp {target} {line}"
+        f" && cp {source} {target}",
+    ]
+
+
+def packed_copy(text: str, source: str, target: str) -> List[str]:
+    """Return lines for a content so long that it must be compressed."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    content = text.encode()
+    digest = hashlib.sha256(content).hexdigest()
+    sums = [f"printf '%s  %s\\n' {digest} {source} | {tool} -c > /dev/null"
+            for tool in ("sha256sum", "shasum -a 256")]
+    lines = from_base64(source, packer.compress(content) + packer.flush(), " | gzip -dc")
+    return [*lines, f"{sums[0]} || {sums[1]} && cp {source} {target}"]
+
+
+def carried(text: str, source: str, target: str, effort: int) -> List[str]:
+    """Return lines that make two independent files of the text.
+
+    effort 0: readable, proven by a second copy. 1: proven by its hash. 2: compressed.
+    """
+    if effort == 2:
+        return packed_copy(text, source, target)
+    return [*work_copy(text, source), *proven_copy(text, source, target, effort == 1)]
+
+
+# ------------------------------ steps ------------------------------
+
+
+class Step(NamedTuple):
+    """One operation on its way to become lines of Bash.
+
+    lines come first and touch only temporary files (base stands at the start of all
+    their names) or, for what only reads, nothing. Whether the operation is done is
+    the exit status of proof. A bare proof is the last command as it stands.
+    """
+
+    base: str
+    lines: List[str]
+    proof: str
+    done: str
+    bare: bool = False
+
+
+class Job(NamedTuple):
+    """What a builder of a Step gets; base is the start of its temporary names."""
+
+    op: FileOp
+    base: str
+    effort: int
+    coded: bool
+    max_read_bytes: int
+
+
+def exists(path: str) -> str:
+    return f"-e {path} || -L {path}"
+
+
+def missing(path: str) -> str:
+    return f"! -e {path} && ! -L {path}"
+
+
+def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
+    """Put .new in place once .check agrees with it, and compare again.
+
+    new and old say whether the target may be missing, and whether it may exist.
+    A backup that could not be put back stays, and is never overwritten.
+    """
+    path = usable_path(job.op.path)
+    file, base = quoted_path(path), job.base
+    agree = f"cmp {base}.check {base}.new"
+    branches = []
+    if new:
+        branches.append(f"if {agree} && [[ {missing(file)} ]]\nthen {parent_step(path)}"
+                        f"mv {base}.new {file}")
+    if old:
+        branches.append(
+            f"if {agree} && [[ -f {file} && ! -e {base}.old ]]"
+            f" && cp {file} {base}.old && cmp {file} {base}.old\n"
+            f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}"
+        )
+    proof = f"cmp {base}.check {file}"
+    if not old:  # the one case that touches nothing needs a second opinion
+        proof += f" && diff -q {base}.check {file}"
+    return Step(base, [*lines, "\nel".join(branches) + "\nfi"], proof, done)
+
+
+def create_step(job: Job) -> Step:
+    lines = carried(job.op.text, f"{job.base}.new", f"{job.base}.check", job.effort)
+    overwrite = job.op.kind == "write"
+    return commit(job, lines, "written" if overwrite else "created", new=True, old=overwrite)
+
+
+def join_step(job: Job) -> Step:
+    """Append or prepend: cat makes the new content, tail its proof."""
+    base, file = job.base, quoted_path(usable_path(job.op.path))
+    lines = carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort)
+    if job.op.kind == "prepend":
+        lines += [
+            f"cat {base}.text {file} > {base}.new",
+            f"tail -c +1 {base}.twin > {base}.check && tail -c +1 {file} >> {base}.check",
+        ]
+        return commit(job, lines, "prepended to", new=False, old=True)
+    if job.op.kind == "append":
+        lines += [f"cat {file} {base}.text > {base}.new 2> /dev/null",
+                  f"tail -c +1 {file} > {base}.check 2> /dev/null"]
+    else:  # cut ends every line with a newline; od sees whether the last one has it
+        lines += [
+            f"cut -b 1- {file} 2> /dev/null | cat - {base}.text > {base}.new",
+            f"tail -c +1 {file} > {base}.check 2> /dev/null",
+            f"tail -c 1 {file} 2> /dev/null | od -An -to1 | grep '[0-7]' | grep -qv 012"
+            f" && echo >> {base}.check",
+        ]
+    lines.append(f"tail -c +1 {base}.twin >> {base}.check")
+    return commit(job, lines, "appended to", new=True, old=True)
+
+
+# What the analyser lets through in s///: printable ASCII without these.
+SED_TEXT = Pattern(r"[ -~]+")
+SED_REFUSED = Pattern(r"[;{}#/]")
+SED_OLD_SPECIAL = Pattern(r"[\\.*\[^$]")
+SED_NEW_SPECIAL = Pattern(r"[\\&]")
+
+
+def sed_text(old: str, new: str) -> str:
+    """Return a readable s///g for the two texts, or "" where there is none."""
+    for text in (old, new or "x"):
+        if not SED_TEXT.fullmatch(text) or SED_REFUSED.search(text):
+            return ""
+    pattern = SED_OLD_SPECIAL.sub(r"\\\g<0>", old)
+    replacement = SED_NEW_SPECIAL.sub(r"\\\g<0>", new)
+    return quoted(f"s/{pattern}/{replacement}/g")
+
+
+def substitution(job: Job) -> Tuple[bytes, bytes, bool]:
+    """Return old bytes, new bytes, and whether only the first place is meant."""
+    op = job.op
+    if not op.other:
+        raise CannotCarryError("The text to look for is empty.")
+    old = op.other.encode()
+    if op.kind == "replace":
+        return old, op.text.encode(), False
+    pair = (op.text, op.other) if op.kind == "insert_before" else (op.other, op.text)
+    return old, "".join(pair).encode(), True
+
+
+def replace_step(job: Job) -> Step:
+    """Replace every occurrence, or insert at the first one.
+
+    sed does the work. The proof cuts the file's bytes, in octal, into occurrences and
+    single bytes with grep (leftmost first, as the edit must), numbers these lines,
+    exchanges the occurrences and sorts them back; that the octal lines were the whole
+    file is proven too, by writing them as bytes and comparing.
+    """
+    old, new, first = substitution(job)
+    base, file = job.base, quoted_path(usable_path(job.op.path))
+    before, after = octal(old), octal(new)
+    hit = " .* .*" if len(old) > 1 else before  # only an occurrence has two bytes a line
+    script = "" if first else sed_text(job.op.other, job.op.text)
+    work = f"sed {script} {file} > {base}.new" if script else (
+        f"tr -d '\\n' < {base}.bytes | sed 's/{before}/{after}/{'' if first else 'g'}'"
+        f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b' > {base}.new"
+    )
+    hits = f"grep -nx '{hit}' {base}.bytes"
+    kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
+    one = " | head -n 1" if first else ""
+    absent = quoted(f"the text to look for is not in {job.op.path}")
+    code = EXITS["replace_missing" if job.op.kind == "replace" else job.op.kind]
+    leave = (f"{{ echo {absent} >&2; echo 'verification failed: {code.operation}' >&2;"
+             f" rm -f -- {base}.bytes; exit {code.code}; }}") if job.coded else (
+                 f"echo {absent} >&2")
+    lines = [
+        f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
+        f" | grep -oE '{before}| [0-7][0-7][0-7]' > {base}.bytes",
+        f"grep -qx '{hit}' {base}.bytes || {leave}",
+        work,
+        f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
+        *kept,
+        f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{after}\\n' >> {base}.parts",
+        f"sort -n {base}.parts | cut -d: -f2- | tr -d ' \\n' > {base}.want",
+        f"grep -qx '{hit}' {base}.bytes"
+        f" && sed 's/ /\\\\\\\\0/g' {base}.bytes | xargs printf '%b' | cmp - {file}"
+        f" && od -An -v -to1 {base}.new | tr -d ' \\n' | cmp - {base}.want"
+        f" && cp {base}.new {base}.check",
+    ]
+    return commit(job, lines, "inserted into" if first else "replaced in", new=False, old=True)
+
+
+def delete_step(job: Job) -> Step:
+    """Delete a file, a link or an empty folder; never what a folder holds."""
+    file = quoted_path(usable_path(job.op.path))
+    proof = (f"[[ -d {file} && ! -L {file} ]] && rmdir -- {file}"
+             f" || [[ -L {file} || ( -e {file} && ! -d {file} ) ]] && rm -f -- {file}"
+             f" && [[ {missing(file)} ]]")
+    return Step(job.base, [], proof, "deleted")
+
+
+def destination(op: FileOp) -> Tuple[str, str]:
+    """Return source and destination; a destination "folder/" takes the same name."""
+    source = usable_path(op.path)
+    target = usable_path(op.other)
+    if op.other.endswith("/"):
+        target += "/" + source.rpartition("/")[2]
+    if source == target:
+        raise CannotCarryError("Source and destination are the same.")
+    return source, target
+
+
+def snapshot(path: str, target: str) -> str:
+    """Return an if-statement that notes what stands at path: names, link or bytes."""
+    return (f"if [[ -d {path} && ! -L {path} ]]\nthen ls -A -- {path} > {target}\n"
+            f"elif [[ -L {path} ]]\nthen readlink {path} > {target}\n"
+            f"else cp {path} {target}\nfi")
+
+
+def rename_step(job: Job) -> Step:
+    """Move to a free name; a second look at source and destination proves it."""
+    old, new = destination(job.op)
+    source, target, base = quoted_path(old), quoted_path(new), job.base
+    free, gone = missing(target), f"[[ {missing(source)} ]]"
+    if old.casefold() == new.casefold():  # on macOS and Windows both name one file
+        free = f"( {free} ) || {source} -ef {target}"
+        folder, _, name = new.rpartition("/")
+        gone = f"ls -A -- {quoted_path(folder or '.')} | grep -qxF -- {quoted(name)}"
+    lines = [
+        snapshot(source, f"{base}.check"),
+        f"if [[ -e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
+        f" && {parent_step(new)}mv {source} {target}\nthen {snapshot(target, f'{base}.new')}\nfi",
+    ]
+    return Step(base, lines, f"cmp {base}.check {base}.new && {gone}", "renamed")
+
+
+def copy_step(job: Job) -> Step:
+    """Copy a file to a free name."""
+    old, new = destination(job.op)
+    source, target, base = quoted_path(old), quoted_path(new), job.base
+    lines = [f"if [[ {missing(target)} ]] && cp {source} {base}.new && cmp {source} {base}.new"
+             f"\nthen {parent_step(new)}mv {base}.new {target} && echo > {base}.moved\nfi"]
+    return Step(base, lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", "copied")
+
+
+def mkdir_step(job: Job) -> Step:
+    folder = quoted_path(usable_path(job.op.path))
+    return Step(job.base, [], f"mkdir -p -- {folder} && [[ -d {folder} ]]", "made folder")
+
+
+def list_step(job: Job) -> Step:
+    folder = quoted_path(usable_path(job.op.path or "."))
+    return Step(job.base, [], f"ls -la -- {folder}", "", bare=True)
+
+
+# Bytes that `file` holds for no text: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
+BINARY_OCTAL = " (00[0-6]|01[67]|02[0-7]|03[0-24-7]|177)"
+
+
+def read_step(job: Job) -> Step:
+    """Show a file: a binary one is named, a long one cut, each with a notice."""
+    file, most = quoted_path(usable_path(job.op.path)), job.max_read_bytes
+    binary = f"head -c 8000 {file} 2> /dev/null | od -An -v -to1 | grep -qE '{BINARY_OCTAL}'"
+    told = quoted(f"{job.op.path} is a binary file; its content is not shown")
+    cut = quoted(f"[truncated: {job.op.path} is longer than {most} bytes]")
+    lines = [
+        f"{binary} && echo {told}",
+        f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | grep -q '' && echo {cut}",
+    ]
+    return Step(job.base, lines, f"{binary} || head -c {most} {file}", "", bare=True)
+
+
+def run_step(job: Job) -> Step:
+    """Run one plain command: its words are quoted anew, so nothing expands."""
+    if not job.op.words:
+        raise CannotCarryError("The operation names no command.")
+    words = (word if PLAIN_WORD.fullmatch(word) else quoted(word) for word in job.op.words)
+    return Step(job.base, [], " ".join(words), "", bare=True)
+
+
+# ------------------------------ whole commands ------------------------------
+
+# Never part of a content: the digits are a hash over it.
+TEMPORARY = Pattern(r"\.shim-[0-9a-f]{6}\.[a-z0-9]+")
+# Rejected by the CLI in every mode (C1).
+FORBIDDEN_IN_COMMAND = Pattern("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+COMPARED = "compared byte for byte with a second copy of the content"
+
+
+class Recipe(NamedTuple):
+    """How one kind of FileOp is built, and said in words."""
+
+    build: Callable[[Job], Step]
+    words: str
+
+
+RECIPES: Dict[str, Recipe] = {
+    "create": Recipe(create_step, f"Create {{path}}, {COMPARED}; other content is kept"),
+    "write": Recipe(create_step, f"Write {{path}}, {COMPARED}"),
+    "append": Recipe(join_step, f"Append to {{path}}, {COMPARED}"),
+    "append_line": Recipe(join_step, f"Append a line to {{path}}, {COMPARED}"),
+    "prepend": Recipe(join_step, f"Put text at the top of {{path}}, {COMPARED}"),
+    "replace": Recipe(replace_step, "Replace every {old} by {new} in {path};"
+                                    " the whole result is checked by other tools"),
+    "insert_before": Recipe(replace_step, "Insert {new} before the first {old} in {path};"
+                                          " the whole result is checked by other tools"),
+    "insert_after": Recipe(replace_step, "Insert {new} after the first {old} in {path};"
+                                         " the whole result is checked by other tools"),
+    "rename": Recipe(rename_step, "Rename {path} to {other} if that name is free;"
+                                  " the content is compared"),
+    "copy": Recipe(copy_step, "Copy {path} to {other} if that name is free;"
+                              " the content is compared"),
+    "delete": Recipe(delete_step, "Delete {path} (a folder only if empty) and check it is gone"),
+    "mkdir": Recipe(mkdir_step, "Create folder {path} and check that it is one"),
+    "list": Recipe(list_step, "List {path}"),
+    "read": Recipe(read_step, "Show {path}"),
+    "run": Recipe(run_step, "Run {words}"),
+}
+
+
+def brief(text: str) -> str:
+    """Return text for a description: one line, at most 60 characters."""
+    line = ESCAPED.sub(" ", " ".join(text[:400].split()))
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+def in_words(op: FileOp) -> str:
+    return RECIPES[op.kind].words.format(
+        path=brief(op.path or "."), other=brief(op.other), words=brief(" ".join(op.words)),
+        old=f'"{brief(op.other)}"', new=f'"{brief(op.text)}"',
+    )
+
+
+def failure(step: Step, op: FileOp, coded: bool) -> str:
+    """Return what runs when a proof fails: tidy up, say so, end with an error.
+
+    The error is a keyword's: unlike false it cannot be replaced by a program, and the
+    CLI does not take its exit 1 for success as it does for `test` (C1).
+    """
+    known = EXITS[op.kind]
+    lines = []
+    if step_files(step, ".old"):
+        old = f"{step.base}.old"
+        lines = [f"cmp -s {old} {quoted_path(usable_path(op.path))} && rm -f -- {old}",
+                 f"[[ -e {old} ]] && echo 'the old content is in {old}' >&2"]
+    files = [name for name in step_files(step) if not name.endswith(".old")]
+    if files:
+        lines.append("rm -f -- " + " ".join(files))
+    lines.append(f"echo 'verification failed: {known.operation}' >&2")
+    lines.append(f"exit {known.code}" if coded else "[[ failed = done ]]")
+    return "\n".join(lines)
+
+
+def step_files(step: Step, ending: str = "") -> List[str]:
+    """Return the temporary files that a step names."""
+    found = TEMPORARY.findall("\n".join([*step.lines, step.proof]))
+    return sorted({name for name in found if name.startswith(step.base + ".")
+                   and name.endswith(ending)})
+
+
+def assembled(steps: Sequence[Step], ops: Sequence[FileOp], coded: bool) -> str:
+    """Join the steps: each one's success holds the next, so the first failure ends all."""
+    rest = ""
+    for step, op in zip(reversed(steps), reversed(ops)):
+        if step.bare and not rest:
+            rest = "\n".join([*step.lines, step.proof])
+            continue
+        files = step_files(step)
+        tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
+        proof = " && ".join([step.proof, *tidy])
+        then = [quoted(f"{step.done} {op.path}")] if step.done else []
+        done = [f"echo {word}" for word in then] + ([rest] if rest else [])
+        rest = "\n".join([*step.lines, f"if {proof}", "then", *(done or ["true"]), "else",
+                          failure(step, op, coded), "fi"])
+    return rest
+
+
+def bash_bytes(command: str) -> int:
+    """Return the size of the command as the CLI hands it to bash (C1)."""
+    return len(command.encode()) + 4 * command.count("'")
+
+
+# Efforts to make a command fit, with the limit under which each is taken: readable and
+# approvable first, then whatever bash can take.
+EFFORTS: Tuple[Tuple[int, Callable[[str], bool]], ...] = (
+    (0, lambda command: len(command) <= MAX_APPROVABLE_CHARS),
+    (1, lambda command: len(command) <= MAX_APPROVABLE_CHARS),
+    (0, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
+    (1, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
+    (2, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
+)
+
+
+def commands_for(
+    ops: Sequence[FileOp], style: str = "plain", max_read_bytes: int = 200000
+) -> ShellCommand:
+    """Return one command for all operations; the first that fails ends it.
+
+    style is "plain" or "coded" (exit codes of EXITS). Raises CannotCarryError with a
+    sentence when there is no operation, a name is unusable or the content too long.
+    """
+    coded = style == "coded"
+    try:
+        bases = [f".shim-{hashlib.sha256(repr((place, op)).encode()).hexdigest()[:6]}"
+                 for place, op in enumerate(ops)]
+        for effort, fits in EFFORTS:
+            steps = [RECIPES[op.kind].build(Job(op, base, effort, coded, max_read_bytes))
+                     for op, base in zip(ops, bases)]
+            command = assembled(steps, ops, coded)
+            if fits(command):
+                break
+        else:
+            raise CannotCarryError("The content is too long for a shell command.")
+    except UnicodeEncodeError as error:
+        raise CannotCarryError("The text holds half a surrogate pair.") from error
+    if not command:
+        raise CannotCarryError("There is nothing to do.")
+    if FORBIDDEN_IN_COMMAND.search(command):
+        raise CannotCarryError("The command would hold control characters.")
+    return ShellCommand(command, "; ".join(in_words(op) for op in ops))
+
+
+def command_for(
+    op: FileOp, style: str = "plain", max_read_bytes: int = 200000
+) -> ShellCommand:
+    """Return the command for one operation; see commands_for."""
+    return commands_for((op,), style, max_read_bytes)
+
+
+# ------------------------------ the client's tools ------------------------------
+
+SHELL_NAMES = ("Bash", "run_shell_command")
+SHELL_LIKE = Pattern(r"(?i)bash|shell|terminal")
+WRITE_NAMES = ("Write", "write_file")
+FILLED_KEYS = {"command", "description", "is_background"}
+
+
+def takes(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
+    """Say whether a tool requires the text `needed` and nothing beyond keys."""
+    properties = tool.schema.get("properties")
+    required = tool.schema.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return False
+    about = properties.get(needed)
+    return (needed in required and set(required) <= keys
+            and isinstance(about, dict) and about.get("type") == "string")
+
 
 def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
-    """STUB until merged."""
-    return tools.get("Bash")
+    """Return the client's shell: Bash, run_shell_command, or one that looks like it."""
+    known = [tools[name] for name in SHELL_NAMES if name in tools]
+    alike = [tool for name, tool in tools.items() if SHELL_LIKE.search(name)]
+    return next((tool for tool in known + alike if takes(tool, FILLED_KEYS, "command")), None)
+
+
+def write_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
+    """Return the client's tool that writes a whole file."""
+    known = (tools[name] for name in WRITE_NAMES if name in tools)
+    return next((tool for tool in known if takes(tool, {"file_path", "content"}, "content")), None)
+
+
+def shell_call(tool: Tool, command: ShellCommand) -> Tuple[str, Json]:
+    """Return the call that runs the command, with the keys that the tool has."""
+    values: Json = {"command": command.command, "description": command.description,
+                    "is_background": False}
+    return tool.name, {key: values[key] for key in values if key in tool.schema["properties"]}
 
 
 def rescue_call(
     ops: Sequence[FileOp], tools: Mapping[str, Tool], style: str, max_read_bytes: int,
-    cwd: str = "",
+    cwd: str = "", *, is_new: bool = False,
 ) -> Optional[Tuple[str, Json]]:
-    """STUB until merged."""
-    return None
+    """Return name and input of the one tool call that does the operations.
+
+    None without a shell tool. is_new says that the one file to be made is known not to
+    exist: only then a content too long to be approved goes through the Write tool,
+    which overwrites whatever is there (contract/claude-code.md F6). Otherwise the
+    command asks for approval, but loses nothing. Raises CannotCarryError.
+    """
+    shell = shell_tool(tools)
+    if shell is None:
+        return None
+    writer = write_tool(tools)
+    lone = ops[0] if len(ops) == 1 and ops[0].kind in ("create", "write") else None
+    try:
+        command = commands_for(ops, style, max_read_bytes)
+    except CannotCarryError:
+        if writer is None or lone is None or not (is_new or lone.kind == "write"):
+            raise
+        return write_call(writer, lone, cwd)
+    if writer and lone and is_new and len(command.command) > MAX_APPROVABLE_CHARS:
+        return write_call(writer, lone, cwd)
+    return shell_call(shell, command)
+
+
+def write_call(tool: Tool, op: FileOp, cwd: str) -> Tuple[str, Json]:
+    """Return the call of a Write tool; it wants an absolute path."""
+    path = usable_path(op.path)
+    absolute = path.startswith(("/", "~/")) or not cwd
+    return tool.name, {"file_path": path if absolute else f"{cwd.rstrip('/')}/{path}",
+                       "content": op.text}
 
 
 # ============================== 11. RESCUE ==============================

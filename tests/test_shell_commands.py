@@ -1,0 +1,303 @@
+"""Every command is run: in bash, with BusyBox's tools, and with each tool broken."""
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import qwencode
+from qwencode import CannotCarryError, FileOp, Tool, command_for, commands_for, rescue_call
+
+BASH = shutil.which("bash")
+SYSTEM = "/usr/bin:/bin"
+
+
+@pytest.fixture(scope="session")
+def busybox_path(tmp_path_factory):
+    """A folder of BusyBox links, to be the whole PATH."""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("busybox is not installed here (apt-get install busybox)")
+    folder = tmp_path_factory.mktemp("busybox")
+    for applet in subprocess.check_output([busybox, "--list"], text=True).split():
+        (folder / applet).symlink_to(busybox)
+    return str(folder)
+
+
+def plant(root, tree):
+    """Make files from {path: str | bytes | None for a folder | Path for a link}."""
+    for name, content in tree.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir(exist_ok=True)
+        elif isinstance(content, Path):
+            path.symlink_to(content)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def harvest(root):
+    """The reverse of plant; folders that hold something are left out."""
+    tree = {}
+    for folder, folders, files in os.walk(root):
+        here = Path(folder).relative_to(root)
+        for name in folders + files:
+            path = root / here / name
+            key = str(here / name)
+            if path.is_symlink():
+                tree[key] = Path(os.readlink(path))
+            elif path.is_dir():
+                if not os.listdir(path):
+                    tree[key] = None
+            else:
+                tree[key] = path.read_bytes()
+    return tree
+
+
+def as_bytes(tree):
+    return {k: v.encode() if isinstance(v, str) else v for k, v in tree.items()}
+
+
+def run(command, folder, path=SYSTEM, before="", home=None):
+    """Run as the CLI does: eval of one quoted word, standard input empty."""
+    wrapped = before + "shopt -u extglob 2>/dev/null || true && eval \"$COMMAND\""
+    return subprocess.run(
+        [BASH, "-c", wrapped], cwd=folder, capture_output=True, timeout=60,
+        stdin=subprocess.DEVNULL,
+        env={"PATH": path, "HOME": str(home or folder), "COMMAND": command, "LANG": "C.UTF-8"},
+    )
+
+
+# Contents that a shell is likely to spoil. Each is created, appended, put in by replace.
+CONTENTS = {
+    "plain": "hello\n",
+    "no final newline": "hello",
+    "empty": "",
+    "one newline": "\n",
+    "blank lines": "\n\n\na\n\n",
+    "quotes": "it's \"quoted\" and 'so'\n",
+    "backticks": "`date` and ``\n",
+    "dollars": "$HOME ${X} $(date) $$ $'x'\n",
+    "backslashes": "a\\b \\\\ \\n \\t c\\ d\\\n\\ \n",
+    "ends with backslash": "a\\",
+    "percent": "%s %d 100%\n%",
+    "crlf": "a\r\nb\r\n",
+    "crlf with blank lines": "a\r\n\r\nb\r\n",
+    "mixed line ends": "a\r\nb\nc\rd",
+    "EOF line": "a\nEOF\nEOF_1\nb\n",
+    "emoji": "caf\u00e9 \U0001f600 \u4e2d\u6587\n",
+    "json": '{\n  "a": {"b": [1, 2]},\n  "c": "d\'s"\n}\n',
+    "python": "# top\ndef f(x):\n    # x\n    return {'a': f\"{x}\"}\n",
+    "css": "a { color: red; }\n#b { x: \"y\" }\n",
+    "comment lines": "#!/bin/sh\n# a\n  # b\necho 'x' # c\n",
+    "nbsp": "a\u00a0b\u200bc\ufeff\n",
+    "bidi": "a\u202eb\n",
+    "line separator": "a\u2028b\u0085c\n",
+    "tabs": "\ta\tb\\\tc\n",
+    "controls": "\x1b[31mred\x1b[0m\x07\x00\x7f\n",
+    "only controls": "\x00\x01\x02\x03",
+    "leading dash": "-n -e --help\n",
+    "history": "!! !$ a!b\n",
+    "glob": "* ? [a-z] {a,b} ~\n",
+    "long line": "x" * 3000 + "\n",
+    "heredoc": "cat <<'EOF'\nx\nEOF\n",
+    "spaces": "  a  \n   \n",
+}
+
+
+@pytest.mark.parametrize("text", CONTENTS.values(), ids=CONTENTS)
+@pytest.mark.parametrize("tools", ["system", "busybox"])
+def test_content_is_byte_exact(text, tools, tmp_path, request):
+    path = SYSTEM if tools == "system" else request.getfixturevalue("busybox_path")
+    before = "one <<X>> two <<X>> three"
+    plant(tmp_path, {"w": "old\n", "a": "top\n", "l": "no newline", "p": "rest\n", "r": before,
+                     "i": before, "j": before})
+    ops = [
+        (FileOp("create", "n/c", text), "n/c", text),
+        (FileOp("write", "w", text), "w", text),
+        (FileOp("append", "a", text), "a", "top\n" + text),
+        (FileOp("append_line", "l", text), "l", "no newline\n" + text),
+        (FileOp("prepend", "p", text), "p", text + "rest\n"),
+        (FileOp("replace", "r", text, "<<X>>"), "r", before.replace("<<X>>", text)),
+        (FileOp("insert_before", "i", text, "<<X>>"), "i",
+         before.replace("<<X>>", text + "<<X>>", 1)),
+        (FileOp("insert_after", "j", text, "<<X>>"), "j",
+         before.replace("<<X>>", "<<X>>" + text, 1)),
+    ]
+    for op, name, expected in ops:
+        command = command_for(op).command
+        done = run(command, tmp_path, path)
+        assert (done.returncode, (tmp_path / name).read_bytes()) == (0, expected.encode()), (
+            op.kind, done, command)
+    if text and text not in before:
+        plant(tmp_path, {"z": f"1{text}2{text}{text}3"})
+        done = run(command_for(FileOp("replace", "z", "-", text)).command, tmp_path, path)
+        assert (done.returncode, (tmp_path / "z").read_bytes()) == (0, b"1-2--3"), done
+    assert sorted(harvest(tmp_path)) == sorted(
+        ["n/c", "w", "a", "l", "p", "r", "i", "j"] + ["z"] * (bool(text) and text not in before))
+
+
+NAMES = ["a b", "caf\u00e9 \U0001f600", "a*b", "[x]?", "-n", "--help", "it's", "a\"b", "$HOME", "`x`",
+         "a\\b", "{a,b}", "~x", "a;b&c|d", "#x", "!x", "d/-e/ f", "%s", "(x)", "a\u00a0b", "=x", "x y\\ z"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_literal(name, tmp_path):
+    home = tmp_path / "home"
+    work = tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    other = name + " 2"
+    for op in [FileOp("create", name, "one\n"), FileOp("append", name, "two\n"),
+               FileOp("replace", name, "2", "two"), FileOp("rename", name, other=other),
+               FileOp("read", other), FileOp("copy", other, other="copied"),
+               FileOp("delete", other), FileOp("mkdir", name + "/sub"), FileOp("list", name)]:
+        done = run(command_for(op).command, work, home=home)
+        assert done.returncode == 0, (op, done)
+    assert harvest(work) | {"d/-e": 0} == {"copied": b"one\n2\n", name + "/sub": None, "d/-e": 0}
+    assert harvest(home) == {}
+
+
+def test_a_tilde_that_the_user_wrote_is_his_home(tmp_path):
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    assert run(command_for(FileOp("create", "~/n o/x", "a")).command, work, home=home).returncode == 0
+    assert (harvest(home), harvest(work)) == ({"n o/x": b"a"}, {})
+
+
+# name: tree before, operation, tree after (None: unchanged), ends well
+CASES = {
+    "create where the same content is": ({"x": "a\n"}, FileOp("create", "x", "a\n"), None, True),
+    "create where other content is": ({"x": "b\n"}, FileOp("create", "x", "a\n"), None, False),
+    "create where a folder is": ({"x": None}, FileOp("create", "x", "a\n"), None, False),
+    "create below a file": ({"x": "b"}, FileOp("create", "x/y", "a\n"), None, False),
+    "create where a broken link is": (
+        {"x": Path("nowhere")}, FileOp("create", "x", "a\n"), None, False),
+    "write a new file": ({}, FileOp("write", "d/x", "a\n"), {"d/x": "a\n"}, True),
+    "write over a longer one": ({"x": "long " * 99}, FileOp("write", "x", "a"), {"x": "a"}, True),
+    "write through a link": (
+        {"t": "old", "x": Path("t")}, FileOp("write", "x", "a"), {"t": "a", "x": Path("t")}, True),
+    "write where a folder is": ({"x": None}, FileOp("write", "x", "a"), None, False),
+    "write where a full folder is": ({"x/y": "b"}, FileOp("write", "x", "a"), None, False),
+    "append to a missing file": ({}, FileOp("append", "x", "a\n"), {"x": "a\n"}, True),
+    "append a line to a missing file": ({}, FileOp("append_line", "x", "a\n"), {"x": "a\n"}, True),
+    "append to an empty file": ({"x": ""}, FileOp("append", "x", "a"), {"x": "a"}, True),
+    "append a line to an empty file": (
+        {"x": ""}, FileOp("append_line", "x", "a\n"), {"x": "a\n"}, True),
+    "append a line after a whole line": (
+        {"x": "b\n"}, FileOp("append_line", "x", "a\n"), {"x": "b\na\n"}, True),
+    "append a line after half a line": (
+        {"x": "b"}, FileOp("append_line", "x", "a\n"), {"x": "b\na\n"}, True),
+    "append through a link": (
+        {"t": "b", "x": Path("t")}, FileOp("append", "x", "a"), {"t": "ba", "x": Path("t")}, True),
+    "append to bytes": ({"x": b"\xff\x00\r\n\xfe"}, FileOp("append", "x", "a"),
+                        {"x": b"\xff\x00\r\n\xfea"}, True),
+    "append to a folder": ({"x": None}, FileOp("append", "x", "a"), None, False),
+    "prepend to a missing file": ({}, FileOp("prepend", "x", "a"), None, False),
+    "prepend to an empty file": ({"x": ""}, FileOp("prepend", "x", "a"), {"x": "a"}, True),
+    "replace overlapping from the left": (
+        {"x": "aaaaa"}, FileOp("replace", "x", "b", "aa"), {"x": "bba"}, True),
+    "replace by a text that holds the old one": (
+        {"x": "a.a"}, FileOp("replace", "x", "aa", "a"), {"x": "aa.aa"}, True),
+    "replace by nothing": ({"x": "abc"}, FileOp("replace", "x", "", "b"), {"x": "ac"}, True),
+    "replace all by nothing": ({"x": "abc"}, FileOp("replace", "x", "", "abc"), {"x": ""}, True),
+    "replace by the same": ({"x": "abc"}, FileOp("replace", "x", "b", "b"), None, True),
+    "replace a pattern literally": (
+        {"x": "axb a.b a*b [a] ^a $b"}, FileOp("replace", "x", "&\\1", "a.b"),
+        {"x": "axb &\\1 a*b [a] ^a $b"}, True),
+    "replace special signs": (
+        {"x": "a*b [a] ^a $b \\n"}, FileOp("replace", "x", "!", "[a] ^a $b \\n"),
+        {"x": "a*b !"}, True),
+    "replace several lines": (
+        {"x": "1\na\nb\n2\na\nb"}, FileOp("replace", "x", "c\nd", "a\nb"),
+        {"x": "1\nc\nd\n2\nc\nd"}, True),
+    "replace a newline": ({"x": "a\n\nb\n"}, FileOp("replace", "x", ",", "\n"), {"x": "a,,b,"}, True),
+    "replace with neighbours in the bytes": (
+        {"x": "\u0151\u0152"}, FileOp("replace", "x", "o", "\u0152"), {"x": "\u0151o"}, True),
+    "replace in bytes": ({"x": b"\xff\x00old\r\n\xfe"}, FileOp("replace", "x", "new;", "old"),
+                         {"x": b"\xff\x00new;\r\n\xfe"}, True),
+    "replace plainly in bytes": ({"x": b"\xff\x00old\r\n\xfe"}, FileOp("replace", "x", "new", "old"),
+                                 {"x": b"\xff\x00new\r\n\xfe"}, True),
+    "replace through a link": (
+        {"t": "a", "x": Path("t")}, FileOp("replace", "x", "b", "a"), {"t": "b", "x": Path("t")},
+        True),
+    "replace an absent text": ({"x": "abc"}, FileOp("replace", "x", "b", "zz"), None, False),
+    "replace an absent sign": ({"x": "abc"}, FileOp("replace", "x", "b", "z"), None, False),
+    "replace in a missing file": ({"y": "a"}, FileOp("replace", "x", "b", "a"), None, False),
+    "replace in an empty file": ({"x": ""}, FileOp("replace", "x", "b", "a"), None, False),
+    "replace in a folder": ({"x": None}, FileOp("replace", "x", "b", "a"), None, False),
+    "insert at the first place only": (
+        {"x": "a b a"}, FileOp("insert_before", "x", "-", "a"), {"x": "-a b a"}, True),
+    "insert after the first place": (
+        {"x": "a b a"}, FileOp("insert_after", "x", "-", "a"), {"x": "a- b a"}, True),
+    "insert at an absent anchor": (
+        {"x": "a b a"}, FileOp("insert_after", "x", "-", "zz"), None, False),
+    "rename": ({"x": "a"}, FileOp("rename", "x", other="d/y"), {"d/y": "a"}, True),
+    "rename into a folder": ({"x": "a", "d": None}, FileOp("rename", "x", other="d/"),
+                             {"d/x": "a"}, True),
+    "rename a folder": ({"x/1": "a", "x/2": None}, FileOp("rename", "x", other="y"),
+                        {"y/1": "a", "y/2": None}, True),
+    "rename a link": ({"x": Path("t"), "t": "a"}, FileOp("rename", "x", other="d/y"),
+                      {"d/y": Path("t"), "t": "a"}, True),
+    "rename a broken link": ({"x": Path("t")}, FileOp("rename", "x", other="y"),
+                             {"y": Path("t")}, True),
+    "rename onto a file": ({"x": "a", "y": "b"}, FileOp("rename", "x", other="y"), None, False),
+    "rename onto its like": ({"x": "a", "y": "a"}, FileOp("rename", "x", other="y"), None, False),
+    "rename onto a folder": ({"x": "a", "y": None}, FileOp("rename", "x", other="y"), None, False),
+    "rename onto a broken link": (
+        {"x": "a", "y": Path("t")}, FileOp("rename", "x", other="y"), None, False),
+    "rename a missing file": ({"y": "a"}, FileOp("rename", "x", other="z"), None, False),
+    "rename by case": ({"x": "a"}, FileOp("rename", "x", other="X"), {"X": "a"}, True),
+    "rename by case onto a file": (
+        {"x": "a", "X": "b"}, FileOp("rename", "x", other="X"), None, False),
+    "rename a folder into itself": ({"x/1": "a"}, FileOp("rename", "x", other="x/y"), None, False),
+    "copy": ({"x": "a"}, FileOp("copy", "x", other="d/y"), {"x": "a", "d/y": "a"}, True),
+    "copy onto a file": ({"x": "a", "y": "b"}, FileOp("copy", "x", other="y"), None, False),
+    "copy onto its like": ({"x": "a", "y": "a"}, FileOp("copy", "x", other="y"), None, False),
+    "copy a missing file": ({"z": "a"}, FileOp("copy", "x", other="y"), None, False),
+    "copy a folder": ({"x/1": "a"}, FileOp("copy", "x", other="y"), None, False),
+    "delete": ({"x": "a", "y": "b"}, FileOp("delete", "x"), {"y": "b"}, True),
+    "delete a link": ({"x": Path("t"), "t": "a"}, FileOp("delete", "x"), {"t": "a"}, True),
+    "delete a link to a folder": (
+        {"x": Path("t"), "t/1": "a"}, FileOp("delete", "x"), {"t/1": "a"}, True),
+    "delete an empty folder": ({"x": None, "y": "b"}, FileOp("delete", "x"), {"y": "b"}, True),
+    "delete a full folder": ({"x/1": "a"}, FileOp("delete", "x"), None, False),
+    "delete a missing file": ({"y": "a"}, FileOp("delete", "x"), None, False),
+    "mkdir": ({}, FileOp("mkdir", "a b/c"), {"a b/c": None}, True),
+    "mkdir that is there": ({"d/x": "a"}, FileOp("mkdir", "d"), None, True),
+    "mkdir where a file is": ({"x": "a"}, FileOp("mkdir", "x"), None, False),
+    "list a missing folder": ({"x": "a"}, FileOp("list", "y"), None, False),
+    "read a missing file": ({"x": "a"}, FileOp("read", "y"), None, False),
+    "read a folder": ({"x": None}, FileOp("read", "x"), None, False),
+}
+
+
+def check_case(case, folder, style, path):
+    before, op, after, ends_well = case
+    plant(folder, before)
+    done = run(command_for(op, style).command, folder, path)
+    expected = as_bytes(before if after is None else after)
+    assert (harvest(folder), done.returncode == 0) == (expected, ends_well), done
+    said = b"verification failed: " in done.stderr
+    assert said == (not ends_well and op.kind not in ("read", "list"))
+    if said:
+        codes = {known.code for known in qwencode.EXITS.values()}
+        assert done.returncode in (codes if style == "coded" else {1})
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("style", ["plain", "coded"])
+def test_the_tree_afterwards(case, style, tmp_path):
+    check_case(case, tmp_path, style, SYSTEM)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_tree_afterwards_with_busybox(case, tmp_path, busybox_path):
+    check_case(case, tmp_path, "plain", busybox_path)
