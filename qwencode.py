@@ -1025,8 +1025,9 @@ TOOL_RANKS: Tuple[str, ...] = (
     "ExitPlanMode", "exit_plan_mode", "Agent", "Task", "agent", "Skill", "skill",
     "AskUserQuestion", "ask_user_question", "TodoWrite", "todo_write", "WebFetch", "web_fetch",
     ANY_OTHER_TOOL,
-    "BashOutput", "KillShell", "KillBash", "NotebookEdit", "notebook_edit",
-    "TaskCreate", "TaskUpdate", "TaskStop", "task_stop", "TaskOutput", "Monitor", "monitor",
+    "BashOutput", "KillShell", "KillBash", "TaskStop", "task_stop",
+    "NotebookEdit", "notebook_edit", "TaskCreate", "TaskUpdate", "TaskOutput",
+    "Monitor", "monitor",
     "SendMessage", "send_message", "TaskList", "TaskGet", "WebSearch", "web_search",
     "EnterPlanMode", "ListAgents", "list_agents", "get_goal", "update_goal", "ReportFindings",
     "EnterWorktree", "ExitWorktree", "CronCreate", "CronDelete", "CronList", "ScheduleWakeup",
@@ -1939,38 +1940,36 @@ def cache_usage(prompt_tokens: int, shared_tokens: int, prefill_s: float,
 
 # ------------------------------ slimming ------------------------------
 # What a small model needs to know of a tool: our own words, and those for its
-# parameters ("" where the name says it, None for what only the client itself fills or
-# no local model obeys, which is not shown). A tool is recognised by its name and by
+# parameters ("" where the name says it, None for one that is not shown: the client itself
+# fills it, no local model obeys it, or it is seldom right). A tool is recognised by its name and by
 # having no required parameter that the row does not know; the client's list is
 # contract/claude-code.md A8 and F1, contract/qwen-code.md. Optional parameters that
 # Qwen forgets in long prompts are asked for in the tool's own text (peers.md 2, no. 21).
 FILE = "absolute path"
 ToolText = Tuple[str, Dict[str, Optional[str]]]
 BASH_TEXT: ToolText = (
-    "Run a shell command and return its output. The working directory stays between calls,"
-    " variables do not. To read, change or create files use the file tools, not cat, sed or"
-    " echo. Quote paths with spaces. Nothing interactive (no git rebase -i). Commit or push"
-    " only when the user asks. Always give description.",
+    "Run a shell command. The working directory stays between calls, variables do not. For"
+    " files use the file tools, not cat, sed or echo. Quote paths with spaces. Nothing"
+    " interactive (git rebase -i). Commit or push only when asked. Always give description.",
     {"command": "", "description": "what it does, in 5 to 10 words",
-     "timeout": "milliseconds, default 120000, at most 600000",
-     "run_in_background": "true: go on at once, a notice comes when it ends",
+     "timeout": "milliseconds, default 120000",
+     "run_in_background": "true: a notice comes when it ends",
      "is_background": "true for servers and watchers", "directory": "absolute path to run in",
-     "dangerouslyDisableSandbox": "only when the user asked for it"})
+     "dangerouslyDisableSandbox": None})
 READ_TEXT: ToolText = (
-    "Show a file: text with line numbers (2000 lines at most), an image, a PDF or a notebook."
-    " Not for directories. Of a long file read a part: give offset and limit.",
+    "Show a file: text with line numbers, an image, a PDF or a notebook. Not for folders. Of"
+    " a long file (over 2000 lines) read a part: give offset and limit.",
     {"file_path": FILE, "offset": "line to start at", "limit": "number of lines",
-     "pages": "of a PDF, for example 1-5", "allow_large": "true: read it all though it is large"})
+     "pages": "of a PDF, for example 1-5", "allow_large": None})
 EDIT_TEXT: ToolText = (
-    "Replace text in a file that you have read. old_string must be in the file exactly once,"
-    " with its indentation and without line numbers; add lines around it to make it unique,"
-    " or set replace_all to change every occurrence.",
-    {"file_path": FILE, "old_string": "exact text to find", "new_string": "text to put there",
-     "replace_all": "default false"})
+    "Replace text in a file that you have read. old_string is exact, with its indentation and"
+    " without line numbers, and must occur once: add lines around it, or set replace_all.",
+    {"file_path": FILE, "old_string": "", "new_string": "",
+     "replace_all": "change every occurrence"})
 WRITE_TEXT: ToolText = (
-    "Write a whole file, creating it or replacing what is there. Read an existing file first;"
-    " for a part of it use the edit tool.",
-    {"file_path": FILE, "content": "the whole new text", "record_as_artifact": ""})
+    "Write a whole file, new or in place of the old one. Read an old one first; to change a"
+    " part use the edit tool.",
+    {"file_path": FILE, "content": "", "record_as_artifact": None})
 NOTEBOOK_TEXT: ToolText = (
     "Replace, insert or delete one cell of a Jupyter notebook that you have read.",
     {"notebook_path": FILE, "cell_id": "the cell, or the one to insert after", "new_source": "",
@@ -1986,27 +1985,26 @@ GREP_TEXT: ToolText = (
      "-i": "ignore case", "-n": "line numbers", "-A": "lines after", "-B": "lines before",
      "-C": "lines around", "head_limit": "results at most", "multiline": "let . match newlines"})
 AGENT_TEXT: ToolText = (
-    "Give a task to a subagent, which works on its own and returns one report. It knows only"
-    " your prompt: state the goal, the paths and what to report. Only for large independent"
-    " work; do small things yourself. Tell the user what it found, and never guess it.",
-    {"description": "3 to 5 words", "prompt": "the task", "subagent_type": "one of the listed",
-     "run_in_background": "false: wait for the report", "isolation": "", "model": "",
+    "Give a large independent task to a subagent; do small things yourself. It knows only your"
+    " prompt: state goal, paths and what to report. Only you see its report: tell the user,"
+    " and never guess it.",
+    {"description": "3 to 5 words", "prompt": "", "subagent_type": "one of the listed",
+     "run_in_background": "false: wait for the report", "isolation": None, "model": None,
      "effort": None})
 SKILL_TEXT: ToolText = (
-    "Load a listed skill: instructions for one kind of task. Call it first when a listed skill"
-    " fits, or when the user types /name. Never guess names. Not for built-in commands such"
-    " as /help.",
-    {"skill": "exact name from the list, no slash", "args": ""})
+    "Load instructions for one kind of task. Call it first when a listed skill fits or the"
+    " user types /name. Never guess names; /help and the like are no skills.",
+    {"skill": "name as listed, no slash", "args": ""})
 SEARCH_TOOLS_TEXT: ToolText = (
-    "Load tools that are so far only listed by name, so that they can be called.",
-    {"query": "select:NAME,NAME or search words", "max_results": "default 5"})
+    "Load tools that are only listed by name, so that they can be called.",
+    {"query": "select:NAME,NAME or words", "max_results": "default 5"})
 FETCH_TEXT: ToolText = (
     "Fetch a public web page and answer prompt from it. Not for localhost or pages behind a"
     " login.",
     {"url": "", "prompt": "what to find out", "offset": "where to read on"})
 ASK_TEXT: ToolText = (
-    "Ask the user to choose, only where you cannot go on without a decision that is theirs."
-    " 1 to 4 questions, each with 2 to 4 options; the client adds Other itself.",
+    "Let the user choose, only where you cannot go on without it. 1 to 4 questions, each with"
+    " 2 to 4 options; Other is added.",
     {"questions": "", "answers": None, "annotations": None, "metadata": None})
 STEPS_TEXT: ToolText = (
     "Set the list of steps shown to the user. Send the whole list each time; one item in"
@@ -2016,7 +2014,7 @@ STOP_TEXT: ToolText = ("Stop a background task.",
                        {"task_id": "", "shell_id": "old name of task_id"})
 LIST_AGENTS_TEXT: ToolText = (
     "List the agents that SendMessage can reach.",
-    {"cursor": "from the end of the last page", "channel": None, "q": None})
+    {"cursor": None, "channel": None, "q": None})
 MESSAGE_TEXT: ToolText = (
     "Send a message to another agent, for example to go on with a finished subagent.",
     {"to": "name or id of the agent", "message": "", "summary": "5 to 10 words",
@@ -2088,7 +2086,7 @@ TOOL_TEXTS: Dict[str, ToolText] = {
 MAX_TOOL_TEXT_CHARS = 1000
 MAX_PARAMETER_TEXT_CHARS = 240
 # The same for what is nested in a known tool's parameters: its own text says the rest.
-MAX_NESTED_TEXT_CHARS = 80
+MAX_NESTED_TEXT_CHARS = 60
 # Keywords that say nothing to a model: Ollama drops them, or prints them as tags of
 # their own (contract/ollama.md 1; peers.md 1d, Lucebox).
 NOISE_KEYWORDS = frozenset((
@@ -2176,6 +2174,7 @@ class Passage(NamedTuple):
     It starts at a line that start matches, at the beginning of a paragraph where
     paragraph is set; more matches the first line of a further paragraph that belongs to
     it. It is left out unless one of the tools in needs is forwarded; with no needs always.
+    If it stays, header takes the place of its first line.
     """
 
     name: str
@@ -2183,6 +2182,7 @@ class Passage(NamedTuple):
     needs: Tuple[str, ...]
     paragraph: bool = True
     more: Optional[Pattern] = None
+    header: str = ""
 
 
 AGENT_TOOLS = ("Agent", "Task", "agent")
@@ -2197,18 +2197,20 @@ PASSAGES: Tuple[Passage, ...] = (
             SKILL_TOOLS, more=Pattern(r"- |<available_skills>|</?skill>")),
     Passage("list of deferred tools",
             Pattern(r"The following deferred tools are (?:now )?available via \w+\."),
-            ("ToolSearch", "tool_search")),
+            ("ToolSearch", "tool_search"),
+            header="Load these tools with ToolSearch (select:NAME) before you call them:"),
     Passage("task reminder",
             Pattern(r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."),
             TASK_TOOLS),
+    # The texts of Skill and Agent say these two already.
     Passage("hint at skills",
-            Pattern(r" ?- When the user types `/[^`]{1,40}`, invoke it via Skill"), SKILL_TOOLS,
+            Pattern(r" ?- When the user types `/[^`]{1,40}`, invoke it via Skill"), (),
             paragraph=False),
     Passage("hint at agents",
             Pattern(r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
                     r"|Calling Agent with subagent_type"
                     r"|For broad codebase exploration .{0,80} spawn Agent with )"),
-            AGENT_TOOLS, paragraph=False),
+            (), paragraph=False),
     Passage("hint at tasks", Pattern(r" ?- Use (?:TaskCreate|TodoWrite) to plan "),
             TASK_TOOLS, paragraph=False),
     # The client's own budget, of a window that the local model does not have; a new
@@ -2223,12 +2225,12 @@ CLIENT_ENTRIES = frozenset((
     "dataviz", "deep-research", "update-config", "keybindings-help", "verify", "code-review",
     "simplify", "fewer-permission-prompts", "loop", "claude-api", "workflow-authoring", "run",
     "plugin-authoring", "init", "review", "security-review"))
-MAX_CLIENT_ENTRY_CHARS = 80
+MAX_CLIENT_ENTRY_CHARS = 60
 MAX_ENTRY_CHARS = 600
 # Texts that hold the user's rules are never searched, whatever they quote.
 USER_RULES = Pattern(r"(?m)^# claudeMd$|^Codebase and user instructions are shown below")
 REMINDER = Pattern(r"(\s*<system-reminder>\n)(.*?)(\n</system-reminder>\s*)", re.DOTALL)
-EMPTY_HEADING = Pattern(r"(?m)^# Session-specific guidance\n\s*(?=# |\Z)")
+EMPTY_HEADING = Pattern(r"(?m)^# Session-specific guidance(?:\n\s*(?=# )|\s*\Z)")
 
 
 def slim_text(text: str, kept_tools: Sequence[str]) -> Tuple[str, List[str]]:
@@ -2266,11 +2268,13 @@ def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) ->
             kept = []
             while row.paragraph and end < len(lines) and not lines[end].strip():
                 end += 1
-        elif row and row.name in SHORTENED:
-            passage = "\n".join(kept)
-            kept = [clip_entries(passage)]
-            if kept[0] != passage:
+        elif row:
+            passage = "\n".join([row.header or kept[0], *kept[1:]])
+            if row.name in SHORTENED:
+                passage = clip_entries(passage)
+            if passage != "\n".join(kept):
                 left_out.append(row.name + ", shortened")
+            kept = [passage]
         slim += kept
         here = end
     if len(left_out) == before:

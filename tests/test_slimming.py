@@ -48,10 +48,13 @@ def names(tools):
 
 
 @pytest.mark.parametrize("each", [*CORE, AGENT, SKILL, SEARCH, WORKFLOW], ids=lambda t: t.name)
-def test_a_known_tool_keeps_every_parameter_in_few_words(each):
+def test_a_known_tool_keeps_its_parameters_in_few_words(each):
     slim = slim_tool(each)
     assert slim.name == each.name
-    assert list(slim.schema["properties"]) == list(each.schema["properties"])
+    hidden = [key for key, text in qwencode.TOOL_TEXTS[each.name][1].items() if text is None]
+    assert not set(hidden) & set(each.schema["required"])
+    assert list(slim.schema["properties"]) == [
+        key for key in each.schema["properties"] if key not in hidden]
     assert slim.schema["required"] == each.schema["required"]
     assert FILLER[:20] not in json.dumps(slim)
     assert len(json.dumps(slim.schema)) + len(slim.description) < 1300
@@ -232,11 +235,11 @@ TEXTS = [
      "# Session-specific guidance\n - Be brief.\n - When the user types `/<skill-name>`, invoke"
      " it via Skill.\n\n# Memory", ("Bash",),
      "# Session-specific guidance\n - Be brief.\n\n# Memory", ["hint at skills"]),
-    ("the hints stay with their tools",
+    ("hints that the tool's own text says go even if it stays",
      "# Session-specific guidance\n - When the user types `/<skill-name>`, invoke it via Skill.",
-     EVERY,
-     "# Session-specific guidance\n - When the user types `/<skill-name>`, invoke it via Skill.",
-     []),
+     EVERY, "", ["hint at skills"]),
+    ("a hint at tasks stays with its tool", "# Tools\n - Use TaskCreate to plan work.", EVERY,
+     "# Tools\n - Use TaskCreate to plan work.", []),
     ("the user's rules are never searched",
      reminder(f"# claudeMd\nContents of /x/CLAUDE.md:\n\n{AGENTS}\n\n{SKILLS}"), ("Bash",),
      reminder(f"# claudeMd\nContents of /x/CLAUDE.md:\n\n{AGENTS}\n\n{SKILLS}"), []),
@@ -270,8 +273,9 @@ def test_texts_about_tools_that_are_not_there(text, kept, expected, left_out):
 
 def test_lists_that_stay_lose_the_clients_long_entries_only():
     slim, left_out = slim_text(SYSTEM_2, EVERY)
-    assert left_out == ["list of agents, shortened", "list of skills, shortened"]
-    for whole in (ENVIRONMENT, DEFERRED, AGENTS_HINT, DATE, "- mine: Reviews SQL as we like it."
+    assert left_out == ["list of deferred tools, shortened", "list of agents, shortened",
+                        "list of skills, shortened"]
+    for whole in (ENVIRONMENT, DEFERRED.partition("\n")[2], "with ToolSearch", AGENTS_HINT, DATE, "- mine: Reviews SQL as we like it."
                   " (Tools: Read)", "- deploy: How this project is deployed.\n",
                   "- plugin:check: Checks it.\n", "- init: Writes CLAUDE.md\n"):
         assert whole in slim
