@@ -141,6 +141,7 @@ HEAD_PROGRESS_S = 30.0
 IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
 CONNECT_S = 10.0  # a server that takes longer to accept is not there
 HEALTH_S = 0.8  # /health answers within a second
+HEALTH_TTL_S = 5.0  # for the status page: /api/show of a large model is 1 MB
 DRAIN_S = 5.0  # running streams at shutdown
 # A client that lags: bytes that may wait for it, and seconds without taking any.
 MAX_PENDING_BYTES = 4 * 1024 * 1024
@@ -3772,7 +3773,30 @@ class TurnRecord(NamedTuple):
 
 
 CLIENT_LEFT = "client left"
-UPSTREAM_KINDS = Pattern(r"upstream|ollama|timeout_error|api_error|invalid_response|rate_limit")
+# Kinds that are Ollama's failures, not the client's or our own.
+UPSTREAM_KINDS = Pattern(r"upstream_|model_missing|rate_limit")
+CAPITAL = Pattern(r"(?<=[a-z])(?=[A-Z])")
+# What helps where the error's own sentence does not say it.
+CURES: Tuple[Tuple[Type[ShimError], str], ...] = (
+    (PromptTooLongError, "Type /compact, or give the model a larger OLLAMA_NUM_CTX."),
+    (UnauthorizedError, "Give the client the key of SHIM_API_KEY."),
+    (UpstreamDeniedError, "Check OLLAMA_AUTH_TOKEN."),
+    (UpstreamTimeoutError, "See `ollama ps`: the model may be too large for this machine."
+                           " SHIM_REQUEST_TIMEOUT_MS allows more time."),
+    (UpstreamBrokenError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
+    (UpstreamFailedError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
+    (BusyError, "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."),
+)
+
+
+def outcome_of(error: ShimError) -> str:
+    """Name an error's kind: UpstreamTimeoutError is upstream_timeout."""
+    return CAPITAL.sub("_", type(error).__name__.replace("Error", "")).lower()
+
+
+def cure_of(error: ShimError) -> str:
+    """Say what helps against an error, "" where its sentence says it."""
+    return next((cure for kind, cure in CURES if isinstance(error, kind)), "")
 
 
 class Running:
@@ -3861,8 +3885,13 @@ class Stats:
             if record.prompt_tokens and record.session and record.way != "local":
                 self._keep_session(record)
 
-    def settle(self, session: str, outcome: str) -> None:
-        """Say what came of the last rescue of a session, once its result is known."""
+    def settle(self, session: str, calls: Sequence[str], request: Request) -> None:
+        """Learn what came of a session's rescued calls, by id, from the next request."""
+        results = [block for message in request.messages[-2:] for block in message.blocks
+                   if isinstance(block, ToolResult) and block.id in calls]
+        if not results:
+            return
+        outcome = "failed" if any(block.is_error for block in results) else "worked"
         with self.lock:
             for index in range(len(self.rescued) - 1, -1, -1):
                 record = self.rescued[index]
@@ -3928,8 +3957,11 @@ def fill_text(record: TurnRecord) -> str:
     if not record.prompt_tokens:
         return ""
     window = f"/{window_text(record.window)}" if record.window else ""
-    new = f" ({token_text(record.new_tokens)} new)" if record.new_tokens is not None else ""
-    return f"{token_text(used_tokens(record))}{window} tokens{new}"
+    new = record.new_tokens
+    if new is None and record.cached_tokens:
+        new = record.prompt_tokens - record.cached_tokens
+    told = f" ({token_text(new)} new)" if new is not None else ""
+    return f"{token_text(used_tokens(record))}{window} tokens{told}"
 
 
 def used_tokens(record: TurnRecord) -> int:
@@ -4399,17 +4431,23 @@ function state(tone, text) {
   if (byId("state").textContent !== text) byId("state").textContent = text;
 }
 
+function facts(health) {
+  const { upstream = {}, model = {} } = health;
+  return { Ollama: `${upstream.version || "unknown"} at ${upstream.url || "an unknown address"}`,
+    window: model.window ? size(model.window) : "", capabilities: model.capabilities || "",
+    "trained window": model.context_length ? size(model.context_length) : "" };
+}
+
 function show(data) {
-  const health = data.health;
+  const problem = (data.health.upstream || {}).error || "";
   const past = [...data.turns].reverse().filter((turn) => turn.way !== "local");
   byId("about").textContent =
     `${data.options.model}, version ${data.version}, up ${seconds(data.uptime_s)}`;
-  state(health.ok === false ? "bad" : "ok", health.ok === false ? health.problem
-    : data.running.length ? "at work" : "ready");
-  draw("model", [health.facts || {}, data.options], ([facts, options]) =>
-    lists([...Object.entries(facts), ...Object.entries(options)].map(([name, value]) =>
-      [name.replaceAll("_", " "), Array.isArray(value) ? value.join(", ")
-        : value === true ? "on" : value === false ? "off" : value === null ? "" : String(value)])));
+  state(problem ? "bad" : "ok", problem || (data.running.length ? "at work" : "ready"));
+  draw("model", { ...facts(data.health), ...data.options }, (all) =>
+    lists(Object.entries(all).map(([name, value]) => [name.replaceAll("_", " "),
+      Array.isArray(value) ? value.join(", ") : value === true ? "on" : value === false ? "off"
+        : value === null ? "" : String(value)])));
   draw("sessions", data.sessions, gauges);
   draw("running", { running: data.running, waiting: data.waiting }, running);
   draw("speeds", past.filter((turn) => turn.tokens_per_s > 0), speeds);
@@ -4470,7 +4508,7 @@ poll();
 # The hashes let the page forbid every other script, style and host to itself. They are
 # written down, not computed, to spare the start-up; tests/test_status.py checks them.
 STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
-STATUS_SCRIPT_HASH = "sha256-FJVmO/qllK9IK9ryPDiSq1gcPV/WmAQV+EF+H+Wch/Y="
+STATUS_SCRIPT_HASH = "sha256-HgbvhfrxeNb9z9qPyEscg/ikXe6/zCstmY6xYueX+LA="
 
 STATUS_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
@@ -5280,6 +5318,7 @@ class Session:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.turns = 0
+        self.rescued: Tuple[str, ...] = ()  # ids of the last turn's rescued calls
         self._table: Optional[ToolTable] = None
         self.written = ReusedJson()
         self._tools: Tuple[Tool, ...] = ()
@@ -5385,14 +5424,19 @@ class Exchange:
         """Carry the request out; whatever fails is told to the client, and all counted."""
         self.link.on_tick = self._tick
         self.link.tick_at = self.begun_at + FIRST_EVENT_S
-        self.server.stats.begin(self, self.session_id, self.model, time.time(), "waiting")
-        outcome = CLIENT_LEFT
+        stats = self.server.stats
+        stats.begin(self, self.session_id, self.model, time.time(), "waiting")
+        stats.settle(self.session_id, self.session.rescued, self.request)
+        outcome = "internal_error"
         failure: Optional[ShimError] = None
         try:
             self._carry_out()
             outcome = "ok"
+        except ClientGoneError:
+            outcome = CLIENT_LEFT
+            raise
         except ShimError as error:
-            outcome, failure = error.kind, error
+            outcome, failure = outcome_of(error), error
             self._tell(error)
         finally:
             self.link.tick_at = float("inf")
@@ -5427,6 +5471,8 @@ class Exchange:
         usage = turn.usage if turn else Usage()
         calls = turn.calls if turn else []
         self.session.turns += 1
+        self.session.rescued = tuple(
+            one for one, (_, rule) in zip(self.translator.call_ids, calls) if rule)
         record = TurnRecord(
             session=self.session_id, turn=self.session.turns, model=self.model,
             started=time.time() - (now - self.begun_at),
@@ -5437,7 +5483,8 @@ class Exchange:
             tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
-            error=failure.message if failure else "", notes=tuple(self.notes))
+            error=failure.message if failure else "", cure=cure_of(failure) if failure else "",
+            notes=tuple(self.notes))
         self.server.stats.end(self, record)
         self.server.log.turn(record)
 
@@ -5588,9 +5635,12 @@ class Exchange:
             raise upstream_error(
                 call.status, text, turn.model, retry_after=call.headers.get("retry-after"),
                 prompt_tokens=self.estimate, window=self.window)
+        lines = 0
         while not turn.done:
             data = call.read(until)
             until = time.monotonic() + silence
+            lines += data.count(b"\n")  # Ollama writes a line for each token
+            self.server.stats.progress(self, time.time(), lines)
             events = turn.feed(data) if data else turn.close()
             if turn.error and not self.started and not events:
                 self._refuse(turn.error)
@@ -5979,7 +6029,7 @@ class Handler:
         """Tell what the status page shows."""
         self.read_body()
         server = self.server
-        self.reply_json(status_json(server.stats, server.config, server.health(self.link, True),
+        self.reply_json(status_json(server.stats, server.config, server.recent_health(self.link),
                                     time.time()))
 
     def metrics(self) -> None:
@@ -6056,6 +6106,7 @@ class ShimServer(ThreadingHTTPServer):
         self.stats = Stats(time.time(), threading.Lock())
         self.counter = TokenCounter()
         self._rates: Dict[str, float] = {}
+        self._health: Tuple[float, Json] = (0.0, {})
         self._sessions: Dict[str, Session] = {}
         self._bash_shapes: Dict[str, bool] = {}
         self.stop_signal, self._stop_sender = socket.socketpair()
@@ -6151,6 +6202,12 @@ class ShimServer(ThreadingHTTPServer):
         names = [row["name"] for row in rows if isinstance(row, dict)
                  and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
         return [self.config.model, *(name for name in names if name != self.config.model)]
+
+    def recent_health(self, waiter: Waiter) -> Json:
+        """Return what health() said in the last seconds: the page asks every second."""
+        if time.monotonic() > self._health[0]:
+            self._health = (time.monotonic() + HEALTH_TTL_S, self.health(waiter, True))
+        return self._health[1]
 
     def health(self, waiter: Waiter, full: bool) -> Json:
         """Tell how things are, within a second; without the key only up or down."""
