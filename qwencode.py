@@ -6226,6 +6226,8 @@ class ShimServer(ThreadingHTTPServer):
             model["present"] = show.status == 200 if show.status == 200 or missing else None
             model["capabilities"] = sorted(facts.capabilities or ())
             model["context_length"] = facts.trained
+            known = self.registry.known(self.config.model)
+            model["window"] = known.window or None if known else None
             if missing:
                 upstream["error"] = (f"model {self.config.model} is missing:"
                                      f" ollama pull {self.config.model}")
@@ -7003,23 +7005,29 @@ class Ticker(Waiter):
 
     def __init__(self, what: str) -> None:
         self.what, self.since = what, time.monotonic()
-        self.shown = sys.stderr.isatty()
 
     def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
         while not super().wait(sock, writing, min(until, time.monotonic() + 1.0)):
             if time.monotonic() >= until:
                 return False
-            if self.shown:
-                sys.stderr.write(f"\r{self.what} ... {time.monotonic() - self.since:.0f} s ")
-                sys.stderr.flush()
+            self.show(f"\r{self.what} ... {time.monotonic() - self.since:.0f} s ")
         return True
 
-    def end(self) -> float:
-        """Take the line away and return the seconds."""
-        if self.shown:
-            sys.stderr.write("\r" + " " * (len(self.what) + 12) + "\r")
+    @staticmethod
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(text)
             sys.stderr.flush()
-        return time.monotonic() - self.since
+
+
+@contextlib.contextmanager
+def ticking(what: str) -> Iterator[Ticker]:
+    """Show a progress line until the block ends."""
+    ticker = Ticker(what)
+    try:
+        yield ticker
+    finally:
+        ticker.show("\r" + " " * (len(what) + 12) + "\r")
 
 
 @contextlib.contextmanager
@@ -7040,37 +7048,29 @@ class Doctor:
     """What the checks share: the configuration, a shim of their own, what Ollama said."""
 
     def __init__(self, config: Config, env: Mapping[str, str], server: ShimServer,
-                 quick: bool) -> None:
+                 quick: bool = False) -> None:
         self.config, self.env, self.server, self.quick = config, env, server, quick
-        self.facts = ModelFacts(config.model)
+        self.model = LocalModel(ModelFacts(config.model))
         self.loaded = Loaded()
         self.speed = (0.0, 0.0)
+        self.wait_s = config.first_token_timeout_ms / 1000
 
     def ask(self, path: str, body: Optional[Json] = None, what: str = "asking Ollama") -> Answer:
-        """Ask Ollama; a question about a model may take as long as a first token."""
-        ticker = Ticker(what)
-        seconds = self.config.first_token_timeout_ms / 1000 if body else OLLAMA_ANSWER_S
-        try:
+        """Ask Ollama; what concerns a model may take as long as a first token."""
+        with ticking(what) as ticker:
             return self.server.upstream.ask(
                 "POST" if body else "GET", path, to_json(body) if body else None, ticker,
-                time.monotonic() + seconds)
-        finally:
-            ticker.end()
+                time.monotonic() + (self.wait_s if body else OLLAMA_ANSWER_S))
 
-    def chat(self, prompt: List[Json], tokens: int, what: str) -> Answer:
-        """Ask the model, loaded as every turn loads it."""
-        return self.ask("/api/chat", {**self._load_fields(), "messages": prompt, "stream": False,
-                                      "think": False, "options": {
-                                          **self._options(), "num_predict": tokens,
-                                          "temperature": 0}}, what)
+    def body(self, tokens: Optional[int] = None, **fields: Any) -> Json:
+        """Make a body whose load options are those of every turn."""
+        limit = {} if tokens is None else {"num_predict": tokens, "temperature": 0}
+        return {"model": self.config.model, "truncate": False, "shift": False, "stream": False,
+                "keep_alive": keep_alive_value(self.config.keep_alive),
+                "options": {**load_options(self.model.num_ctx), **limit}, **fields}
 
-    def _options(self) -> Json:
-        return load_options(self.server.registry.window(
-            self.facts, Waiter(), time.monotonic() + OLLAMA_ANSWER_S))
-
-    def _load_fields(self) -> Json:
-        return {"model": self.config.model, "truncate": False, "shift": False,
-                "keep_alive": keep_alive_value(self.config.keep_alive)}
+    def chat(self, messages: List[Json], tokens: int, what: str) -> Answer:
+        return self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
 
     def learn(self) -> None:
         """Ask what the model is; raise ModelMissingError where it is not there."""
@@ -7079,28 +7079,24 @@ class Doctor:
         error = upstream_error(answer.status, answer.text, name) if answer.status != 200 else None
         if isinstance(error, ModelMissingError):
             raise error
-        self.facts = facts_from_show(name, answer.body)
+        self.model = LocalModel(facts_from_show(name, answer.body), self.config.num_ctx)
 
     def load(self) -> Loaded:
-        """Load the model and see what came of it; raise a ShimError where that fails."""
-        begun = time.monotonic()
-        answer = self.ask("/api/generate", {**self._load_fields(), "options": self._options()},
-                          f"loading {self.config.model}")
+        """Choose the window and load the model; raise a ShimError where that fails."""
+        begun, name = time.monotonic(), self.config.model
+        with ticking(f"loading {name}") as ticker:
+            self.model = self.server.registry.model(name, ticker, begun + self.wait_s)
+        answer = self.ask("/api/generate", self.body(), f"loading {name}")
         if answer.status != 200:
-            raise upstream_error(answer.status, answer.text, self.config.model)
+            raise upstream_error(answer.status, answer.text, name)
         self.loaded = self.look()._replace(seconds=time.monotonic() - begun)
         return self.loaded
 
     def look(self) -> Loaded:
-        """Find the model in /api/ps, by its name or its digest."""
-        rows = _mapping(self.ask("/api/ps").body).get("models")
-        for row in rows if isinstance(rows, list) else ():
-            names = {row.get("name"), row.get("model")} if isinstance(row, dict) else set()
-            same = self.facts.digest and str(row.get("digest", "")).startswith(self.facts.digest)
-            if names & {self.config.model, self.config.model + ":latest"} or same:
-                return Loaded(*(_count(row.get(key)) or 0 for key in (
-                    "context_length", "size", "size_vram")))
-        return Loaded()
+        """See how the model is loaded, if it is."""
+        row = _mapping(self.server.registry._loaded_row(
+            self.model.facts, Waiter(), time.monotonic() + OLLAMA_ANSWER_S))
+        return Loaded(*(natural(row.get(key)) for key in ("context_length", "size", "size_vram")))
 
     def messages(self, system: str, text: str, what: str) -> Tuple[Json, str]:
         """Send a Messages request through the shim; return its answer and what failed."""
@@ -7108,14 +7104,12 @@ class Doctor:
                                                auth_token=self.config.api_key))
         body = to_json({"model": self.config.model, "max_tokens": 300, "system": system,
                         "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
-        ticker = Ticker(what)
         try:
-            answer = asking.ask("POST", "/v1/messages", body, ticker, time.monotonic()
-                                + self.config.first_token_timeout_ms / 500)
+            with ticking(what) as ticker:
+                answer = asking.ask("POST", "/v1/messages", body, ticker,
+                                    time.monotonic() + 2 * self.wait_s)
         except ShimError as error:
             return {}, error.message
-        finally:
-            ticker.end()
         failed = _mapping(_mapping(answer.body).get("error")).get("message")
         return _mapping(answer.body), str(failed or "") if answer.status != 200 else ""
 
@@ -7140,13 +7134,14 @@ def check_model(doctor: Doctor) -> Finding:
 
 
 def check_capabilities(doctor: Doctor) -> Finding:
-    return verdict_capabilities(tuple(sorted(doctor.facts.capabilities or ())))
+    return verdict_capabilities(tuple(sorted(doctor.model.facts.capabilities or ())))
 
 
 def check_window(doctor: Doctor) -> Finding:
     loaded = doctor.look() if doctor.quick else doctor.load()
-    asked = doctor._options().get("num_ctx") or doctor.facts.num_ctx or 0
-    return verdict_window(doctor.facts.trained or 0, asked, loaded.window)
+    facts = doctor.model.facts
+    return verdict_window(facts.trained or 0, doctor.model.num_ctx or facts.num_ctx or 0,
+                          loaded.window)
 
 
 def check_memory(doctor: Doctor) -> Finding:
@@ -7154,7 +7149,7 @@ def check_memory(doctor: Doctor) -> Finding:
 
 
 def check_template(doctor: Doctor) -> Finding:
-    body = probe_body(doctor.config.model, doctor._options())
+    body = probe_body(doctor.config.model, load_options(doctor.model.num_ctx))
     body["messages"].append({"role": "system", "content": "probe reminder"})
     answer = doctor.ask("/api/chat", body)
     return verdict_template(rendered_prompt(answer.body) or "")
@@ -7176,7 +7171,7 @@ def check_rescue(doctor: Doctor) -> Finding:
 
 
 def check_truncation(doctor: Doctor) -> Finding:
-    window = doctor.loaded.window or doctor.facts.trained or SERVING_WINDOW
+    window = doctor.loaded.window or doctor.model.window or SERVING_WINDOW
     answer = doctor.chat([{"role": "user", "content": "7 " * 2 * window}], 1,
                          "a prompt that is too long")
     return verdict_truncation(answer.status, window)
@@ -7199,10 +7194,9 @@ def check_reuse(doctor: Doctor) -> Finding:
 
 def check_cancel(doctor: Doctor) -> Finding:
     """Break a long answer off and see how soon the next one comes."""
-    waiter, until = Waiter(), time.monotonic() + doctor.config.first_token_timeout_ms / 1000
-    body = {**doctor._load_fields(), "think": False, "stream": True,
-            "options": {**doctor._options(), "num_predict": 2000},
-            "messages": [{"role": "user", "content": "Count from one to five hundred."}]}
+    waiter, until = Waiter(), time.monotonic() + doctor.wait_s
+    body = doctor.body(2000, think=False, stream=True, messages=[
+        {"role": "user", "content": "Count from one to five hundred."}])
     with doctor.server.upstream.open("POST", "/api/chat", to_json(body), waiter, until) as call:
         call.read_head(until)
         call.read(until)
@@ -7377,7 +7371,7 @@ def run_claude(args: Any, env: Mapping[str, str]) -> int:
     with os.fdopen(handle, "w", encoding="utf-8") as file, contextlib.redirect_stderr(file), \
             running_server(config) as server:
         with contextlib.redirect_stderr(terminal):
-            made = wait_for_model(Doctor(config, env, server, False), path)
+            made = wait_for_model(Doctor(config, env, server), path)
             if not made:
                 return 1
             command = claude_command(made, args.passed, env)
@@ -7394,10 +7388,10 @@ def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
         tell(redact(error.message, secrets_of(config)))
         return {}
     share = f", {100 * loaded.size_vram // loaded.size} % in graphics memory" if loaded.size else ""
-    tell(f"{config.model} is ready after {loaded.seconds:.0f} s: window"
-         f" {loaded.window or 'unknown'}{share}\nStatus page {doctor.server.url}/  log {log}")
+    tell(f"{config.model} is ready after {loaded.seconds:.0f} s{share}; {doctor.model.reason}\n"
+         f"Status page {doctor.server.url}/  log {log}")
     return client_env(doctor.server.url, config.api_key, config,
-                      loaded.window or planned_window(config))
+                      doctor.model.window or loaded.window or planned_window(config))
 
 
 # ------------------------------ models and explain ------------------------------
@@ -7507,7 +7501,7 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
     answered = local_answer(request, config)
     body = chat_body(request, facts, config, {
         **load_options(config.num_ctx), "num_predict": request.max_tokens},
-        messages_json=session.written.write(messages), tools_json=tools_json)
+        messages_json=session.written.write(messages)[0], tools_json=tools_json)
     counts = [estimate_tokens(message.content) for message in messages]
     known = next((place + 1 for place in range(len(messages) - 1, -1, -1)
                   if messages[place].role == "assistant"), 0)
@@ -7612,10 +7606,18 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     except ConfigError as problem:
         sys.stderr.write(f"qwencode: {problem}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
 
 
 def console_main() -> None:
     """Entry point of the installed `qwencode` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console may lack a character
+            stream.reconfigure(errors="replace")
     sys.exit(main(sys.argv[1:], os.environ))
 
 
