@@ -143,6 +143,7 @@ HEAD_PROGRESS_S = 30.0
 IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
 CONNECT_S = 10.0  # a server that takes longer to accept is not there
 HEALTH_S = 0.8  # /health answers within a second
+HEALTH_TTL_S = 5.0  # for the status page: /api/show of a large model is 1 MB
 DRAIN_S = 5.0  # running streams at shutdown
 # A client that lags: bytes that may wait for it, and seconds without taking any.
 MAX_PENDING_BYTES = 4 * 1024 * 1024
@@ -4486,7 +4487,30 @@ class TurnRecord(NamedTuple):
 
 
 CLIENT_LEFT = "client left"
-UPSTREAM_KINDS = Pattern(r"upstream|ollama|timeout_error|api_error|invalid_response|rate_limit")
+# Kinds that are Ollama's failures, not the client's or our own.
+UPSTREAM_KINDS = Pattern(r"upstream_|model_missing|rate_limit")
+CAPITAL = Pattern(r"(?<=[a-z])(?=[A-Z])")
+# What helps where the error's own sentence does not say it.
+CURES: Tuple[Tuple[Type[ShimError], str], ...] = (
+    (PromptTooLongError, "Type /compact, or give the model a larger OLLAMA_NUM_CTX."),
+    (UnauthorizedError, "Give the client the key of SHIM_API_KEY."),
+    (UpstreamDeniedError, "Check OLLAMA_AUTH_TOKEN."),
+    (UpstreamTimeoutError, "See `ollama ps`: the model may be too large for this machine."
+                           " SHIM_REQUEST_TIMEOUT_MS allows more time."),
+    (UpstreamBrokenError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
+    (UpstreamFailedError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
+    (BusyError, "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."),
+)
+
+
+def outcome_of(error: ShimError) -> str:
+    """Name an error's kind: UpstreamTimeoutError is upstream_timeout."""
+    return CAPITAL.sub("_", type(error).__name__.replace("Error", "")).lower()
+
+
+def cure_of(error: ShimError) -> str:
+    """Say what helps against an error, "" where its sentence says it."""
+    return next((cure for kind, cure in CURES if isinstance(error, kind)), "")
 
 
 class Running:
@@ -4575,8 +4599,13 @@ class Stats:
             if record.prompt_tokens and record.session and record.way != "local":
                 self._keep_session(record)
 
-    def settle(self, session: str, outcome: str) -> None:
-        """Say what came of the last rescue of a session, once its result is known."""
+    def settle(self, session: str, calls: Sequence[str], request: Request) -> None:
+        """Learn what came of a session's rescued calls, by id, from the next request."""
+        results = [block for message in request.messages[-2:] for block in message.blocks
+                   if isinstance(block, ToolResult) and block.id in calls]
+        if not results:
+            return
+        outcome = "failed" if any(block.is_error for block in results) else "worked"
         with self.lock:
             for index in range(len(self.rescued) - 1, -1, -1):
                 record = self.rescued[index]
@@ -4642,8 +4671,11 @@ def fill_text(record: TurnRecord) -> str:
     if not record.prompt_tokens:
         return ""
     window = f"/{window_text(record.window)}" if record.window else ""
-    new = f" ({token_text(record.new_tokens)} new)" if record.new_tokens is not None else ""
-    return f"{token_text(used_tokens(record))}{window} tokens{new}"
+    new = record.new_tokens
+    if new is None and record.cached_tokens:
+        new = record.prompt_tokens - record.cached_tokens
+    told = f" ({token_text(new)} new)" if new is not None else ""
+    return f"{token_text(used_tokens(record))}{window} tokens{told}"
 
 
 def used_tokens(record: TurnRecord) -> int:
@@ -4724,9 +4756,14 @@ def turn_json(record: TurnRecord, secrets: Iterable[str] = ()) -> str:
 
 # ------------------------------ status as JSON ------------------------------
 
-# Options that say how the shim works; none can hold a secret or a path of the user.
-SHOWN_OPTIONS = ("model", "num_ctx", "auto_ctx", "max_tools", "rescue", "verbatim", "bash_style",
-                 "prompt", "local_answers", "warm", "log")
+# Not shown: where it listens, which the reader knows, and a path of the user's.
+HIDDEN_OPTIONS = ("host", "port", "counts_file")
+
+
+def shown_options(config: Config) -> Json:
+    """Return the options that are no secret; two shims with the same do the same."""
+    return {row.name: scrub(getattr(config, row.name), secrets_of(config)) for row in OPTIONS
+            if row.kind != "secret" and row.name not in HIDDEN_OPTIONS}
 
 
 def running_fields(running: Running, now: float) -> Json:
@@ -4778,7 +4815,7 @@ def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
     return {
         "version": __version__, "now": round(now, 3), "uptime_s": round(now - stats.started, 1),
         "health": scrub(health, secrets),
-        "options": scrub({name: getattr(config, name) for name in SHOWN_OPTIONS}, secrets),
+        "options": shown_options(config),
         "running": [one for one in active if one["state"] != "waiting"],
         "waiting": [one for one in active if one["state"] == "waiting"],
         "sessions": sessions, "turns": turns, "rescues": rescues, "errors": errors,
@@ -5108,17 +5145,23 @@ function state(tone, text) {
   if (byId("state").textContent !== text) byId("state").textContent = text;
 }
 
+function facts(health) {
+  const { upstream = {}, model = {} } = health;
+  return { Ollama: `${upstream.version || "unknown"} at ${upstream.url || "an unknown address"}`,
+    window: model.window ? size(model.window) : "", capabilities: model.capabilities || "",
+    "trained window": model.context_length ? size(model.context_length) : "" };
+}
+
 function show(data) {
-  const health = data.health;
+  const problem = (data.health.upstream || {}).error || "";
   const past = [...data.turns].reverse().filter((turn) => turn.way !== "local");
   byId("about").textContent =
     `${data.options.model}, version ${data.version}, up ${seconds(data.uptime_s)}`;
-  state(health.ok === false ? "bad" : "ok", health.ok === false ? health.problem
-    : data.running.length ? "at work" : "ready");
-  draw("model", [health.facts || {}, data.options], ([facts, options]) =>
-    lists([...Object.entries(facts), ...Object.entries(options)].map(([name, value]) =>
-      [name.replaceAll("_", " "), Array.isArray(value) ? value.join(", ")
-        : value === true ? "on" : value === false ? "off" : value === null ? "" : String(value)])));
+  state(problem ? "bad" : "ok", problem || (data.running.length ? "at work" : "ready"));
+  draw("model", { ...facts(data.health), ...data.options }, (all) =>
+    lists(Object.entries(all).map(([name, value]) => [name.replaceAll("_", " "),
+      Array.isArray(value) ? value.join(", ") : value === true ? "on" : value === false ? "off"
+        : value === null ? "" : String(value)])));
   draw("sessions", data.sessions, gauges);
   draw("running", { running: data.running, waiting: data.waiting }, running);
   draw("speeds", past.filter((turn) => turn.tokens_per_s > 0), speeds);
@@ -5179,7 +5222,7 @@ poll();
 # The hashes let the page forbid every other script, style and host to itself. They are
 # written down, not computed, to spare the start-up; tests/test_status.py checks them.
 STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
-STATUS_SCRIPT_HASH = "sha256-FJVmO/qllK9IK9ryPDiSq1gcPV/WmAQV+EF+H+Wch/Y="
+STATUS_SCRIPT_HASH = "sha256-HgbvhfrxeNb9z9qPyEscg/ikXe6/zCstmY6xYueX+LA="
 
 STATUS_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
@@ -5989,6 +6032,7 @@ class Session:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.turns = 0
+        self.rescued: Tuple[str, ...] = ()  # ids of the last turn's rescued calls
         self._table: Optional[ToolTable] = None
         self.written = ReusedJson()
         self._tools: Tuple[Tool, ...] = ()
@@ -6224,14 +6268,19 @@ class Exchange:
         """Carry the request out; whatever fails is told to the client, and all counted."""
         self.link.on_tick = self._tick
         self.link.tick_at = self.begun_at + FIRST_EVENT_S
-        self.server.stats.begin(self, self.session_id, self.model, time.time(), "waiting")
-        outcome = CLIENT_LEFT
+        stats = self.server.stats
+        stats.begin(self, self.session_id, self.model, time.time(), "waiting")
+        stats.settle(self.session_id, self.session.rescued, self.request)
+        outcome = "internal_error"
         failure: Optional[ShimError] = None
         try:
             self._carry_out()
             outcome = "ok"
+        except ClientGoneError:
+            outcome = CLIENT_LEFT
+            raise
         except ShimError as error:
-            outcome, failure = error.kind, error
+            outcome, failure = outcome_of(error), error
             self.audience.failure = error
             if not self.audience.detached:
                 self._tell(error)
@@ -6276,6 +6325,8 @@ class Exchange:
         usage = turn.usage if turn else Usage()
         calls = turn.calls if turn else []
         self.session.turns += 1
+        self.session.rescued = tuple(
+            one for one, (_, rule) in zip(self.translator.call_ids, calls) if rule)
         record = TurnRecord(
             session=self.session_id, turn=self.session.turns, model=self.model,
             started=time.time() - (now - self.begun_at),
@@ -6286,7 +6337,8 @@ class Exchange:
             tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
-            error=failure.message if failure else "", notes=tuple(self.notes))
+            error=failure.message if failure else "", cure=cure_of(failure) if failure else "",
+            notes=tuple(self.notes))
         self.server.stats.end(self, record)
         self.server.log.turn(record)
 
@@ -6481,9 +6533,12 @@ class Exchange:
             raise upstream_error(
                 call.status, text, turn.model, retry_after=call.headers.get("retry-after"),
                 prompt_tokens=self.estimate, window=self.window)
+        lines = 0
         while not turn.done:
             data = call.read(until)
             until = time.monotonic() + silence
+            lines += data.count(b"\n")  # Ollama writes a line for each token
+            self.server.stats.progress(self, time.time(), lines)
             events = turn.feed(data) if data else turn.close()
             if turn.error and not self.started and not events:
                 self._refuse(turn.error)
@@ -6892,7 +6947,7 @@ class Handler:
         """Tell what the status page shows."""
         self.read_body()
         server = self.server
-        self.reply_json(status_json(server.stats, server.config, server.health(self.link, True),
+        self.reply_json(status_json(server.stats, server.config, server.recent_health(self.link),
                                     time.time()))
 
     def metrics(self) -> None:
@@ -6977,6 +7032,7 @@ class ShimServer(ThreadingHTTPServer):
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
         self._joints_lock = threading.Lock()
+        self._health: Tuple[float, Json] = (0.0, {})
         self._sessions: Dict[str, Session] = {}
         self._bash_shapes: Dict[str, bool] = {}
         self.stop_signal, self._stop_sender = socket.socketpair()
@@ -7086,6 +7142,12 @@ class ShimServer(ThreadingHTTPServer):
                  and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
         return [self.config.model, *(name for name in names if name != self.config.model)]
 
+    def recent_health(self, waiter: Waiter) -> Json:
+        """Return what health() said in the last seconds: the page asks every second."""
+        if time.monotonic() > self._health[0]:
+            self._health = (time.monotonic() + HEALTH_TTL_S, self.health(waiter, True))
+        return self._health[1]
+
     def health(self, waiter: Waiter, full: bool) -> Json:
         """Tell how things are, within a second; without the key only up or down."""
         until = time.monotonic() + HEALTH_S
@@ -7103,6 +7165,8 @@ class ShimServer(ThreadingHTTPServer):
             model["present"] = show.status == 200 if show.status == 200 or missing else None
             model["capabilities"] = sorted(facts.capabilities or ())
             model["context_length"] = facts.trained
+            known = self.registry.known(self.config.model)
+            model["window"] = known.window or None if known else None
             if missing:
                 upstream["error"] = (f"model {self.config.model} is missing:"
                                      f" ollama pull {self.config.model}")
@@ -7350,6 +7414,1097 @@ def _try_arguments(sub: Any) -> None:
     sub.add_argument("--dry-run", action="store_true", help="show the command, run nothing")
 
 
+# ------------------------------ Claude Code ------------------------------
+
+CLAUDE_MISSING = ("Claude Code is not installed. Install Node.js 18 or newer (https://nodejs.org),"
+                  " then run: npm install -g @anthropic-ai/claude-code")
+# Switches that make Claude Code talk to somebody else than ANTHROPIC_BASE_URL.
+CLOUD_SWITCHES = ("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY",
+                  "CLAUDE_CODE_USE_GATEWAY")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+# What makes Claude Code quiet and its requests small and constant (CC A10, F1, F3; OL 9).
+CLIENT_SETTINGS = {
+    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # else the prompt's first line changes
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",  # tools inline and constant, a 400 sent once
+    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",  # else a system message in every turn
+    "CLAUDE_CODE_DISABLE_FEEDBACK_SURVEY": "1",
+    "DISABLE_FEEDBACK_COMMAND": "1",
+    "DISABLE_ERROR_REPORTING": "1",
+    "DISABLE_TELEMETRY": "1",
+    "API_TIMEOUT_MS": "3600000",  # the shim has deadlines of its own
+}
+MODEL_ROLES = ("OPUS", "SONNET", "HAIKU")
+DEFAULT_CLIENT_KEY = "qwencode"
+# A mode named by the user; as options Claude Code knows them.
+MODE_OPTION = Pattern(r"--(?:permission-mode|dangerously-skip-permissions)(?:=.*)?")
+PRINT_OPTIONS = ("-p", "--print", "-v", "--version", "-h", "--help")
+
+
+def client_env(base_url: str, key: str, config: Config, window: int) -> Dict[str, str]:
+    """Make the variables of a Claude Code that talks to the shim at base_url.
+
+    The key goes as a Bearer token: an API key would be asked about in a dialog whose
+    default is no (CC A11). window is in tokens, 0 where it is not known.
+    """
+    roles = dict(config.model_map)
+    made = {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": key or DEFAULT_CLIENT_KEY,
+            "ANTHROPIC_API_KEY": "", "ANTHROPIC_MODEL": config.model,
+            "CLAUDE_CODE_SUBAGENT_MODEL": config.model, **CLIENT_SETTINGS}
+    for role in MODEL_ROLES:
+        made[f"ANTHROPIC_DEFAULT_{role}_MODEL"] = roles.get(role.lower(), config.model)
+    if window:
+        made.update(compact_env(window, DEFAULT_MAX_TOKENS))
+    return made
+
+
+def child_env(made: Mapping[str, str], env: Mapping[str, str]) -> Dict[str, str]:
+    """Lay made under the environment, which keeps what the user set.
+
+    Not kept: where to send to and with which key, what would lead past the shim, and a
+    NO_PROXY that would send loopback requests to a proxy.
+    """
+    child = {**made, **{name: text for name, text in env.items() if text}}
+    for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"):
+        child[name] = made[name]
+    for name in CLOUD_SWITCHES:
+        child.pop(name, None)
+    if not covers_loopback(env):
+        there = env.get("NO_PROXY") or env.get("no_proxy") or ""
+        child["NO_PROXY"] = child["no_proxy"] = ",".join(
+            filter(None, (there, "127.0.0.1,localhost")))
+    return child
+
+
+def covers_loopback(env: Mapping[str, str]) -> bool:
+    """Tell whether NO_PROXY keeps loopback requests away from a proxy."""
+    names = (env.get("NO_PROXY") or env.get("no_proxy") or "").replace(" ", "").split(",")
+    return "*" in names or {"127.0.0.1", "localhost"} <= set(names)
+
+
+def claude_arguments(passed: Sequence[str], settings: Mapping[str, Any]) -> List[str]:
+    """Add --permission-mode default, unless the user named a mode.
+
+    Claude Code's own default, auto, asks Anthropic's servers to judge each action;
+    nothing else can answer for them (CC F2).
+    """
+    permissions = settings.get("permissions")
+    chosen = permissions.get("defaultMode") if isinstance(permissions, dict) else None
+    if any(map(MODE_OPTION.fullmatch, passed)) or (chosen and chosen != "auto"):
+        return list(passed)
+    return ["--permission-mode", "default", *passed]
+
+
+def claude_settings(env: Mapping[str, str]) -> Json:
+    """Read Claude Code's settings, the project's over the user's; {} where there are none."""
+    merged: Json = {}
+    home = claude_home(env)
+    for path in (os.path.join(home, "settings.json"),
+                 *(os.path.join(".claude", name) for name in ("settings.json",
+                                                              "settings.local.json"))):
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            merged.update(_mapping(json.load(file)))
+    return merged
+
+
+def claude_home(env: Mapping[str, str]) -> str:
+    """Return Claude Code's folder."""
+    return env.get("CLAUDE_CONFIG_DIR") or os.path.join(home_of(env), ".claude")
+
+
+def home_of(env: Mapping[str, str]) -> str:
+    return env.get("USERPROFILE" if os.name == "nt" else "HOME") or os.path.expanduser("~")
+
+
+def find_claude(env: Mapping[str, str]) -> str:
+    """Find the claude program on PATH or where its installer puts it; "" if nowhere."""
+    which, home = late("shutil").which, home_of(env)
+    places = (None, os.path.join(home, ".local", "bin"), os.path.join(home, ".claude", "local"))
+    found = (which("claude", path=env.get("PATH") if place is None else place)
+             for place in places)
+    return next(filter(None, found), "")
+
+
+def ease_first_run(passed: Sequence[str], env: Mapping[str, str]) -> None:
+    """Spare a new user Claude Code's welcome, which fails without network (CC A11).
+
+    Only where Claude Code has no file yet; one that is there is never touched, and the
+    way out is said.
+    """
+    folder = env.get("CLAUDE_CONFIG_DIR") or home_of(env)
+    path = os.path.join(folder, ".claude.json")
+    if any(option in PRINT_OPTIONS for option in passed):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump({"hasCompletedOnboarding": True}, file)
+    except FileExistsError:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            if not _mapping(json.load(file)).get("hasCompletedOnboarding"):
+                tell("Claude Code will greet you first, which needs the internet. Without it, add"
+                     f' "hasCompletedOnboarding": true to {path}.')
+    except OSError as problem:
+        tell(f"{path} could not be written: {problem.strerror}")
+
+
+def tell(text: str) -> None:
+    """Say something beside a command's output."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def run_child(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a program on this terminal; return its exit code, 128 + n after signal n.
+
+    Ctrl-C reaches the child from the terminal itself, so that it is only survived here;
+    a SIGTERM is passed on.
+    """
+    signal, subprocess = late("signal"), late("subprocess")
+    child = subprocess.Popen(list(command), env=dict(env))
+    before = {}
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                forward = name in ("SIGTERM", "SIGHUP")
+                before[number] = signal.signal(
+                    number, lambda got, _frame, forward=forward:
+                    child.send_signal(got) if forward else None)
+        code = int(child.wait())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def claude_command(made: Mapping[str, str], passed: Sequence[str], env: Mapping[str, str],
+                   ) -> Tuple[List[str], Dict[str, str]]:
+    """Return the command line and environment of Claude Code, and say what is special."""
+    for name in CLOUD_SWITCHES:
+        if env.get(name):
+            tell(f"{name} is left out for Claude Code: it would lead past the shim.")
+    ease_first_run(passed, env)
+    return ([find_claude(env), *claude_arguments(passed, claude_settings(env))],
+            child_env(made, env))
+
+
+def ask_shim(url: str, path: str, config: Config) -> Json:
+    """Ask a shim something within a second; {} where none answers."""
+    asking = Upstream(config._replace(base_url=url, auth_token=config.api_key))
+    try:
+        answer = asking.ask("GET", path, None, Waiter(), time.monotonic() + HEALTH_S + 0.2)
+    except ShimError:
+        return {}
+    return _mapping(answer.body) if answer.status == 200 else {}
+
+
+def window_of(health: Json) -> int:
+    """Take the window out of what /health answers; 0 where it does not tell."""
+    window = _mapping(health.get("model")).get("window")
+    return window if type(window) is int and window > 0 else 0
+
+
+def planned_window(config: Config) -> int:
+    """Return the window that a shim with this configuration will ask for at least."""
+    if config.num_ctx or config.auto_ctx == "off":
+        return config.num_ctx or 0
+    return int(config.auto_ctx) if config.auto_ctx.isdecimal() else SERVING_WINDOW
+
+
+def local_url(config: Config) -> str:
+    """Return where a client on this machine reaches the shim."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(  # noqa: S104 - for others
+        config.host, config.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+
+
+def run_client(args: Any, env: Mapping[str, str]) -> int:
+    """Start Claude Code against a shim that runs already."""
+    config = load_config(vars(args), env)
+    if not find_claude(env):
+        tell(CLAUDE_MISSING)
+        return 127
+    named = args.url or ("" if env.get("HOST") or env.get("PORT")
+                         else env.get("ANTHROPIC_BASE_URL", ""))
+    url = named.rstrip("/") or local_url(config)
+    key = args.key or config.api_key or env.get("ANTHROPIC_AUTH_TOKEN") \
+        or env.get("ANTHROPIC_API_KEY") or ""
+    health = ask_shim(url, "/health", config._replace(api_key=key))
+    if not health:
+        tell(f"Nothing answers at {url} yet: start ./launch-shim.sh (or python qwencode.py)."
+             " Claude Code is started all the same.")
+    tell(f"Claude Code -> {url}")
+    window = window_of(health) or planned_window(config)
+    return run_child(*claude_command(client_env(url, key, config, window), args.passed, env))
+
+
+SHELLS = {
+    "bash": ("export {name}={value}", "unset {name}", ("'", "'\\''")),
+    "fish": ("set -gx {name} {value}", "set -e {name}", ("'", "\\'")),
+    "powershell": ("$env:{name} = {value}",
+                   "Remove-Item Env:{name} -ErrorAction SilentlyContinue", ("'", "''")),
+}
+
+
+def export_lines(made: Mapping[str, str], shell: str) -> List[str]:
+    """Write the variables in a shell's own words; what leads past the shim is unset."""
+    setting, removing, (quote, escaped) = SHELLS[shell]
+    lines = [removing.format(name=name) for name in CLOUD_SWITCHES]
+    for name, value in sorted(made.items()):
+        text = value.replace("\\", "\\\\") if shell == "fish" else value
+        lines.append(setting.format(name=name, value=f"'{text.replace(quote, escaped)}'"))
+    return lines
+
+
+def run_env(args: Any, env: Mapping[str, str]) -> int:
+    """Print the variables for a shell: eval "$(python qwencode.py env)"."""
+    config = load_config(vars(args), env)
+    shell = args.shell or ("powershell" if os.name == "nt" else
+                           "fish" if env.get("SHELL", "").endswith("fish") else "bash")
+    url = local_url(config)
+    window = window_of(ask_shim(url, "/health", config)) or planned_window(config)
+    for line in export_lines(client_env(url, config.api_key, config, window), shell):
+        say(line)
+    return 0
+
+
+# ------------------------------ doctor: verdicts ------------------------------
+# Each takes what was seen and judges it, without I/O.
+
+
+class Finding(NamedTuple):
+    """One line of `doctor`: ok is ok, warn, bad or skip; cure says what to do."""
+
+    ok: str
+    line: str
+    cure: str = ""
+
+
+class Loaded(NamedTuple):
+    """A loaded model: window in tokens, bytes in all and in graphics memory, load time."""
+
+    window: int = 0
+    size: int = 0
+    size_vram: int = 0
+    seconds: float = 0.0
+
+
+# What Ollama below a version lacks (contract: in which version each came).
+OLLAMA_SINCE: Tuple[Tuple[Tuple[int, ...], str], ...] = (
+    ((0, 6, 4), "does not tell what a model can do (0.6.4 does)"),
+    ((0, 9, 0), "does not keep thinking apart from the answer (0.9.0 does)"),
+    ((0, 11, 5), "does not render prompts for us, so its parser may lose calls (0.11.5 does)"),
+    ((0, 12, 10), "gives tool calls no ids (0.12.10 does)"),
+    ((0, 30, 0), "refuses a prompt that is too long without saying by how much (0.30.0 says)"),
+)
+OLLAMA_MISCOUNTS = (0, 30, 0)  # exactly this one reports only the tokens it read anew
+TESTED_CLAUDE = ((2, 1, 197), (2, 1, 330))
+THREE_NUMBERS = Pattern(r"([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})")
+SLOW_TOKENS_PER_S = 5.0  # an answer of 300 tokens takes a minute
+SLOW_FIRST_ANSWER_S = 60.0  # people think that it hangs
+SLOW_CANCEL_S = 5.0  # Ollama looks for departed clients once a second while it reads
+UPDATE_OLLAMA = "Update Ollama (https://ollama.com/download)."
+SEE_OLLAMA = "See `ollama ps` and Ollama's log."
+BETTER_MODEL = "Choose a model that is good at tools, such as qwen3-coder (OLLAMA_MODEL)."
+
+
+def version_of(text: str) -> Tuple[int, ...]:
+    """Read the first x.y.z of a text; () where there is none."""
+    found = THREE_NUMBERS.search(text)
+    return tuple(int(part) for part in found.groups()) if found else ()
+
+
+def dotted(version: Iterable[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def verdict_python(version: Tuple[int, ...]) -> Finding:
+    if version < (3, 9):
+        return Finding("bad", f"Python {dotted(version)} is too old", "Install 3.9 or newer.")
+    return Finding("ok", f"Python {dotted(version)}")
+
+
+def verdict_ollama(url: str, status: int, version: str) -> Finding:
+    """Judge the answer of /api/version."""
+    number, line = version_of(version), f"Ollama {version or 'of an unknown version'} at {url}"
+    if status != 200 or not version:
+        return Finding("warn", f"{url} answers HTTP {status} but does not say that it is Ollama",
+                       "Check OLLAMA_BASE_URL.")
+    lacks = [text for since, text in OLLAMA_SINCE if (0, 0, 0) < number < since]
+    if number == OLLAMA_MISCOUNTS:
+        lacks.append("miscounts prompts (only this version)")
+    return Finding("warn", f"{line} {'; '.join(lacks)}", UPDATE_OLLAMA) if lacks \
+        else Finding("ok", line)
+
+
+def verdict_model(name: str, present: bool, others: Sequence[str]) -> Finding:
+    """Judge whether the model is there; others are the models that are."""
+    if name.endswith((":cloud", "-cloud")):
+        return Finding("bad", f"{name} runs in Ollama's cloud: prompts would leave this machine",
+                       "Choose a local model (OLLAMA_MODEL).")
+    if present:
+        return Finding("ok", f"model {name}")
+    instead = f", or set OLLAMA_MODEL to one of: {', '.join(others[:6])}" if others else ""
+    return Finding("bad", f"Ollama does not have {name}", f"Run `ollama pull {name}`{instead}.")
+
+
+def verdict_capabilities(capabilities: Sequence[str]) -> Finding:
+    """Judge what the model says it can do; empty where Ollama does not tell."""
+    can = ", ".join(capabilities)
+    if not can:
+        return Finding("warn", "Ollama does not tell what the model can do", UPDATE_OLLAMA)
+    if "completion" not in capabilities:
+        return Finding("bad", f"the model cannot chat, only: {can}", BETTER_MODEL)
+    if "tools" not in capabilities:
+        return Finding("warn", f"the model has no tool support of its own, only: {can}",
+                       f"Calls are read from its text instead. {BETTER_MODEL}")
+    return Finding("ok", f"capabilities: {can}")
+
+
+def verdict_window(trained: int, asked: int, real: int) -> Finding:
+    """Judge the window in tokens; 0 is unknown."""
+    known = (("real", real), ("asked for", asked), ("trained", trained))
+    line = "context window: " + (", ".join(
+        f"{count:,} {word}" for word, count in known if count) or "unknown")
+    window = real or asked
+    small = judge_explicit(window, FIRST_PROMPT_TOKENS) if window else None
+    if small and 0 < trained < SERVING_WINDOW:
+        return Finding("bad", f"{line}; the model was trained for too little", BETTER_MODEL)
+    if small:
+        return Finding("bad", f"{line}; {small}", f"Set OLLAMA_NUM_CTX={SERVING_WINDOW} or more.")
+    if not window:
+        return Finding("warn", line, "Run `doctor` without --quick, which loads the model.")
+    return Finding("ok", line)
+
+
+def verdict_memory(loaded: Loaded) -> Finding:
+    if not loaded.size:
+        return Finding("warn", "Ollama does not tell where the model lies", SEE_OLLAMA)
+    share = 100 * min(loaded.size_vram, loaded.size) // loaded.size
+    line = f"{share} % of {loaded.size / 1e9:.1f} GB in graphics memory"
+    if share >= 99:
+        return Finding("ok", line)
+    return Finding("warn", f"{line}; the rest is slow", "Choose a smaller model or OLLAMA_NUM_CTX,"
+                   " or start Ollama with OLLAMA_KV_CACHE_TYPE=q8_0.")
+
+
+def verdict_template(prompt: str) -> Finding:
+    """Judge how Ollama rendered PROBE_MESSAGES and a system message after them."""
+    if not prompt:
+        return Finding("warn", "Ollama does not show how it renders a prompt", UPDATE_OLLAMA)
+    reminder = prompt.find("probe reminder")
+    defects = [text for found, text in (
+        (GO_STRUCT.search(prompt), "prints tool definitions as Go structs"),
+        ("ProbeTool" not in prompt.partition("probe question")[0], "leaves tools out"),
+        ("probe value" not in prompt, "drops tool calls that follow text"),
+        (reminder < 0, "drops later system messages"),
+        (0 <= reminder < prompt.find("probe question"), "moves later system messages to the top"),
+    ) if found]
+    if not defects:
+        return Finding("ok", "the prompt template keeps tools, calls and system messages")
+    return Finding("warn", f"the prompt template {', '.join(defects)}",
+                   "Nothing to do: the shim writes these parts itself.")
+
+
+def calls_in(content: Any) -> List[Any]:
+    """Take the inputs of the doctor's tool out of an answer's content."""
+    blocks = content if isinstance(content, list) else []
+    return [block.get("input") for block in blocks if _mapping(block).get("name") == "doctor_probe"]
+
+
+def verdict_call(content: Any, word: str, problem: str) -> Finding:
+    """Judge the answer to the order to call the tool with word."""
+    calls = calls_in(content)
+    if problem:
+        return Finding("bad", f"a live tool call failed: {problem}", SEE_OLLAMA)
+    if not calls:
+        return Finding("bad", "told to call a tool, the model wrote words", BETTER_MODEL)
+    if calls[0] != {"word": word}:
+        return Finding("warn", "a live tool call came with wrong arguments", BETTER_MODEL)
+    return Finding("ok", "a live tool call")
+
+
+def verdict_rescue(content: Any, word: str, problem: str) -> Finding:
+    """Judge the answer to the order to write a call as text."""
+    if problem:
+        return Finding("bad", f"a live rescue failed: {problem}", SEE_OLLAMA)
+    if {"word": word} in calls_in(content):
+        return Finding("ok", "a call that the model wrote as text became a real one")
+    if "doctor_probe" in to_json(content):
+        return Finding("bad", "a call that the model wrote as text stayed text",
+                       "Set SHIM_RESCUE=text,intent.")
+    return Finding("warn", "the model would not write a call as text: no rescue was seen",
+                   "Nothing to do.")
+
+
+def verdict_truncation(status: int, window: int) -> Finding:
+    """Judge the HTTP status of a prompt beyond the window."""
+    if status == 400:
+        return Finding("ok", f"a prompt beyond {window:,} tokens is refused, not cut in silence")
+    if status == 200:
+        return Finding("bad", "Ollama cut a prompt beyond its window in silence", UPDATE_OLLAMA)
+    return Finding("warn", f"a prompt beyond the window got HTTP {status}", SEE_OLLAMA)
+
+
+def verdict_reuse(first_s: float, second_s: float, tokens: int) -> Finding:
+    """Judge two turns of which the second begins with the first one's prompt."""
+    line = f"{tokens:,} tokens were read in {first_s:.1f} s, and on the next turn in {second_s:.1f}"
+    if second_s <= max(0.5, first_s / 2):
+        return Finding("ok", line)
+    return Finding("warn", f"{line}: nothing was kept", "Another program uses this model with other"
+                   " options, or OLLAMA_NUM_PARALLEL is above 1: see `ollama ps`.")
+
+
+def verdict_cancel(seconds: float) -> Finding:
+    line = f"{seconds:.1f} s after a request was broken off the next one was answered"
+    return Finding("ok", line) if seconds <= SLOW_CANCEL_S else Finding("warn", line, SEE_OLLAMA)
+
+
+def verdict_speed(read_per_s: float, write_per_s: float) -> Finding:
+    """Judge tokens a second; 0 is unknown."""
+    if not read_per_s or not write_per_s:
+        return Finding("warn", "Ollama gave no times: the speed is unknown", UPDATE_OLLAMA)
+    wait_s = FIRST_PROMPT_TOKENS / read_per_s
+    line = (f"reads {read_per_s:,.0f} and writes {write_per_s:.1f} tokens a second: a session's"
+            f" first answer begins after about {wait_s:.0f} s")
+    if wait_s <= SLOW_FIRST_ANSWER_S and write_per_s >= SLOW_TOKENS_PER_S:
+        return Finding("ok", line)
+    return Finding("warn", line, "Choose a smaller model, or one that fits into graphics memory"
+                   " (`python qwencode.py models`).")
+
+
+def verdict_bash(path: str, missing: Sequence[str], windows: bool) -> Finding:
+    """Judge the shell of Claude Code; missing are programs that it does not find."""
+    if not path:
+        return Finding("bad", "bash was not found", "Install Git for Windows (https://git-scm.com),"
+                       " or set CLAUDE_CODE_GIT_BASH_PATH." if windows else "Install bash.")
+    if missing:
+        return Finding("warn", f"bash at {path} lacks {', '.join(missing)}",
+                       "Install them: the commands of a rescue use them.")
+    return Finding("ok", f"bash at {path}, with all that a rescue's commands use")
+
+
+def verdict_claude(path: str, version: str) -> Finding:
+    """Judge the installed Claude Code by what `claude --version` says."""
+    if not path:
+        return Finding("bad", "claude was not found", CLAUDE_MISSING)
+    number = version_of(version)
+    line = f"claude {dotted(number) or 'of an unknown version'} at {path}"
+    if TESTED_CLAUDE[0] <= number <= TESTED_CLAUDE[-1]:
+        return Finding("ok", line)
+    return Finding("warn", f"{line}; tested: {', '.join(map(dotted, TESTED_CLAUDE))}",
+                   "If it misbehaves: npm install -g @anthropic-ai/claude-code@"
+                   + dotted(TESTED_CLAUDE[-1]))
+
+
+def verdict_port(address: str, problem: str, ours: bool) -> Finding:
+    """Judge the address to listen on; problem is why it cannot be bound."""
+    if ours:
+        return Finding("ok", f"a shim answers at {address}")
+    if problem:
+        return Finding("warn", f"{address} cannot be used", problem)
+    return Finding("ok", f"{address} is free")
+
+
+def verdict_environment(env: Mapping[str, str], settings: Json, upstream_host: str) -> Finding:
+    """Judge what may send prompts elsewhere; settings is the `env` of settings.json."""
+    places = (("the environment", env), ("Claude Code's settings.json", settings))
+    seen = [f"{name} in {place}" for place, values in places for name in CLOUD_SWITCHES
+            if values.get(name)]
+    for place, values in places:
+        host = header_host(str(values.get("ANTHROPIC_BASE_URL") or "").partition("://")[2]
+                           .partition("/")[0])
+        if host and not is_loopback(host):
+            seen.append(f"ANTHROPIC_BASE_URL in {place} is {host}")
+    if not is_loopback(upstream_host):
+        seen.append(f"OLLAMA_BASE_URL is {upstream_host}")
+    if any(env.get(name) for name in PROXIES) and not covers_loopback(env):
+        seen.append("a proxy is set and NO_PROXY lacks 127.0.0.1,localhost")
+    if not seen:
+        return Finding("ok", "nothing in the environment sends prompts elsewhere")
+    return Finding("warn", "; ".join(seen), "Prompts may leave this machine: unset what you did not"
+                   " mean. `claude` and `env` clear the environment, never settings.json.")
+
+
+# ------------------------------ doctor: checks ------------------------------
+
+DOCTOR_TOOL = {"name": "doctor_probe", "description": "Report a word.", "input_schema": {
+    "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}
+# Plain words for a prompt of a known size; a first line of its own keeps it out of what
+# Ollama remembers of the last run.
+FILLER = "The quick brown fox jumps over the lazy dog. "
+PREFILL_WORDS = 300  # times FILLER: about 3,000 tokens, which take long enough to time
+SHELL_PROGRAMS = ("base64", "cat", "cmp", "cp", "grep", "head", "ls", "mkdir", "mv", "printf",
+                  "rm", "rmdir", "sed", "tail", "test", "wc")
+OLLAMA_ANSWER_S = 5.0
+
+
+class Ticker(Waiter):
+    """Wait for Ollama and show on a terminal how long that takes already."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.since = what, time.monotonic()
+
+    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
+        while not super().wait(sock, writing, min(until, time.monotonic() + 1.0)):
+            if time.monotonic() >= until:
+                return False
+            self.show(f"\r{self.what} ... {time.monotonic() - self.since:.0f} s ")
+        return True
+
+    @staticmethod
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def ticking(what: str) -> Iterator[Ticker]:
+    """Show a progress line until the block ends."""
+    ticker = Ticker(what)
+    try:
+        yield ticker
+    finally:
+        ticker.show("\r" + " " * (len(what) + 12) + "\r")
+
+
+@contextlib.contextmanager
+def running_server(config: Config) -> Iterator[ShimServer]:
+    """Serve beside this program, on a free port of loopback, until the block ends."""
+    server = open_server(config._replace(host="127.0.0.1", port=0))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(DRAIN_S)
+        server.finish(1.0)
+
+
+class Doctor:
+    """What the checks share: the configuration, a shim of their own, what Ollama said."""
+
+    def __init__(self, config: Config, env: Mapping[str, str], server: ShimServer,
+                 quick: bool = False) -> None:
+        self.config, self.env, self.server, self.quick = config, env, server, quick
+        self.model = LocalModel(ModelFacts(config.model))
+        self.loaded = Loaded()
+        self.speed = (0.0, 0.0)
+        self.wait_s = config.first_token_timeout_ms / 1000
+
+    def ask(self, path: str, body: Optional[Json] = None, what: str = "asking Ollama") -> Answer:
+        """Ask Ollama; what concerns a model may take as long as a first token."""
+        with ticking(what) as ticker:
+            return self.server.upstream.ask(
+                "POST" if body else "GET", path, to_json(body) if body else None, ticker,
+                time.monotonic() + (self.wait_s if body else OLLAMA_ANSWER_S))
+
+    def body(self, tokens: Optional[int] = None, **fields: Any) -> Json:
+        """Make a body whose load options are those of every turn."""
+        limit = {} if tokens is None else {"num_predict": tokens, "temperature": 0}
+        return {"model": self.config.model, "truncate": False, "shift": False, "stream": False,
+                "keep_alive": keep_alive_value(self.config.keep_alive),
+                "options": {**load_options(self.model.num_ctx), **limit}, **fields}
+
+    def chat(self, messages: List[Json], tokens: int, what: str) -> Answer:
+        return self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
+
+    def learn(self) -> None:
+        """Ask what the model is; raise ModelMissingError where it is not there."""
+        name = self.config.model
+        answer = self.ask("/api/show", {"model": name})
+        error = upstream_error(answer.status, answer.text, name) if answer.status != 200 else None
+        if isinstance(error, ModelMissingError):
+            raise error
+        self.model = LocalModel(facts_from_show(name, answer.body), self.config.num_ctx)
+
+    def load(self) -> Loaded:
+        """Choose the window and load the model; raise a ShimError where that fails."""
+        begun, name = time.monotonic(), self.config.model
+        with ticking(f"loading {name}") as ticker:
+            self.model = self.server.registry.model(name, ticker, begun + self.wait_s)
+        answer = self.ask("/api/generate", self.body(), f"loading {name}")
+        if answer.status != 200:
+            raise upstream_error(answer.status, answer.text, name)
+        self.loaded = self.look()._replace(seconds=time.monotonic() - begun)
+        return self.loaded
+
+    def look(self) -> Loaded:
+        """See how the model is loaded, if it is."""
+        row = _mapping(self.server.registry._loaded_row(
+            self.model.facts, Waiter(), time.monotonic() + OLLAMA_ANSWER_S))
+        return Loaded(*(natural(row.get(key)) for key in ("context_length", "size", "size_vram")))
+
+    def messages(self, system: str, text: str, what: str) -> Tuple[Json, str]:
+        """Send a Messages request through the shim; return its answer and what failed."""
+        asking = Upstream(self.config._replace(base_url=self.server.url,
+                                               auth_token=self.config.api_key))
+        body = to_json({"model": self.config.model, "max_tokens": 300, "system": system,
+                        "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
+        try:
+            with ticking(what) as ticker:
+                answer = asking.ask("POST", "/v1/messages", body, ticker,
+                                    time.monotonic() + 2 * self.wait_s)
+        except ShimError as error:
+            return {}, error.message
+        failed = _mapping(_mapping(answer.body).get("error")).get("message")
+        return _mapping(answer.body), str(failed or "") if answer.status != 200 else ""
+
+
+def check_python(_doctor: Doctor) -> Finding:
+    return verdict_python(tuple(sys.version_info[:3]))
+
+
+def check_ollama(doctor: Doctor) -> Finding:
+    answer = doctor.ask("/api/version")
+    version = _mapping(answer.body).get("version")
+    return verdict_ollama(doctor.server.upstream.url, answer.status, str(version or ""))
+
+
+def check_model(doctor: Doctor) -> Finding:
+    others, present = [], True
+    try:
+        doctor.learn()
+    except ModelMissingError:
+        others, present = [one["name"] for one in model_rows(doctor.ask("/api/tags").body)], False
+    return verdict_model(doctor.config.model, present, others)
+
+
+def check_capabilities(doctor: Doctor) -> Finding:
+    return verdict_capabilities(tuple(sorted(doctor.model.facts.capabilities or ())))
+
+
+def check_window(doctor: Doctor) -> Finding:
+    loaded = doctor.look() if doctor.quick else doctor.load()
+    facts = doctor.model.facts
+    return verdict_window(facts.trained or 0, doctor.model.num_ctx or facts.num_ctx or 0,
+                          loaded.window)
+
+
+def check_memory(doctor: Doctor) -> Finding:
+    return verdict_memory(doctor.loaded)
+
+
+def check_template(doctor: Doctor) -> Finding:
+    body = probe_body(doctor.config.model, load_options(doctor.model.num_ctx))
+    body["messages"].append({"role": "system", "content": "probe reminder"})
+    answer = doctor.ask("/api/chat", body)
+    return verdict_template(rendered_prompt(answer.body) or "")
+
+
+def check_call(doctor: Doctor) -> Finding:
+    answer, problem = doctor.messages(
+        "You call tools.", "Call the tool doctor_probe with word set to kiwi. Write nothing else.",
+        "a live tool call")
+    return verdict_call(answer.get("content") or [], "kiwi", problem)
+
+
+def check_rescue(doctor: Doctor) -> Finding:
+    call = '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'
+    answer, problem = doctor.messages(
+        "Repeat the user's message exactly, as plain text. Write nothing else.", call,
+        "a call written as text")
+    return verdict_rescue(answer.get("content") or [], "plum", problem)
+
+
+def check_truncation(doctor: Doctor) -> Finding:
+    window = doctor.loaded.window or doctor.model.window or SERVING_WINDOW
+    answer = doctor.chat([{"role": "user", "content": "7 " * 2 * window}], 1,
+                         "a prompt that is too long")
+    return verdict_truncation(answer.status, window)
+
+
+def check_reuse(doctor: Doctor) -> Finding:
+    """Time a cold prompt and one that begins with it; the speed comes from the same two."""
+    cold = [{"role": "user", "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}]
+    answers = [doctor.chat(cold, 64, "reading 3,000 tokens")]
+    reply = {"role": "assistant", "content": str(
+        _mapping(_mapping(answers[0].body).get("message")).get("content") or "")}
+    answers.append(doctor.chat([*cold, reply, {"role": "user", "content": "Go on."}], 8,
+                               "reading them again"))
+    ends = [_finish(_mapping(answer.body)) for answer in answers]
+    first = ends[0]
+    doctor.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
+                    (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
+    return verdict_reuse(first.prompt_s, ends[1].prompt_s, first.prompt_tokens or 0)
+
+
+def check_cancel(doctor: Doctor) -> Finding:
+    """Break a long answer off and see how soon the next one comes."""
+    waiter, until = Waiter(), time.monotonic() + doctor.wait_s
+    body = doctor.body(2000, think=False, stream=True, messages=[
+        {"role": "user", "content": "Count from one to five hundred."}])
+    with doctor.server.upstream.open("POST", "/api/chat", to_json(body), waiter, until) as call:
+        call.read_head(until)
+        call.read(until)
+    begun = time.monotonic()
+    doctor.chat([{"role": "user", "content": "Say ok."}], 1, "after a request broken off")
+    return verdict_cancel(time.monotonic() - begun)
+
+
+def check_speed(doctor: Doctor) -> Finding:
+    return verdict_speed(*doctor.speed)
+
+
+def check_bash(doctor: Doctor) -> Finding:
+    which, windows = late("shutil").which, os.name == "nt"
+    path = doctor.env.get("CLAUDE_CODE_GIT_BASH_PATH", "") if windows else ""
+    path = path or which("bash", path=doctor.env.get("PATH")) or ""
+    missing = "".join(output_of([path, "-c", "for p in " + " ".join(SHELL_PROGRAMS)
+                                 + '; do type "$p" >/dev/null 2>&1 || echo "$p"; done'],
+                                doctor.env)).split() if path else ()
+    return verdict_bash(path, missing, windows)
+
+
+def check_claude(doctor: Doctor) -> Finding:
+    path = find_claude(doctor.env)
+    return verdict_claude(path, output_of([path, "--version"], doctor.env) if path else "")
+
+
+def check_port(doctor: Doctor) -> Finding:
+    config = doctor.config
+    address = f"{config.host}:{config.port}"
+    ours = "ok" in ask_shim(local_url(config), "/health", config)
+    try:
+        if not ours:
+            open_server(config).server_close()
+    except ConfigError as problem:
+        return verdict_port(address, f"{problem}.", ours)
+    return verdict_port(address, "", ours)
+
+
+def check_environment(doctor: Doctor) -> Finding:
+    settings = _mapping(claude_settings(doctor.env).get("env"))
+    return verdict_environment(doctor.env, settings, doctor.server.upstream.host)
+
+
+def output_of(command: Sequence[str], env: Mapping[str, str]) -> str:
+    """Run a program and return what it says, "" where it cannot be run."""
+    subprocess = late("subprocess")
+    try:
+        done = subprocess.run(command, env=dict(env), stdin=subprocess.DEVNULL, timeout=20,
+                              capture_output=True, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return str(done.stdout.decode("utf-8", "replace"))
+
+
+class Check(NamedTuple):
+    """A check: after names the one without which it is skipped; loads the model or not."""
+
+    name: str
+    run: Callable[[Doctor], Finding]
+    after: str = ""
+    loads: bool = False
+
+
+CHECKS: Tuple[Check, ...] = (
+    Check("python", check_python),
+    Check("ollama", check_ollama),
+    Check("model", check_model, "ollama"),
+    Check("capabilities", check_capabilities, "model"),
+    Check("window", check_window, "model"),
+    Check("memory", check_memory, "model", True),
+    Check("template", check_template, "model", True),
+    Check("tool call", check_call, "model", True),
+    Check("rescue", check_rescue, "model", True),
+    Check("truncation", check_truncation, "model", True),
+    Check("reuse", check_reuse, "model", True),
+    Check("cancel", check_cancel, "model", True),
+    Check("speed", check_speed, "model", True),
+    Check("bash", check_bash),
+    Check("claude", check_claude),
+    Check("port", check_port),
+    Check("environment", check_environment),
+)
+
+
+def examine(doctor: Doctor) -> Iterator[Tuple[str, Finding]]:
+    """Run the checks in the order in which things break."""
+    broken: Set[str] = set()
+    for check in CHECKS:
+        if check.loads and doctor.quick:
+            continue
+        if check.after in broken:
+            broken.add(check.name)
+            yield check.name, Finding("skip", f"{check.name}: not checked")
+            continue
+        try:
+            found = check.run(doctor)
+        except ShimError as error:
+            found = Finding("bad", error.message)
+        if found.ok == "bad":
+            broken.add(check.name)
+        yield check.name, found
+
+
+MARKS = {"ok": ("\u2713", "ok", "32"), "warn": ("!", "!", "33"), "bad": ("\u2717", "x", "31"),
+         "skip": ("-", "-", "")}
+
+
+def finding_lines(found: Finding, colour: bool, unicode: bool) -> List[str]:
+    """Write a finding and, below it, its cure."""
+    mark, plain, code = MARKS[found.ok]
+    lines = [f"{paint(mark if unicode else plain, code, colour)} {found.line}"]
+    return lines + ([f"  {found.cure}"] if found.cure else [])
+
+
+def run_doctor(args: Any, env: Mapping[str, str]) -> int:
+    """Check and prove; return 1 if something is broken."""
+    config = load_config(vars(args), env)
+    secrets = secrets_of(config)
+    rows: List[Tuple[str, Finding]] = []
+    with running_server(config._replace(log="error", api_key="")) as server:
+        for name, found in examine(Doctor(config, env, server, args.quick)):
+            shown = Finding(found.ok, clean(redact(found.line, secrets), 600),
+                            clean(redact(found.cure, secrets), 600))
+            rows.append((name, shown))
+            if not args.json:
+                for line in finding_lines(shown, wants_colour(sys.stdout, env), speaks_unicode()):
+                    say(line)
+    broken = any(found.ok == "bad" for _, found in rows)
+    if args.json:
+        say(json.dumps({"version": __version__, "ok": not broken, "checks": [
+            {"name": name, **found._asdict()} for name, found in rows]}, indent=1))
+    return 1 if broken else 0
+
+
+def speaks_unicode() -> bool:
+    """Tell whether the output can carry a check mark (cmd.exe often cannot)."""
+    return "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+
+
+def wants_colour(stream: Any, env: Mapping[str, str]) -> bool:
+    """Colour a terminal, and never with NO_COLOR (no-color.org)."""
+    return bool(stream.isatty()) and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
+
+
+# ------------------------------ claude ------------------------------
+
+
+def same_shim(config: Config) -> str:
+    """Return the address of a healthy shim that serves this configuration, "" if none."""
+    url = local_url(config)
+    status = ask_shim(url, "/status", config) if config.port else {}
+    wanted = json.loads(to_json(shown_options(config)))
+    same = status.get("version") == __version__ and status.get("options") == wanted
+    return url if same and _mapping(status.get("health")).get("ok") else ""
+
+
+def run_claude(args: Any, env: Mapping[str, str]) -> int:
+    """Start a shim, wait for the model, start Claude Code; stop what was started."""
+    config = load_config(vars(args), env)
+    if not find_claude(env):
+        tell(CLAUDE_MISSING)
+        return 127
+    joined = same_shim(config)
+    if joined:
+        tell(f"Using the shim that runs at {joined}")
+        window = window_of(ask_shim(joined, "/health", config)) or planned_window(config)
+        made = client_env(joined, config.api_key, config, window)
+        return run_child(*claude_command(made, args.passed, env))
+    # Claude Code draws on this terminal: the shim's log would spoil it.
+    terminal, (handle, path) = sys.stderr, late("tempfile").mkstemp(".log", "qwencode-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file, contextlib.redirect_stderr(file), \
+            running_server(config) as server:
+        with contextlib.redirect_stderr(terminal):
+            made = wait_for_model(Doctor(config, env, server), path)
+            if not made:
+                return 1
+            command = claude_command(made, args.passed, env)
+        return run_child(*command)
+
+
+def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
+    """Load the model and say what came of it; {} where it failed."""
+    config = doctor.config
+    try:
+        doctor.learn()
+        loaded = doctor.load()
+    except ShimError as error:
+        tell(redact(error.message, secrets_of(config)))
+        return {}
+    share = f", {100 * loaded.size_vram // loaded.size} % in graphics memory" if loaded.size else ""
+    tell(f"{config.model} is ready after {loaded.seconds:.0f} s{share}; {doctor.model.reason}\n"
+         f"Status page {doctor.server.url}/  log {log}")
+    return client_env(doctor.server.url, config.api_key, config,
+                      doctor.model.window or loaded.window or planned_window(config))
+
+
+# ------------------------------ models and explain ------------------------------
+
+
+class ModelRow(NamedTuple):
+    """A model that Ollama has; size in bytes, window as trained."""
+
+    name: str
+    size: int
+    window: int
+    capabilities: Tuple[str, ...]
+    loaded: str = ""
+
+
+def model_rows(tags: Any) -> List[Json]:
+    """Take the models out of /api/tags; rows without a name are left out."""
+    rows = _mapping(tags).get("models")
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)] \
+        if isinstance(rows, list) else []
+
+
+# Families from the best at tools on; a model that none of them names comes last.
+FAMILIES = ("qwen3-coder", "qwen3.8", "qwen3.6", "qwen3.5", "qwen3-next", "qwen3", "qwen2.5-coder",
+            "qwen")
+# What to pull into how much memory, in GB, when nothing suitable is there.
+PULLS = ((20.0, "qwen3-coder:30b"), (10.0, "qwen2.5-coder:14b"), (6.0, "qwen3:8b"),
+         (0.0, "qwen3:4b"))
+# Share of memory that the weights may take; the rest is for the window's cache.
+WEIGHTS_SHARE = 0.8
+
+
+def recommend(rows: Iterable[ModelRow], memory: float) -> str:
+    """Choose a model for memory in bytes, 0 where it is not known; "" if none will do."""
+    fits = [row for row in rows if "tools" in row.capabilities
+            and (not memory or row.size <= memory * WEIGHTS_SHARE)]
+
+    def merit(row: ModelRow) -> Tuple[int, int]:
+        family = next((place for place, name in enumerate(FAMILIES) if name in row.name),
+                      len(FAMILIES))
+        return (-family, row.size)
+
+    return max(fits, key=merit).name if fits else ""
+
+
+def gpu_bytes(env: Mapping[str, str]) -> float:
+    """Ask the NVIDIA driver for the memory of all GPUs; 0 where it is not known."""
+    words = output_of(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+                      env).split()
+    return sum(float(word) for word in words if word.isdecimal()) * 2**20
+
+
+def run_models(args: Any, env: Mapping[str, str]) -> int:
+    """List what Ollama has and which of it suits Claude Code here."""
+    config = load_config(vars(args), env)
+    upstream, waiter = Upstream(config), Waiter()
+
+    def ask(method: str, path: str, body: Optional[str] = None) -> Any:
+        return upstream.ask(method, path, body, waiter, time.monotonic() + OLLAMA_ANSWER_S).body
+
+    try:
+        tags = model_rows(ask("GET", "/api/tags"))
+        loaded = {row["name"]: row for row in model_rows(ask("GET", "/api/ps"))}
+        facts = [facts_from_show(row["name"], ask("POST", "/api/show", to_json(
+            {"model": row["name"]}))) for row in tags]
+    except ShimError as error:
+        tell(redact(error.message, secrets_of(config)))
+        return 1
+    rows = [ModelRow(fact.name, _count(tag.get("size")) or 0, fact.trained or 0,
+                     tuple(sorted(fact.capabilities or ())), loaded_text(loaded.get(fact.name)))
+            for tag, fact in zip(tags, facts)]
+    say(f"{'MODEL':32} {'SIZE':>8} {'WINDOW':>8}  TOOLS  LOADED")
+    for row in rows:
+        mark = "*" if row.name == config.model else " "
+        say(f"{mark}{clean(row.name):31} {row.size / 1e9:5.1f} GB {window_text(row.window):>8}"
+            f"  {'yes' if 'tools' in row.capabilities else 'no':5}  {row.loaded}")
+    memory = gpu_bytes(env)
+    best = recommend(rows, memory)
+    room = f" in {memory / 1e9:.0f} GB of graphics memory" if memory else ""
+    pull = next(name for least, name in PULLS if memory / 1e9 >= least)
+    say(f"* is OLLAMA_MODEL. Recommended{room}: " + (best or f"ollama pull {pull}"))
+    return 0
+
+
+def loaded_text(row: Optional[Json]) -> str:
+    """Say with which window a model is loaded, and where."""
+    if row is None:
+        return ""
+    size, inside = _count(row.get("size")) or 0, _count(row.get("size_vram")) or 0
+    share = f", {100 * inside // size} % in graphics memory" if size else ""
+    return window_text(_count(row.get("context_length")) or 0) + share
+
+
+def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
+    """Say what a request becomes: the upstream body, what was left out and why, tokens."""
+    session = Session()
+    table = session.table(request, config.max_tools)
+    tools, tools_json = session.tools(table, config.prompt == "slim", facts)
+    names, left_out = [tool.name for tool in table.sent], []
+
+    def shorten(text: str) -> str:
+        short, gone = slim_text(text, names) if config.prompt == "slim" else (text, [])
+        left_out.extend(gone)
+        return short
+
+    messages = chat_messages(request, tools, facts, lambda index, turn: None, shorten)
+    answered = local_answer(request, config)
+    body = chat_body(request, facts, config, {
+        **load_options(config.num_ctx), "num_predict": request.max_tokens},
+        messages_json=session.written.write(messages)[0], tools_json=tools_json)
+    counts = [estimate_tokens(message.content) for message in messages]
+    known = next((place + 1 for place in range(len(messages) - 1, -1, -1)
+                  if messages[place].role == "assistant"), 0)
+    return {
+        "model": config.model, "path": facts.path or "unknown: Ollama was not asked",
+        "answered_without_the_model": answered.rule if answered else "",
+        "tools": {"sent": names, "dropped": {
+            tool.name: why_dropped(tool.name, request, config) for tool in request.tools
+            if tool.name not in names}},
+        "left_out_of_the_texts": left_out,
+        "tokens": {"as_the_client_sent_it": count_request(request),
+                   "tools": estimate_tokens(tools_json), "messages": sum(counts)},
+        "prefix": {"known_from_the_last_turn": sum(counts[:known]), "new": sum(counts[known:])},
+        "body": json.loads(body)}
+
+
+def why_dropped(name: str, request: Request, config: Config) -> str:
+    if name == PLACEHOLDER_TOOL:
+        return "it stands for tools that are not loaded"
+    if request.tool_choice.kind == "none":
+        return "tool_choice is none"
+    return f"beyond SHIM_MAX_TOOLS={config.max_tools}; a call of it would still go through"
+
+
+def run_explain(args: Any, env: Mapping[str, str]) -> int:
+    """Show what a Messages body would become: nothing is sent to the model."""
+    config = load_config(vars(args), env)
+    try:
+        data = sys.stdin.buffer.read() if args.file == "-" else \
+            late("pathlib").Path(args.file).read_bytes()
+        request = parse_request(parse_json(data))
+    except OSError as problem:
+        raise ConfigError(f"{args.file}: {problem.strerror}") from None
+    except (ValueError, BadRequestError) as problem:
+        raise ConfigError(f"{args.file}: {clean(str(problem))}") from None
+    upstream = Upstream(config)
+    facts = ModelFacts(config.model)
+    with contextlib.suppress(ShimError):
+        facts = facts_from_show(config.model, upstream.ask(
+            "POST", "/api/show", to_json({"model": config.model}), Waiter(),
+            time.monotonic() + HEALTH_S).body)
+    say(json.dumps(explain(request, facts, config), indent=1, ensure_ascii=False))
+    return 0
+
+
+def _client_arguments(sub: Any) -> None:
+    sub.add_argument("url", nargs="?", default="", help="base URL (default http://HOST:PORT)")
+    sub.add_argument("key", nargs="?", default="", help="key of the shim (default SHIM_API_KEY)")
+
+
+def _doctor_arguments(sub: Any) -> None:
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--quick", action="store_true", help="skip what loads the model")
+
+
+def _env_arguments(sub: Any) -> None:
+    sub.add_argument("shell", nargs="?", choices=sorted(SHELLS), help="default: this one")
+
+
+def _explain_arguments(sub: Any) -> None:
+    sub.add_argument("file", help="file that holds the body, or - for standard input")
+
+
 class Command(NamedTuple):
     """A subcommand: its name, help, own arguments and function."""
 
@@ -7363,25 +8518,46 @@ COMMANDS: Tuple[Command, ...] = (
     Command("serve", "serve the Messages API (the default)", lambda sub: None, run_serve),
     Command("demo", "see it work without Ollama or Claude Code", lambda sub: None, run_demo),
     Command("try", "carry out one request here, as the rescue would", _try_arguments, run_try),
+    Command("claude", "start a shim and Claude Code on it; arguments for claude after --",
+            lambda sub: None, run_claude),
+    Command("client", "start Claude Code on a shim that runs; arguments for claude after --",
+            _client_arguments, run_client),
+    Command("doctor", "check everything, prove what can be proved, say the cures",
+            _doctor_arguments, run_doctor),
+    Command("models", "list Ollama's models and which one suits", lambda sub: None, run_models),
+    Command("env", "print the variables for Claude Code", _env_arguments, run_env),
+    Command("explain", "show what a Messages body would become", _explain_arguments, run_explain),
 )
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """Run a command; returns its exit code. 2 is a mistake of the user's."""
+    own, passed = list(argv), []
+    if "--" in own:
+        own, passed = own[:own.index("--")], own[own.index("--") + 1:]
     try:
-        args = make_parser().parse_args(list(argv))
+        args = make_parser().parse_args(own)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
+    args.passed = passed
     command = next(c for c in COMMANDS if c.name == (args.command or "serve"))
     try:
         return command.run(args, env)
     except ConfigError as problem:
         sys.stderr.write(f"qwencode: {problem}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
 
 
 def console_main() -> None:
     """Entry point of the installed `qwencode` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console may lack a character
+            stream.reconfigure(errors="replace")
     sys.exit(main(sys.argv[1:], os.environ))
 
 

@@ -28,6 +28,8 @@ LINES = [
     ("nothing is known", BARE, "01:01:01  ok"),
     ("prefill takes long", BARE._replace(turn=1, prompt_tokens=900, prefill_s=3.21, first_s=3.5),
      "01:01:01 turn 1  900 tokens  prefill 3.2s  first 3.5s  ok"),
+    ("what was cached tells what was new", BARE._replace(prompt_tokens=900, cached_tokens=700),
+     "01:01:01  900 tokens (200 new)  ok"),
     ("native calls", BARE._replace(tools=("Read", "Bash")), "01:01:01  Read, Bash  ok"),
     ("a dozen calls", BARE._replace(tools=("Read",) * 12),
      "01:01:01  Read, Read, Read, Read and 8 more  ok"),
@@ -157,11 +159,29 @@ def test_what_came_of_a_rescue_is_told_later():
     stats = q.Stats()
     stats.end(1, TURN)
     stats.end(2, TURN._replace(session="s2"))
-    stats.settle("s1", "worked")
-    stats.settle("s3", "worked")
+    stats.end(3, TURN._replace(session="s3"))
+    worked, failed = (q.Request("m", (), (
+        q.Message("user", (q.ToolResult("t1", "done", is_error=is_error),)),))
+        for is_error in (False, True))
+    stats.settle("s1", ("t1",), worked)
+    stats.settle("s3", ("t1",), failed)
+    stats.settle("s2", ("t9",), worked)
+    stats.settle("s9", ("t1",), worked)
     shown = q.status_json(stats, config(), {}, 0.0)["rescues"]
     assert [(one["session"], one["rescue_outcome"]) for one in shown] == [
-        ("s2", ""), ("s1", "worked")]
+        ("s3", "failed"), ("s2", ""), ("s1", "worked")]
+
+
+@pytest.mark.parametrize(("error", "kind", "cured"), [
+    (q.UpstreamTimeoutError("m"), "upstream_timeout", True),
+    (q.UpstreamGarbageError("m"), "upstream_garbage", True),
+    (q.PromptTooLongError(5, 4), "prompt_too_long", True),
+    (q.ModelMissingError("ollama pull m"), "model_missing", False),
+    (q.ShimError("m"), "shim", False),
+])
+def test_errors_have_a_name_and_a_cure(error, kind, cured):
+    assert q.outcome_of(error) == kind
+    assert bool(q.cure_of(error)) == cured
 
 
 def test_memory_is_bounded_whatever_names_come_from_outside():

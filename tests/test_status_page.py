@@ -6,6 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import qwencode as q
 from browser import Browser, browser_path
+from helpers import running_shim
+from mock_ollama import MockOllama, delay, error_line, text
 from test_status import FAILED, TURN, config
 
 KEY = "open sesame"
@@ -18,7 +20,8 @@ class Site:
 
     def __init__(self, key=""):
         self.stats, self.now, self.key, self.broken = q.Stats(NOW - 60), NOW, key, False
-        self.health = {"ok": True, "facts": {"Ollama": "0.33.0"}}
+        self.health = {"ok": True, "upstream": {"url": "http://ollama:1", "version": "0.33.0"},
+                       "model": {"capabilities": ["tools"], "window": 65536}}
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -107,6 +110,7 @@ def test_it_shows_windows_turns_rescues_errors_and_counters(browser, site):
     assert "Ollama sent nothing for 120 s." in error
     assert "See `ollama ps`." in error
     assert "Failures of Ollama: upstream_timeout" in text_of(browser, "counters")
+    assert "0.33.0 at http://ollama:1" in text_of(browser, "model")
     assert browser.run("document.querySelectorAll('#speeds rect').length") == 7
     assert browser.run("document.querySelector('#contexts polyline').points.length") == 7
 
@@ -140,7 +144,8 @@ def test_names_from_outside_are_text_and_never_html(browser, site):
         session=HOSTILE, model=HOSTILE, tools=(HOSTILE,), rescue=HOSTILE, outcome=HOSTILE,
         error=HOSTILE, cure=HOSTILE, notes=(HOSTILE,), rescue_outcome=HOSTILE))
     site.stats.begin(2, HOSTILE, HOSTILE, NOW)
-    site.health = {"ok": False, "problem": HOSTILE, "facts": {HOSTILE: HOSTILE}}
+    site.health = {"ok": False, "upstream": {"error": HOSTILE, "url": HOSTILE, HOSTILE: 1},
+                   "model": {"capabilities": [HOSTILE]}}
     open_page(browser, site)
     assert browser.run("document.images.length + document.querySelectorAll('main script').length"
                        " + (window.hit || 0)") == 0
@@ -240,3 +245,24 @@ def test_a_shim_that_goes_away_is_told_and_found_again(browser, site):
     site.broken = False
     browser.wait("document.getElementById('news').innerText === 'The shim answers again.'")
     assert text_of(browser, "state") == "ready"
+
+
+def test_the_real_shim_shows_a_stream_while_it_runs_and_then_an_error(browser):
+    words = text("one ") + delay(1.5) + text("two ") + delay(1.5) + text("three")
+    with MockOllama([words, error_line("it broke")]) as ollama, \
+            running_shim(ollama.url, model=ollama.model) as shim:
+        browser.errors.clear()
+        browser.requests.clear()
+        browser.open(shim.url + "/")
+        browser.wait("document.getElementById('running').innerText.includes('Nothing')")
+        asking = threading.Thread(target=shim.messages, args=("a secret question",))
+        asking.start()
+        browser.wait("document.getElementById('running').innerText.includes('writing')")
+        asking.join()
+        browser.wait("document.getElementById('turns').innerText.includes('ok')")
+        shim.messages("a secret question")
+        browser.wait("document.getElementById('errors').innerText.includes('it broke')")
+        assert "doctor" in text_of(browser, "errors")
+        assert "secret question" not in browser.run("document.body.innerText")
+        assert browser.errors == []
+        assert {one["url"] for one in browser.requests} == {shim.url + "/", shim.url + "/status"}
