@@ -883,6 +883,8 @@ class LineSplitter:
 
     def feed(self, data: bytes) -> bytes:
         cut = data.rfind(b"\n") + 1
+        if cut == len(data) and not self._parts:
+            return data
         if not cut:
             self._keep(data)
             return b""
@@ -4541,23 +4543,29 @@ STATUS_LINE = Pattern(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)")
 # module is loaded only when TLS is used.
 WOULD_BLOCK: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)
 
-def wait_ready(
-    readers: Sequence[socket.socket], writers: Sequence[socket.socket], timeout_s: float,
-) -> List[socket.socket]:
-    """Wait until a socket can be read or written; return those that can.
+def readiness(
+    readers: Sequence[socket.socket], writers: Sequence[socket.socket],
+) -> Callable[[float], List[socket.socket]]:
+    """Prepare a wait, which takes seconds and returns the sockets that are ready.
 
     poll() where there is one: select() fails above descriptor 1,023.
     """
     if sys.platform == "win32":
-        readable, writable, broken = select.select(
-            readers, writers, {*readers, *writers}, max(0.0, timeout_s))
-        return [*readable, *writable, *broken]
+        return lambda timeout_s: [ready for some in select.select(
+            readers, writers, {*readers, *writers}, max(0.0, timeout_s)) for ready in some]
     poll, by_fd = select.poll(), {sock.fileno(): sock for sock in (*readers, *writers)}
     for sock in readers:
         poll.register(sock, select.POLLIN)
     for sock in writers:
         poll.register(sock, select.POLLOUT | (select.POLLIN if sock in readers else 0))
-    return [by_fd[fd] for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)]
+    return lambda timeout_s: [by_fd[fd] for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)]
+
+
+def wait_ready(
+    readers: Sequence[socket.socket], writers: Sequence[socket.socket], timeout_s: float,
+) -> List[socket.socket]:
+    """Wait until a socket can be read or written; return those that can."""
+    return readiness(readers, writers)(timeout_s)
 
 
 class Waiter:
@@ -4895,6 +4903,8 @@ class ClientLink(Waiter):
         self._pending = bytearray()
         self._taken_at = 0.0
         self._eof = False
+        self._watched: Any = None
+        self._ready: Callable[[float], List[socket.socket]] = lambda timeout_s: []
         self.tick_at = float("inf")
         self.on_tick: Callable[[], None] = lambda: None
         self.serving = False
@@ -4954,36 +4964,45 @@ class ClientLink(Waiter):
             if now >= self.tick_at:
                 self.on_tick()
                 continue
-            left = min(until, self.tick_at, now + self._patience(now)) - now
-            ready = wait_ready(*self._watched(sock, writing), left)
-            if self._stop in ready and not self.serving:
-                raise ClientGoneError
-            if self._stop in ready:
-                raise StoppingError("The shim is being stopped; the answer ends here.")
-            if self._sock in ready:
-                if self._pending:
-                    self._flush()
-                before = len(self.input)
-                if before < READ_BYTES:
-                    self._take_input()
-                if sock is None and len(self.input) > before:
-                    return True
-            if sock is not None and sock in ready:
+            limit = min(until, self.tick_at)
+            if self._pending:
+                limit = min(limit, now + self._patience(now))
+            ready = self._watch(sock, writing)(limit - now)
+            if ready == [sock]:  # nearly every token
+                return True
+            if self._serve(ready, sock) or sock in ready:
                 return True
             if time.monotonic() >= until:
                 return False
 
-    def _watched(
-        self, sock: Optional[socket.socket], writing: bool,
-    ) -> Tuple[List[socket.socket], List[socket.socket]]:
-        readers, writers = [self._stop], []
-        if len(self.input) < READ_BYTES:
-            readers.append(self._sock)
+    def _serve(self, ready: List[socket.socket], sock: Optional[socket.socket]) -> bool:
+        """Do what the client's socket is ready for; True if input came that was awaited."""
+        if self._stop in ready and not self.serving:
+            raise ClientGoneError
+        if self._stop in ready:
+            raise StoppingError("The shim is being stopped; the answer ends here.")
+        if self._sock not in ready:
+            return False
         if self._pending:
-            writers.append(self._sock)
-        if sock is not None:
-            (writers if writing else readers).append(sock)
-        return readers, writers
+            self._flush()
+        before = len(self.input)
+        if before < READ_BYTES:
+            self._take_input()
+        return sock is None and len(self.input) > before
+
+    def _watch(
+        self, sock: Optional[socket.socket], writing: bool,
+    ) -> Callable[[float], List[socket.socket]]:
+        """Return the wait for these sockets; the last one is kept, as tokens share it."""
+        full, pending = len(self.input) >= READ_BYTES, bool(self._pending)
+        key = (sock, writing, full, pending)
+        if key != self._watched:
+            readers = [self._stop] if full else [self._stop, self._sock]
+            writers = [self._sock] if pending else []
+            if sock is not None:
+                (writers if writing else readers).append(sock)
+            self._watched, self._ready = key, readiness(readers, writers)
+        return self._ready
 
     def _patience(self, now: float) -> float:
         """Seconds until a client that takes nothing is given up."""
