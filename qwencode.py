@@ -174,7 +174,7 @@ MAX_SAMPLE_CHARS = 24_576
 MESSAGE_TOKENS = 5  # ChatML's own for each message (contract/ollama.md 5a)
 MAX_KNOWN_TEXTS = 20_000  # texts whose counts are remembered, some 200 bytes each
 MAX_ANCHORS = 256  # sessions of a model whose last count is remembered
-SESSION_PARTS = 3  # tools, system text, first message tell one session from another
+ANCHOR_PARTS = (2, 3)  # tools and system text; and the first message, which makes a session
 FACTOR_RANGE = (0.5, 2.5)  # times its estimate that a prompt can measure anywhere
 DOUBTFUL_SHARE = 0.3  # a count so far off what was learned is believed when it comes twice
 # Tokens: the compaction's instruction (6 KB, contract/claude-code.md A8) and a summary.
@@ -1448,7 +1448,7 @@ class Count(NamedTuple):
     margin: int
     sizes: Sizes
     fixed: int
-    session: int
+    keys: Tuple[int, ...]
 
 
 class Learned:
@@ -1476,8 +1476,9 @@ UNTAUGHT = Learned()
 class TokenCounter:
     """Count prompts of any number of models, learning from Ollama's counts.
 
-    A session's next prompt is its last, whose count Ollama gave, and what was added: so
-    the error is that of the added part. Not locked: a race costs at worst a lesson.
+    A session's next prompt is its last, whose count Ollama gave, and what was added; a new
+    session with the same tools and system text is like the shortest one seen: so the
+    error is that of the difference. Not locked: a race costs at worst a lesson.
     """
 
     def __init__(self) -> None:
@@ -1504,16 +1505,17 @@ class TokenCounter:
         rows = [self._sizes(part) for part in parts]
         sizes = Sizes(*map(sum, zip(*[size for _, size in rows])))
         fixed = len(rows) * MESSAGE_TOKENS + images * IMAGE_TOKENS
-        session = hash(tuple([key for key, _ in rows[:SESSION_PARTS]]))
+        keys = tuple([hash(tuple([key for key, _ in rows[:parts]])) for parts in ANCHOR_PARTS])
         learned = self.models.get(model, UNTAUGHT)
         tokens = learned.predict(sizes, fixed)
         margin = tokens * (0.06 if learned.turns else 0.12)
-        anchor = learned.anchors.get(session)
-        if anchor:
-            before, actual = anchor
-            added = tokens - learned.predict(before.sizes, before.fixed)
+        anchors = [learned.anchors[key] for key in keys if key in learned.anchors]
+        if anchors:
+            added, actual = min((
+                (tokens - learned.predict(before.sizes, before.fixed), actual)
+                for before, actual in anchors), key=lambda pair: abs(pair[0]))
             tokens, margin = max(actual + added, 1.0), 8 + abs(added) * 0.12
-        return Count(math.ceil(tokens), int(margin), sizes, fixed, session)
+        return Count(math.ceil(tokens), int(margin), sizes, fixed, keys)
 
     def observe(self, model: str, count: Count, actual: Optional[int]) -> None:
         """Learn from prompt_eval_count.
@@ -1533,7 +1535,10 @@ class TokenCounter:
         learned.correct(count.sizes, error)
         if len(learned.anchors) >= MAX_ANCHORS:
             learned.anchors.clear()
-        learned.anchors[count.session] = (count, actual)
+        shortest, session = count.keys
+        learned.anchors[session] = (count, actual)
+        if actual <= learned.anchors.get(shortest, (count, actual))[1]:
+            learned.anchors[shortest] = (count, actual)
 
     def to_json(self) -> Json:
         """Return what is worth keeping between runs: each model's factors."""

@@ -151,6 +151,21 @@ def test_what_one_session_taught_serves_the_next_and_no_other_model():
     assert counter.count("n", new).tokens == raw
 
 
+def test_a_new_session_with_known_tools_is_counted_from_the_shortest_one():
+    """Also the prompt after a compaction: same tools and system, another first message."""
+    counter, tools, system = TokenCounter(), "tools " * 2000, "system text " * 500
+    truth = {}
+    for first in ("do this", "do that", "summary " * 60):
+        parts = [tools, system, first]
+        for turn in range(6):
+            count = counter.count("m", parts)
+            actual = 7000 + int(sum(sum(qwencode.text_sizes(part)) for part in parts[2:]) * 1.3)
+            truth.setdefault(turn, []).append(count.tokens / actual - 1)
+            counter.observe("m", count, actual)
+            parts = [*parts, "an answer", "print(x)  # and so on\n" * 60]
+    assert max(map(abs, truth[0][1:])) < 0.01
+
+
 def test_classes_are_learned_apart():
     """A vocabulary that joins three digits: numbers shrink, words stay."""
     counter = TokenCounter()
