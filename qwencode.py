@@ -46,6 +46,7 @@ import errno
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import select
@@ -156,6 +157,7 @@ MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
 BASH_CHECK_S = 2.0
 MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
 MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
+IMAGE_TOKENS = 1760  # of 1568 x 882 pixels, the CLI's most, in Qwen-VL (28 x 28 a token)
 DEFAULT_MAX_TOKENS = 32000  # what the CLI asks for with a model it does not know (A4)
 # What the status page keeps: turns and, of rescues and errors each, the last few, so
 # that an hour of work is seen and memory stays at some hundred kilobytes.
@@ -172,63 +174,40 @@ MAX_LOG_TOOLS = 4  # tool names in one log line; a turn can hold dozens of calls
 FIRST_TOKEN_BOUNDS_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 600.0)
 PER_TOKEN_BOUNDS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 # Counting (section 7). A text of more characters is counted by slices, a third of it
-# and at most so many characters: 10 MB in 1 ms instead of 200, 2 % off at most in 8 of
-# 10 texts.
+# and at most so many characters: 10 MB in 1 ms instead of 200, most within 2 %.
 WHOLE_TEXT_CHARS = 8192
 SAMPLE_SLICE = 256
 MAX_SAMPLE_CHARS = 24_576
-# Tokens of <|im_start|>, role, <|im_end|> and line ends (contract/ollama.md 5a).
-MESSAGE_TOKENS = 5
-# Tokens of a picture: Qwen-VL makes one of 28 x 28 pixels; the CLI sends at most some
-# 1568 x 882 of them.
-IMAGE_TOKENS = 1760
-# Texts whose counts are remembered (some 200 bytes each), and sessions of a model.
-MAX_KNOWN_TEXTS = 20_000
-MAX_ANCHORS = 256
-# Parts that tell one session from another: tools, system text, first message.
-SESSION_PARTS = 3
-# Times its estimate that a prompt can measure in any model's vocabulary.
-FACTOR_RANGE = (0.5, 2.5)
-# A count further than this from what was learned is believed when it comes twice.
-DOUBTFUL_SHARE = 0.3
-# Tokens free behind a turn: the compaction's instruction (6 KB, contract
-# claude-code.md A8) and a summary of 2,500.
+MESSAGE_TOKENS = 5  # ChatML's own for each message (contract/ollama.md 5a)
+MAX_KNOWN_TEXTS = 20_000  # texts whose counts are remembered, some 200 bytes each
+MAX_ANCHORS = 256  # sessions of a model whose last count is remembered
+ANCHOR_PARTS = (2, 3)  # tools and system text; and the first message, which makes a session
+FACTOR_RANGE = (0.5, 2.5)  # times its estimate that a prompt can measure anywhere
+DOUBTFUL_SHARE = 0.3  # a count so far off what was learned is believed when it comes twice
+# Tokens: the compaction's instruction (6 KB, contract/claude-code.md A8) and a summary.
 MAX_HEADROOM_TOKENS = 4096
-# Steps of shortening old messages: characters kept, and whether of all texts.
-SHORTEN_STEPS = (
-    (8000, False), (4000, False), (2000, False), (1000, False), (400, False),
-    (4000, True), (1000, True), (300, True), (60, True),
-)
-# An upstream's error text that is shown, and how deep JSON in it is opened.
-MAX_ERROR_CHARS = 2000
-MAX_ERROR_DEPTH = 8
+# Shortening old messages: characters kept, and whether of all texts or of tool results.
+SHORTEN_STEPS = ((8000, False), (4000, False), (2000, False), (1000, False), (400, False),
+                 (4000, True), (1000, True), (300, True), (60, True))
+MAX_ERROR_DEPTH = 8  # JSON in JSON of an upstream's error
 ERROR_KEYS = ("error", "message", "detail", "title")
-# Windows in tokens: what serves Claude Code (issue 7), what is stepped down to, no more
-# than that, and what is asked for when the cache fits MAX_KV_BYTES (32,768 tokens of a
-# 14B model of the Qwen 2.5 kind take 6 GiB).
+# Windows in tokens: what serves Claude Code (issue 7), what is stepped down to at most,
+# and what is asked for when the cache fits MAX_KV_BYTES (6.5 GiB: 32,768 tokens of a 14B
+# model of the Qwen 2.5 kind take 6).
 SERVING_WINDOW = 32_768
 MIN_WINDOW = 16_384
-MAX_WINDOW = 1_048_576
 WINDOW_STEPS = (131_072, 65_536)
 MAX_KV_BYTES = 13 * 2**29
-# /api/show's names for what the cache of a token depends on, after the architecture.
-KV_FACTS = (
-    ("layers", "block_count"), ("heads", "attention.head_count"),
-    ("kv_heads", "attention.head_count_kv"), ("key", "attention.key_length"),
-    ("embedding", "embedding_length"), ("interval", "full_attention_interval"),
-)
-# Share of a model on the GPU: below it there is none; above it the spill is bearable.
-NO_GPU_SHARE = 0.05
-GOOD_GPU_SHARE = 0.85
-WINDOW_ALERT_SHARE = 0.8
-# Claude Code's arithmetic of compaction (contract/claude-code.md D).
-CLI_MAX_RESERVE = 20_000
+KV_FACTS = ("block_count", "attention.head_count", "attention.head_count_kv",
+            "attention.key_length", "embedding_length", "full_attention_interval")
+NO_GPU_SHARE = 0.05  # of a model: below it there is no GPU
+GOOD_GPU_SHARE = 0.85  # from here on the spill is bearable
+CLI_MAX_RESERVE = 20_000  # tokens: the CLI's arithmetic of compaction (claude-code.md D)
 CLI_BUFFER = 13_000
-# Tokens of the CLI's first prompt after slimming, and what a session needs beyond it.
-FIRST_PROMPT_TOKENS = 9_000
-MIN_WORK_TOKENS = 3_000
-# Seconds of reading below which a prompt counts as cached whatever the rate says.
-MIN_MISS_S = 0.15
+FIRST_PROMPT_TOKENS = 9_000  # the CLI's first prompt after slimming
+MIN_WORK_TOKENS = 3_000  # what a session needs beyond it
+MIN_ANSWER_TOKENS = 1024  # an answer may try, where the count leaves it in doubt
+MIN_MISS_S = 0.15  # a shorter read is a cache hit whatever the rate says
 
 # Characters of a Bash command that the CLI's analyser still reads: 9,960 pass, 9,980
 # need approval (contract/claude-code.md C2).
@@ -1443,263 +1422,235 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
 # ============================== 7. REQUEST OUT ==============================
 
 # ------------------------------ counting ------------------------------
-# Tokens are estimated, then corrected by what Ollama reports. An estimate that is too
-# small costs more than one too large: the CLI's Read cap trusts it (contract A9).
+# Tokens are estimated by content class, then corrected by what Ollama reports. Too small
+# an estimate costs more than one too large: the CLI's Read cap trusts it (contract A9).
 
-# One letter for each class of UTF-8 byte; a lead byte stands for its whole character.
+# First byte, end, letter: a class for each UTF-8 byte; a lead byte stands for its whole
+# character. l Latin with accents and Greek, r Cyrillic, w Hebrew and Arabic, i Indic and
+# Thai, s symbols, j kana, h Han, k Hangul, p full-width forms, e emoji, . all the rest.
 BYTE_CLASSES = (
-    (0x61, 0x7B, "a"), (0x41, 0x5B, "A"), (0x30, 0x3A, "0"), (0x20, 0x21, " "),
-    (0x09, 0x0A, "t"), (0x0A, 0x0B, "n"), (0x0D, 0x0E, "n"),
-    (0xC0, 0xD0, "l"), (0xD0, 0xD6, "r"), (0xD6, 0xE0, "w"), (0xE0, 0xE2, "i"),
-    (0xE2, 0xE3, "s"), (0xE3, 0xE4, "j"), (0xE4, 0xEA, "h"), (0xEA, 0xEE, "k"),
-    (0xEE, 0xF0, "p"), (0xF0, 0x100, "e"),
-)
+    (97, 123, b"a"), (65, 91, b"A"), (48, 58, b"0"), (32, 33, b" "), (9, 10, b"t"),
+    (10, 11, b"n"), (13, 14, b"n"), (0xC0, 0xD0, b"l"), (0xD0, 0xD6, b"r"),
+    (0xD6, 0xE0, b"w"), (0xE0, 0xE2, b"i"), (0xE2, 0xE3, b"s"), (0xE3, 0xE4, b"j"),
+    (0xE4, 0xEA, b"h"), (0xEA, 0xEE, b"k"), (0xEE, 0xF0, b"p"), (0xF0, 0x100, b"e"))
 # Tokens of the Qwen vocabulary for each occurrence in the text so classed: fitted to
 # 1,000 files of 40 kinds, an estimate too small weighing three times one too large.
-CASED_WEIGHTS = ((b"aA", 2.93), (b"aAa", -2.61))
-TEXT_WEIGHTS = (
+Weights = Tuple[Tuple[bytes, float], ...]
+CASED_WEIGHTS: Weights = ((b"aA", 2.93), (b"aAa", -2.61))
+TEXT_WEIGHTS: Weights = (
     (b".", 0.39), (b" .", 0.39), (b"n", 1.18), (b" a", 1.03), (b"na", 1.75), (b".a", 1.31),
     (b"0a", 1.05), (b"ta", 1.93), (b" 0", 1.79), (b"nn", -2.29), (b"....", -1.48),
-    (b"a" * 8, 0.74), (b"a" * 16, 1.60), (b"a" * 32, 6.0),
-)
-DIGIT_WEIGHT = 1.07
-# Latin with accents and Greek; Cyrillic; Hebrew and Arabic; Indic and Thai; symbols
-# (a run of them joins); kana; Han; Hangul; full-width forms; emoji.
-WIDE_WEIGHTS = (
+    (b"a" * 8, 0.74), (b"a" * 16, 1.60), (b"a" * 32, 6.0))
+DIGIT_WEIGHTS: Weights = ((b"0", 1.07),)
+WIDE_WEIGHTS: Weights = (
     (b"l", 1.0), (b"r", 0.34), (b"w", 0.49), (b"i", 1.14), (b"s", 1.30), (b"ss", -2.3),
-    (b"j", 0.60), (b"h", 0.67), (b"k", 0.85), (b"p", 0.60), (b"e", 1.80),
-)
+    (b"j", 0.60), (b"h", 0.67), (b"k", 0.85), (b"p", 0.60), (b"e", 1.80))
 
 
-def byte_classes() -> bytes:
-    """Return the table for bytes.translate that BYTE_CLASSES describes."""
+def _byte_classes() -> bytes:
     table = bytearray(b"." * 256)
     for first, end, letter in BYTE_CLASSES:
-        table[first:end] = letter.encode() * (end - first)
+        table[first:end] = letter * (end - first)
     return bytes(table)
 
 
-CLASS_OF_BYTE = byte_classes()
+CLASS_OF_BYTE = _byte_classes()
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
 class Sizes(NamedTuple):
-    """A text in tokens before any correction, by class; the classes add up.
-
-    text is ASCII words, punctuation and white space; digits are apart because other
-    vocabularies join them; wide is everything outside ASCII.
-    """
+    """Tokens before correction: ASCII text, its digits, all outside ASCII."""
 
     text: float = 0.0
     digits: float = 0.0
     wide: float = 0.0
 
 
-def weigh(classes: bytes, weights: Iterable[Tuple[bytes, float]]) -> float:
-    """Sum occurrences times weight."""
-    return sum(classes.count(pattern) * weight for pattern, weight in weights)
-
-
-def sample_text(text: str) -> str:
-    """Return even slices of a long text, a short one whole."""
-    length = len(text)
-    if length <= WHOLE_TEXT_CHARS:
-        return text
-    step = max(3 * SAMPLE_SLICE, SAMPLE_SLICE * length // MAX_SAMPLE_CHARS) | 1
-    return "".join([text[at:at + SAMPLE_SLICE] for at in range(0, length, step)])
-
-
 def text_sizes(text: str) -> Sizes:
-    """Estimate a text's tokens by class; linear, about 10 µs a KB."""
-    sample = sample_text(text)
+    """Estimate a text's tokens by class, a long one's from even slices."""
+    sample = text
+    if len(text) > WHOLE_TEXT_CHARS:
+        step = max(3 * SAMPLE_SLICE, SAMPLE_SLICE * len(text) // MAX_SAMPLE_CHARS) | 1
+        sample = "".join([text[at:at + SAMPLE_SLICE] for at in range(0, len(text), step)])
     encoded = sample.encode("utf-8", "replace")
-    classes = b" " + encoded.translate(CLASS_OF_BYTE, CONTINUATION_BYTES)
-    cased = weigh(classes, CASED_WEIGHTS)
-    classes = classes.replace(b"A", b"a")
-    wide = 0.0 if sample.isascii() else weigh(classes, WIDE_WEIGHTS)
-    letters = max(cased + weigh(classes, TEXT_WEIGHTS), len(encoded) / 200)
+    cased = b" " + encoded.translate(CLASS_OF_BYTE, CONTINUATION_BYTES)
+    classes = cased.replace(b"A", b"a")
+    ascii_only = sample.isascii()
+    letters, more, digits, wide = (
+        sum(shape.count(pattern) * weight for pattern, weight in weights)
+        for shape, weights in (
+            (classes, TEXT_WEIGHTS), (cased, CASED_WEIGHTS), (classes, DIGIT_WEIGHTS),
+            (classes, () if ascii_only else WIDE_WEIGHTS)))
     scale = len(text) / max(len(sample), 1)
-    return Sizes(letters * scale, classes.count(b"0") * DIGIT_WEIGHT * scale, max(wide, 0) * scale)
+    return Sizes(max(letters + more, len(encoded) / 200) * scale, digits * scale,
+                 max(wide, 0) * scale)
 
 
 def estimate_tokens(text: str) -> int:
     """Estimate the tokens of a text without any learning."""
-    return int(sum(text_sizes(text)) + 0.999)
-
-
-def text_key(text: str) -> Tuple[int, int]:
-    """Return what a text is remembered by: its length, and a hash of three places.
-
-    Hashing all of a 1 MB session costs 1.5 ms a turn; two texts mistaken for each other
-    have the same length, beginning, middle and end, so their counts agree closely.
-    """
-    middle = len(text) // 2
-    return len(text), hash((text[:160], text[middle:middle + 160], text[-160:]))
+    return math.ceil(sum(text_sizes(text)))
 
 
 class Count(NamedTuple):
-    """A prompt's tokens as estimated; the truth lies within margin most of the time.
+    """A prompt's tokens as estimated; the truth is mostly within margin.
 
-    session and sizes are what TokenCounter.observe needs; fixed holds the tokens of the
-    chat markup and of pictures.
+    The rest is for TokenCounter.observe; fixed is chat markup and pictures.
     """
 
     tokens: int
     margin: int
     sizes: Sizes
     fixed: int
-    session: int
+    keys: Tuple[int, ...]
 
 
 class Learned:
-    """What is known of one model's vocabulary: a factor for each class of Sizes."""
+    """What is known of one model's vocabulary: a factor for each of Sizes."""
 
     def __init__(self, factors: Iterable[float] = (1.0, 1.0, 1.0), turns: int = 0) -> None:
-        self.factors, self.turns, self.doubts = tuple(factors), turns, 0
+        self.factors, self.turns, self.doubted = tuple(factors), turns, False
         self.anchors: Dict[int, Tuple[Count, int]] = {}
 
     def predict(self, sizes: Sizes, fixed: int) -> float:
-        """Return the corrected tokens of sizes."""
         return fixed + sum(factor * size for factor, size in zip(self.factors, sizes))
 
     def correct(self, sizes: Sizes, error: float) -> None:
-        """Move the factors so that error tokens shrink: all at first, then by half."""
+        """Move the factors so that error shrinks: all at first, then by half."""
         step = error / max(sum(size * size for size in sizes), 1.0) / (2 if self.turns else 1)
         low, high = FACTOR_RANGE
-        self.factors = tuple(
-            min(max(factor + step * size, low), high)
-            for factor, size in zip(self.factors, sizes)
-        )
+        self.factors = tuple(min(max(factor + step * size, low), high)
+                             for factor, size in zip(self.factors, sizes))
         self.turns += 1
 
 
-class TokenCounter:
-    """Count prompts for any number of models, learning from Ollama's own counts.
+UNTAUGHT = Learned()
 
-    A session's next prompt is the last one, whose count Ollama gave, plus what was
-    added: so the error is that of the added part alone. Not locked: calls from several
-    threads cost at worst a lesson.
+
+class TokenCounter:
+    """Count prompts of any number of models, learning from Ollama's counts.
+
+    A session's next prompt is its last, whose count Ollama gave, and what was added; a new
+    session with the same tools and system text is like the shortest one seen: so the
+    error is that of the difference. Not locked: a race costs at worst a lesson.
     """
 
     def __init__(self) -> None:
         self.models: Dict[str, Learned] = {}
-        self.known: Dict[Tuple[int, int], Sizes] = {}
+        self.known: Dict[int, Sizes] = {}
 
-    def sizes(self, text: str) -> Tuple[Tuple[int, int], Sizes]:
-        """Return a text's key and sizes, remembered from the last time."""
-        key = text_key(text)
+    def _sizes(self, text: str) -> Tuple[int, Sizes]:
+        """Return a text's key and sizes, remembered from the last time.
+
+        The key is its length and three places: hashing all of 1 MB costs 1.5 ms, and two
+        texts mistaken for each other are so alike that their counts are.
+        """
+        middle = len(text) // 2
+        key = hash((len(text), text[:160], text[middle:middle + 160], text[-160:]))
         found = self.known.get(key)
         if found is None:
-            found = text_sizes(text)
             if len(self.known) >= MAX_KNOWN_TEXTS:
                 self.known.clear()
-            self.known[key] = found
+            found = self.known[key] = text_sizes(text)
         return key, found
 
     def count(self, model: str, parts: Iterable[str], images: int = 0) -> Count:
         """Count a prompt: parts are its tools, system text and messages, in order."""
-        rows = [self.sizes(part) for part in parts]
-        sizes = Sizes(*map(sum, zip(*[size for _, size in rows]))) if rows else Sizes()
+        rows = [self._sizes(part) for part in parts]
+        sizes = Sizes(*map(sum, zip(*[size for _, size in rows])))
         fixed = len(rows) * MESSAGE_TOKENS + images * IMAGE_TOKENS
-        session = hash(tuple([key for key, _ in rows[:SESSION_PARTS]]))
+        keys = tuple([hash(tuple([key for key, _ in rows[:parts]])) for parts in ANCHOR_PARTS])
         learned = self.models.get(model, UNTAUGHT)
         tokens = learned.predict(sizes, fixed)
         margin = tokens * (0.06 if learned.turns else 0.12)
-        anchor = learned.anchors.get(session)
-        if anchor:
-            before, actual = anchor
-            added = tokens - learned.predict(before.sizes, before.fixed)
+        anchors = [learned.anchors[key] for key in keys if key in learned.anchors]
+        if anchors:
+            added, actual = min((
+                (tokens - learned.predict(before.sizes, before.fixed), actual)
+                for before, actual in anchors), key=lambda pair: abs(pair[0]))
             tokens, margin = max(actual + added, 1.0), 8 + abs(added) * 0.12
-        return Count(int(tokens + 0.999), int(margin), sizes, fixed, session)
+        return Count(math.ceil(tokens), int(margin), sizes, fixed, keys)
 
     def observe(self, model: str, count: Count, actual: Optional[int]) -> None:
         """Learn from prompt_eval_count.
 
-        Ignored: a number that no vocabulary explains (Ollama 0.30.0 counted only new
-        tokens, a cut prompt counts half) and, once, one far off what was learned.
+        Ignored: what no vocabulary explains (Ollama 0.30.0 counts new tokens only, a cut
+        prompt counts half) and, once, a number far off what was learned.
         """
-        raw = count.fixed + sum(count.sizes)
-        low, high = FACTOR_RANGE
+        raw, (low, high) = count.fixed + sum(count.sizes), FACTOR_RANGE
         if not actual or not low * raw <= actual <= high * raw:
             return
         learned = self.models.setdefault(model, Learned())
         error = actual - learned.predict(count.sizes, count.fixed)
-        if learned.turns and abs(error) > DOUBTFUL_SHARE * actual and not learned.doubts:
-            learned.doubts = 1
+        doubtful = learned.turns and abs(error) > DOUBTFUL_SHARE * actual
+        learned.doubted = bool(doubtful and not learned.doubted)
+        if learned.doubted:
             return
-        learned.doubts = 0
         learned.correct(count.sizes, error)
         if len(learned.anchors) >= MAX_ANCHORS:
             learned.anchors.clear()
-        learned.anchors[count.session] = (count, actual)
+        shortest, session = count.keys
+        learned.anchors[session] = (count, actual)
+        if actual <= learned.anchors.get(shortest, (count, actual))[1]:
+            learned.anchors[shortest] = (count, actual)
 
     def to_json(self) -> Json:
-        """Return what is worth keeping between runs: the factors of each model."""
+        """Return what is worth keeping between runs: each model's factors."""
         return {model: [round(factor, 4) for factor in learned.factors]
                 for model, learned in self.models.items()}
 
     @classmethod
     def from_json(cls, kept: Any) -> TokenCounter:
-        """Restore to_json's object; entries that cannot be read are left out."""
+        """Restore to_json's object, without the entries that make no sense."""
         counter, (low, high) = cls(), FACTOR_RANGE
         for model, factors in kept.items() if isinstance(kept, dict) else ():
             if isinstance(factors, list) and len(factors) == len(Sizes._fields) and all(
-                type(factor) in (int, float) and low <= factor <= high for factor in factors
-            ):
+                    type(factor) in (int, float) and low <= factor <= high for factor in factors):
                 counter.models[model] = Learned(factors, 1)
         return counter
 
 
-UNTAUGHT = Learned()
-
-# The window: what a prompt may measure, and what is done when it is larger.
-
-
 def headroom_tokens(window: int, answers: int = 2) -> int:
-    """Return what a turn leaves free so that the compaction after it still fits.
+    """Return what a turn leaves free so that the compaction after it fits.
 
-    answers is the number of assistant messages in the prompt: with fewer than two the
-    CLI cannot compact (seen on 2.1.197), so such a prompt may use the window whole.
+    answers counts the prompt's assistant messages: with fewer than two the CLI cannot
+    compact (seen on 2.1.197), so such a prompt may use the window whole.
     """
     return min(MAX_HEADROOM_TOKENS, window // 5) if answers >= 2 else 0
 
 
 def fit(tokens: int, max_tokens: int, window: int, is_compaction: bool = False,
         headroom: Optional[int] = None, *, margin: int = 0) -> int:
-    """Return num_predict for a prompt that fits the window.
+    """Return num_predict for a prompt that fits, else raise PromptTooLongError.
 
-    headroom is left free behind a turn (default headroom_tokens), never behind a
-    compaction; margin is Count.margin: only a prompt that is too long for certain is
-    refused, as Ollama refuses the others itself within 10 ms. Raises PromptTooLongError.
+    headroom stays free behind a turn (default headroom_tokens), not behind a compaction;
+    margin is Count.margin: only a prompt too long for certain is refused, since Ollama
+    refuses the others itself within 10 ms, with exact numbers.
     """
     free = 0 if is_compaction else headroom_tokens(window) if headroom is None else headroom
     maximum = max(window - 1 - free, 1)
     if tokens - margin > maximum:
         raise PromptTooLongError(tokens, maximum)
-    return max(1, min(max_tokens, window - min(tokens + margin, window - 1)))
+    sure, hoped = window - tokens - margin, window - tokens + margin
+    return max(1, min(max_tokens, max(sure, min(hoped, MIN_ANSWER_TOKENS))))
 
 
-def shorten_text(text: str, keep: int) -> str:
-    """Keep a text's first and last characters, and say between them what is gone."""
-    if len(text) <= keep + 200:
-        return text
+def _shorten(text: str, keep: int) -> str:
     head, tail = keep * 2 // 3, keep // 3
     gone = len(text) - head - tail
-    return f"{text[:head]}\n[... {gone} characters left out to fit the model's window ...]\n" \
-        + text[len(text) - tail:]
+    return text if gone <= 200 else (
+        f"{text[:head]}\n[... {gone} characters left out to fit the model's window ...]\n"
+        f"{text[-tail:]}")
 
 
-def shorten_block(block: Block, keep: int, everything: bool) -> Block:
-    """Shorten a tool result, or with everything=True any block."""
+def _shorten_block(block: Block, keep: int, everything: bool) -> Block:
     if isinstance(block, ToolResult):
-        return block._replace(text=shorten_text(block.text, keep), images=())
+        return block._replace(text=_shorten(block.text, keep), images=())
     if everything and isinstance(block, ToolUse):
         return block._replace(input={
-            name: shorten_text(value, keep) if isinstance(value, str) else value
-            for name, value in block.input.items()
-        })
+            name: _shorten(value, keep) if isinstance(value, str) else value
+            for name, value in block.input.items()})
     if everything and isinstance(block, (Text, Thinking)):
-        return block._replace(text=shorten_text(block.text, keep))
+        return block._replace(text=_shorten(block.text, keep))
     return block
 
 
@@ -1709,239 +1660,175 @@ def block_tokens(block: Block) -> int:
         return IMAGE_TOKENS
     if isinstance(block, ToolUse):
         return estimate_tokens(json.dumps(block.input, ensure_ascii=False))
-    pictures = block.images if isinstance(block, ToolResult) else ()
-    return estimate_tokens(block.text) + len(pictures) * IMAGE_TOKENS
+    return estimate_tokens(block.text) + len(getattr(block, "images", ())) * IMAGE_TOKENS
 
 
 def shorten_results(messages: Iterable[Message], tokens_over: int) -> Tuple[Message, ...]:
     """Shorten old tool results until tokens_over tokens are saved.
 
-    For a compaction request that does not fit. The last message, which holds the
-    instruction, stays whole. The same messages give the same result: the lengths come
-    from SHORTEN_STEPS, so that a small difference does not move the prefix. What is
-    still too long after the last step is returned as it is then.
+    For a compaction request that does not fit. The last message, the instruction, stays
+    whole. Lengths come from SHORTEN_STEPS, so a small difference does not move the
+    prefix; what is too long even after the last step comes back as it is then.
     """
-    whole = tuple(messages)
+    whole = short = tuple(messages)
     before = sum(block_tokens(block) for message in whole for block in message.blocks)
-    short = whole
     for keep, everything in SHORTEN_STEPS:
-        short = tuple(
-            message._replace(
-                blocks=tuple(shorten_block(block, keep, everything) for block in message.blocks))
-            for message in whole[:-1]
-        ) + whole[-1:]
+        short = (*(message._replace(blocks=tuple(
+            _shorten_block(block, keep, everything) for block in message.blocks))
+            for message in whole[:-1]), *whole[-1:])
         after = sum(block_tokens(block) for message in short for block in message.blocks)
         if before - after >= tokens_over:
             break
     return short
 
 
-# What Ollama says when a prompt is too long (contract/ollama.md 3); the groups are the
-# prompt's tokens and the window's, where the wording has them.
-OVERFLOW_WORDINGS = (
-    Pattern(r"request \((?P<prompt>\d+) tokens\) exceeds the available context size"
-            r"(?: \((?P<window>\d+) tokens\))?", re.I),
-    Pattern(r"input length \((?P<prompt>\d+) tokens\) exceeds the model's maximum context length"
-            r"(?: \((?P<window>\d+) tokens\))?", re.I),
-    Pattern(r"maximum context length is (?P<window>\d+) tokens", re.I),
-    Pattern(r"input length exceeds the (?:maximum )?context length", re.I),
-    Pattern(r"prompt is longer than the context length", re.I),
-    Pattern(r"prompt (?:is )?too long|context length exceeded|exceed_context_size_error", re.I),
-)
-OVERFLOW_NUMBERS = (
-    ("prompt", Pattern(r"n_prompt_tokens\W{1,12}(\d+)")),
-    ("window", Pattern(r"n_ctx\W{1,12}(\d+)")),
-)
+# A prompt that is too long, in Ollama's words and its relays' (contract/ollama.md 3).
+OVERFLOW = Pattern(
+    r"exceeds the available context size|exceeds the (?:model's )?(?:maximum )?context length"
+    r"|maximum context length is|prompt is longer than the context length|prompt (?:is )?too long"
+    r"|context length exceeded|exceed_context_size_error", re.IGNORECASE)
+OVERFLOW_PROMPT = Pattern(
+    r"(?:request|input length) \((\d{1,9}) tok|n_prompt_tokens\W{1,12}(\d{1,9})")
+OVERFLOW_WINDOW = Pattern(
+    r"(?:context size|context length) (?:is |\()(\d{1,9}) tok|n_ctx\W{1,12}(\d{1,9})")
 OVERFLOW_STATUSES = (0, 200, 400, 413, 500)
-HTML_TITLE = Pattern(r"<title>([^<]{1,200})", re.I)
 
 
-def parse_overflow(error: Any, status: int) -> Optional[Tuple[Optional[int], Optional[int]]]:
-    """Read an overflow error as (tokens of the prompt, window), None if it is another.
+def parse_overflow(text: str, status: int) -> Optional[Tuple[Optional[int], Optional[int]]]:
+    """Read an overflow error: (tokens of the prompt, window); None if another.
 
     status is 0 or 200 for an error inside a stream.
     """
-    text = error if isinstance(error, str) else json.dumps(error)
-    if status not in OVERFLOW_STATUSES:
+    text = text[:8 * MAX_ERROR_CHARS]
+    if status not in OVERFLOW_STATUSES or not OVERFLOW.search(text):
         return None
-    text = text[:MAX_ERROR_CHARS * 8]
-    match = next((found for wording in OVERFLOW_WORDINGS if (found := wording.search(text))), None)
-    if match is None:
-        return None
-    numbers = {name: value for name, value in match.groupdict().items() if value}
-    for name, pattern in OVERFLOW_NUMBERS:
-        found = pattern.search(text)
-        if found:
-            numbers.setdefault(name, found.group(1))
-    prompt, window = numbers.get("prompt"), numbers.get("window")
-    return int(prompt) if prompt else None, int(window) if window else None
+    prompt, window = OVERFLOW_PROMPT.search(text), OVERFLOW_WINDOW.search(text)
+    return (int(prompt.group(1) or prompt.group(2)) if prompt else None,
+            int(window.group(1) or window.group(2)) if window else None)
 
 
-def error_words(error: Any) -> Any:
-    """Return the part of an error object that holds its words, None without one."""
-    if isinstance(error, dict):
-        return next((error[key] for key in ERROR_KEYS if error.get(key)), None)
-    return error[0] if isinstance(error, list) and error else None
-
-
-def parse_error_text(text: str) -> Any:
-    """Return the JSON that a text is, None for plain words."""
-    try:
-        return json.loads(text) if text[:1] in ("{", "[") else None
-    except (ValueError, RecursionError):
-        return None
+GO_MAP_KEYS = Pattern(r" (?:n_ctx|n_prompt_tokens|param|type):|\]+\s*$")
 
 
 def unwrap_error(error: Any) -> str:
-    """Return the sentence inside an upstream error, out of JSON nested in JSON.
+    """Return the sentence inside an error: JSON in JSON, or Go's printed map.
 
-    Knows llama-server's object in Ollama's string, words before such an object, Go's
-    printed map and a proxy's HTML page. "" when there are no words.
+    For example llama-server's object in Ollama's string, words before such an object, or
+    `map[code:400 message:words type:x]` (path C). "" when there are no words.
     """
     prefix = ""
     for _ in range(MAX_ERROR_DEPTH):
         if isinstance(error, str):
-            text = error.strip()
-            start = max(text.find('{"'), 0) if text.endswith("}") else 0
-            inner = parse_error_text(text[start:])
-            if inner is None:
+            start = max(error.find('{"'), 0) if error.rstrip().endswith("}") else 0
+            try:
+                value = json.loads(error[start:])
+            except (ValueError, RecursionError):
                 break
-            prefix += text[:start]
+            prefix += error[:start]
+        elif isinstance(error, dict):
+            value = next((error[key] for key in ERROR_KEYS if error.get(key)), None)
         else:
-            inner = error_words(error)
-        if inner is None:
+            value = error[0] if isinstance(error, list) and error else None
+        if not isinstance(value, (str, dict, list)):
             break
-        error = inner
+        error = value
     words = error if isinstance(error, str) else json.dumps(error) if error else ""
-    title = HTML_TITLE.search(words[:MAX_ERROR_CHARS]) if words.lstrip()[:1] == "<" else None
-    words = prefix + (title.group(1) if title else unmap_words(words))
-    return " ".join(words[:MAX_ERROR_CHARS].split())
-
-
-def unmap_words(words: str) -> str:
-    """Take the message out of a printed Go map: `map[code:400 message:words type:x]`."""
-    before, found, inside = words.partition("map[")
-    _, has_message, message = inside.partition("message:")
-    if not (found and has_message):
-        return words
-    for key in (" n_ctx:", " n_prompt_tokens:", " param:", " type:"):
-        message = message.partition(key)[0]
-    return before + message.strip().rstrip("]")
-
-
-# Which window to ask for (SHIM_NUM_CTX=auto), and whether it did any good.
-
-
-class WindowFacts(NamedTuple):
-    """What is known before a window is asked for; None is unknown.
-
-    trained is the model's maximum (/api/show), loaded what /api/ps shows now, modelfile
-    the Modelfile's num_ctx (all tokens); kv_bytes is the cache for one token.
-    """
-
-    trained: Optional[int] = None
-    loaded: Optional[int] = None
-    modelfile: Optional[int] = None
-    kv_bytes: Optional[int] = None
+    before, _, inside = words[:8 * MAX_ERROR_CHARS].partition("map[")
+    message = inside.partition("message:")[2]
+    words = before + GO_MAP_KEYS.split(message)[0] if message else words
+    return " ".join((prefix + words)[:MAX_ERROR_CHARS].split())
 
 
 class WindowChoice(NamedTuple):
-    """A window in tokens, why, and the smaller one to ask for instead (or None)."""
+    """A window in tokens, why, and a smaller one to ask for instead."""
 
     window: int
     reason: str
     step_down: Optional[int] = None
 
 
-def natural(value: Any) -> int:
-    """Return a positive whole number, 0 for anything else."""
+def _number(value: Any) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
 def kv_bytes_per_token(model_info: Any) -> Optional[int]:
-    """Compute the 16-bit cache for one token from /api/show's model_info.
+    """Compute the 16-bit cache of a token from /api/show's model_info.
 
-    Ollama shows a list (heads by layer, on hybrids) as null: then None.
+    None where a fact is missing; Ollama shows a list (hybrids) as null.
     """
-    if not isinstance(model_info, dict):
-        return None
-    prefix = f"{model_info.get('general.architecture')}."
-    fact = {name: natural(model_info.get(prefix + key)) for name, key in KV_FACTS}
-    width = fact["key"] or fact["embedding"] // max(fact["heads"], 1)
-    layers = fact["layers"] // max(fact["interval"], 1)
-    return layers * fact["kv_heads"] * width * 4 or None
+    facts = model_info if isinstance(model_info, dict) else {}
+    layers, heads, kv_heads, key, embedding, interval = (
+        _number(facts.get(f"{facts.get('general.architecture')}.{name}")) for name in KV_FACTS)
+    width = key or embedding // max(heads, 1)
+    return layers // max(interval, 1) * kv_heads * width * 4 or None
 
 
-def choose_window(facts: WindowFacts) -> WindowChoice:
-    """Choose the window to ask Ollama for: one that serves Claude Code."""
-    trained, cost = facts.trained or MAX_WINDOW, facts.kv_bytes
-    if facts.loaded and facts.loaded >= SERVING_WINDOW:
-        return WindowChoice(facts.loaded, f"the model is loaded with {facts.loaded} tokens")
-    if facts.modelfile and facts.modelfile >= SERVING_WINDOW:
-        window = min(facts.modelfile, trained)
-        return WindowChoice(window, f"the Modelfile asks for {facts.modelfile} tokens")
-    if trained < SERVING_WINDOW:
-        return WindowChoice(trained, f"the model was trained for {trained} tokens, less than the"
-                            f" {SERVING_WINDOW} that Claude Code works well with")
+def choose_window(trained: Optional[int], loaded: Optional[int] = None,
+                  modelfile: Optional[int] = None, kv_bytes: Optional[int] = None
+                  ) -> WindowChoice:
+    """Choose the window to ask for: one that serves Claude Code (issue 7).
+
+    In tokens, None where unknown: trained is the model's maximum, loaded what /api/ps
+    shows now, modelfile the Modelfile's num_ctx; kv_bytes the cache of a token.
+    """
+    most = trained or 1 << 30
+    if loaded and loaded >= SERVING_WINDOW:
+        return WindowChoice(loaded, f"the model is loaded with {loaded} tokens")
+    if modelfile and modelfile >= SERVING_WINDOW:
+        return WindowChoice(min(modelfile, most), f"the Modelfile asks for {modelfile} tokens")
+    if most < SERVING_WINDOW:
+        return WindowChoice(most, f"the model was trained for {most} tokens, fewer than the"
+                            f" {SERVING_WINDOW} that serve Claude Code")
     for window in WINDOW_STEPS:
-        if window <= trained and cost and window * cost <= MAX_KV_BYTES:
-            return WindowChoice(window, f"{window} tokens take {window * cost / 2**30:.1f} GiB of"
-                                f" cache; the model was trained for {trained}")
-    return WindowChoice(SERVING_WINDOW, f"{SERVING_WINDOW} tokens serve Claude Code; the model"
-                        f" was trained for {trained}")
+        if kv_bytes and window <= most and window * kv_bytes <= MAX_KV_BYTES:
+            return WindowChoice(window, f"{window} tokens need {window * kv_bytes / 2**30:.1f}"
+                                " GiB of cache")
+    return WindowChoice(SERVING_WINDOW, f"{SERVING_WINDOW} tokens serve Claude Code")
 
 
 def judge_window(asked: int, row: Optional[Json], kv_bytes: Optional[int] = None) -> WindowChoice:
-    """Judge by the /api/ps row (None: loading failed) what became of a window.
+    """Judge by its /api/ps row (None: loading failed) what became of a window.
 
-    A model that spills from the GPU is slow: half the window is asked for if that
-    would bring it back. One that lies outside it as good as whole has no GPU to spill
-    from (0.33 shows some 0.6 MB of size_vram on a CPU).
+    A model that spills from the GPU is slow: half the window is asked for if that would
+    bring it back. Without a GPU (0.33 shows 0.6 MB of size_vram then) nothing spills.
     """
     lower = asked // 2 if asked // 2 >= MIN_WINDOW else None
     if row is None:
         return WindowChoice(asked, f"loading with {asked} tokens failed", lower)
-    window = natural(row.get("context_length")) or asked
-    size, inside = natural(row.get("size")), natural(row.get("size_vram"))
+    window = _number(row.get("context_length")) or asked
+    size, inside = _number(row.get("size")), _number(row.get("size_vram"))
     share = inside / size if size else 0.0
     told = f"{window} tokens" + (f" of {asked} asked for" if window < asked else "")
     if share < NO_GPU_SHARE:
         return WindowChoice(window, f"{told}, in main memory")
-    if share >= GOOD_GPU_SHARE:
-        return WindowChoice(window, f"{told}, {share:.0%} on the GPU")
+    told = f"{told}, {share:.0%} on the GPU"
     saved = window // 2 * kv_bytes if kv_bytes else size - inside
+    if share >= GOOD_GPU_SHARE:
+        return WindowChoice(window, told)
     if lower and inside >= (size - saved) * GOOD_GPU_SHARE:
-        return WindowChoice(window, f"{told} leave only {share:.0%} on the GPU", lower)
-    return WindowChoice(window, f"{told}, {share:.0%} on the GPU; fewer would not bring it back")
+        return WindowChoice(window, told, lower)
+    return WindowChoice(window, f"{told}; fewer would not bring it back")
 
 
 def judge_explicit(window: int, first_prompt: int) -> Optional[str]:
-    """Return a warning when a window that the user set is too small, else None."""
+    """Return a warning when a window that the user set is too small."""
     if window - 1 < first_prompt:
-        return (f"a window of {window} tokens cannot hold the CLI's first prompt of about"
-                f" {first_prompt} tokens; set OLLAMA_NUM_CTX to {SERVING_WINDOW} or more")
+        return (f"{window} tokens cannot hold the CLI's first prompt of about {first_prompt}"
+                f" tokens; set OLLAMA_NUM_CTX to {SERVING_WINDOW} or more")
     if window < first_prompt + headroom_tokens(window) + MIN_WORK_TOKENS:
-        return (f"a window of {window} tokens leaves about {window - first_prompt} beside the"
-                f" CLI's first prompt of about {first_prompt}; {SERVING_WINDOW} works better")
+        return (f"{window} tokens leave only {window - first_prompt} beside the CLI's first"
+                f" prompt of about {first_prompt}; {SERVING_WINDOW} work better")
     return None
-
-
-def window_line(used: int, window: int) -> str:
-    """Say how full a window is: for the log once a turn passes WINDOW_ALERT_SHARE."""
-    return (f"context {used / window:.0%} full: {used} of {window} tokens used,"
-            f" {max(window - used, 0)} left")
 
 
 def compact_env(window: int, max_output: int, first_prompt: int = FIRST_PROMPT_TOKENS
                 ) -> Dict[str, str]:
     """Return the variables that make the CLI compact before the window is full.
 
-    The CLI compacts at context - min(max output, 20,000) - 13,000, the context being at
-    least 100,000 before 2.1.330 unless MAX_CONTEXT_TOKENS lowers it (contract
-    claude-code.md D, F4). Where that would waste more than a third of the window, and
-    below 33,000 in every turn, the CLI is told a larger context, so that it compacts at
-    three quarters of the real one. A window in which even that would come with every
-    turn is left to the refusal.
+    It compacts at context - min(max output, 20,000) - 13,000 (contract/claude-code.md D,
+    F4; seen on 2.1.197 and 2.1.330). Where that would waste a third of the window, or
+    come with every turn, a larger context is told, so that it compacts at three quarters
+    of the real one. Where even that comes with every turn, it is left to the refusal.
     """
     output = max(min(max_output, window // 8), 1)
     told, point = window, window - min(output, CLI_MAX_RESERVE) - CLI_BUFFER
@@ -1960,17 +1847,14 @@ def cache_usage(prompt_tokens: int, shared_tokens: int, prefill_s: float,
                 prefill_rate: Optional[float]) -> Tuple[int, int, int]:
     """Split a prompt's tokens into (input, cache_read, cache_creation).
 
-    shared_tokens is the estimated prefix that was sent before; prefill_rate the tokens
-    a second of an earlier read of a whole prompt. Ollama tells no cached part; the time
-    of the read is the one sign, good for hit or miss only (contract/ollama.md 5): a hit
-    counts the prefix as read, a miss as created anew. The three add up to the prompt.
+    shared_tokens is the prefix that was sent before, prefill_rate the tokens a second of
+    a whole read. How long the read took is the one sign of a hit, and good for hit or
+    miss only (contract/ollama.md 5): on a miss the prefix counts as created anew.
     """
     shared = max(0, min(shared_tokens, prompt_tokens - 1))
-    if prefill_rate and prefill_s > 0:
-        whole_s = prompt_tokens / prefill_rate
-        hit_s = (prompt_tokens - shared) / prefill_rate
-        if prefill_s > max((whole_s + hit_s) / 2, MIN_MISS_S):
-            return prompt_tokens - shared, 0, shared
+    half_read_s = (prompt_tokens - shared / 2) / prefill_rate if prefill_rate else math.inf
+    if prefill_s > max(half_read_s, MIN_MISS_S):
+        return prompt_tokens - shared, 0, shared
     return prompt_tokens - shared, shared, 0
 
 
