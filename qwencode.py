@@ -1538,7 +1538,7 @@ class TokenCounter:
         self.models: Dict[str, Learned] = {}
         self.known: Dict[int, Sizes] = {}
 
-    def _sizes(self, text: str) -> Tuple[int, Sizes]:
+    def sizes_of(self, text: str) -> Tuple[int, Sizes]:
         """Return a text's key and sizes, remembered from the last time.
 
         The key is its length and three places: hashing all of 1 MB costs 1.5 ms, and two
@@ -1555,7 +1555,7 @@ class TokenCounter:
 
     def count(self, model: str, parts: Iterable[str], images: int = 0) -> Count:
         """Count a prompt: parts are its tools, system text and messages, in order."""
-        rows = [self._sizes(part) for part in parts]
+        rows = [self.sizes_of(part) for part in parts]
         sizes = Sizes(*map(sum, zip(*[size for _, size in rows])))
         fixed = len(rows) * MESSAGE_TOKENS + images * IMAGE_TOKENS
         keys = tuple([hash(tuple([key for key, _ in rows[:parts]])) for parts in ANCHOR_PARTS])
@@ -1747,7 +1747,7 @@ class WindowChoice(NamedTuple):
     step_down: Optional[int] = None
 
 
-def _number(value: Any) -> int:
+def natural(value: Any) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
@@ -1758,7 +1758,7 @@ def kv_bytes_per_token(model_info: Any) -> Optional[int]:
     """
     facts = model_info if isinstance(model_info, dict) else {}
     layers, heads, kv_heads, key, embedding, interval = (
-        _number(facts.get(f"{facts.get('general.architecture')}.{name}")) for name in KV_FACTS)
+        natural(facts.get(f"{facts.get('general.architecture')}.{name}")) for name in KV_FACTS)
     width = key or embedding // max(heads, 1)
     return layers // max(interval, 1) * kv_heads * width * 4 or None
 
@@ -1795,8 +1795,8 @@ def judge_window(asked: int, row: Optional[Json], kv_bytes: Optional[int] = None
     lower = asked // 2 if asked // 2 >= MIN_WINDOW else None
     if row is None:
         return WindowChoice(asked, f"loading with {asked} tokens failed", lower)
-    window = _number(row.get("context_length")) or asked
-    size, inside = _number(row.get("size")), _number(row.get("size_vram"))
+    window = natural(row.get("context_length")) or asked
+    size, inside = natural(row.get("size")), natural(row.get("size_vram"))
     share = inside / size if size else 0.0
     told = f"{window} tokens" + (f" of {asked} asked for" if window < asked else "")
     if share < NO_GPU_SHARE:
@@ -5870,9 +5870,9 @@ class Registry:
             return LocalModel(facts, None, window, "window left to Ollama")
         row = self._loaded_row(facts, waiter, until)
         kv_bytes = kv_bytes_per_token(info)
-        choice = choose_window(WindowFacts(
+        choice = choose_window(
             facts.trained, natural(_mapping(row).get("context_length")) or None, facts.num_ctx,
-            kv_bytes))
+            kv_bytes)
         judged = self._load(facts, choice.window, kv_bytes, waiter, until)
         asked, reason = choice.window, f"{choice.reason}; {judged.reason}"
         if judged.step_down:
@@ -6410,7 +6410,8 @@ class Exchange:
         texts = [tools_json, *map(message_text, messages)]
         count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
         self.estimate = count.tokens
-        shared = sum(int(sum(counter.sizes(text)[1])) for text in texts[:same + 1]) if same else 0
+        known = texts[:same + 1] if same else ()
+        shared = int(sum(sum(counter.sizes_of(text)[1]) for text in known))
         return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
 
     def _slim(self, text: str, names: Sequence[str]) -> str:
