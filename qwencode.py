@@ -5711,6 +5711,9 @@ def parse_head(head: bytes) -> HttpRequest:
                        first.group(3), headers)
 
 
+# Types that a page may post to any host without a preflight (reliability 1).
+SIMPLE_TYPES = Pattern(
+    r"\s*(?:text/plain|multipart/form-data|application/x-www-form-urlencoded)", re.IGNORECASE)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 HOST_HEADER = Pattern(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]*))(?::[0-9]{1,5})?")
 LOOPBACK_V4 = Pattern(r"127(?:\.[0-9]{1,3}){3}")
@@ -6616,6 +6619,7 @@ class Handler:
         self.streaming, self.request_id = False, "req_" + fresh_id()
         self.link.serving = False
         self.http = HttpRequest("GET", "/", "/", "1.1", {})
+        self.keep = False
         try:
             head = self._read_head()
             self.link.serving = True
@@ -6676,8 +6680,12 @@ class Handler:
             if host is None or (host and not is_loopback(host)):
                 raise ForbiddenError("This Host is not served here: use localhost or 127.0.0.1.")
         origin = http.header("origin")
-        if origin and not self._origin_allowed(origin):
+        crossing = http.header("sec-fetch-site") == "cross-site" and not config.cors_wildcard
+        if crossing or (origin and not self._origin_allowed(origin)):
             raise ForbiddenError("Requests of this Origin are not served.")
+        if http.method == "POST" and SIMPLE_TYPES.match(http.header("content-type")):
+            raise ForbiddenError("Send JSON as application/json: a web page of any origin can send"
+                                 " the type that was given.")
         if config.api_key and self._needs_key() and not self.has_key():
             raise UnauthorizedError("A key is needed here: send SHIM_API_KEY as x-api-key"
                                     " or as Bearer token.")
