@@ -2882,26 +2882,44 @@ def carried(text: str, source: str, target: str, effort: int) -> List[str]:
 class Step(NamedTuple):
     """One operation on its way to become lines of Bash.
 
-    lines come first and touch only temporary files (base stands at the start of all
-    their names) or, for what only reads, nothing. Whether the operation is done is
-    the exit status of proof. A bare proof is the last command as it stands.
+    lines come first; whether the operation is done is the exit status of proof.
+    done says so in words, "" for what only reads: its output speaks for itself.
     """
 
-    base: str
     lines: List[str]
     proof: str
-    done: str
-    bare: bool = False
+    done: str = ""
 
 
 class Job(NamedTuple):
-    """What a builder of a Step gets; base is the start of its temporary names."""
+    """What a builder of a Step gets.
+
+    base is the start of its temporary names. after is the file that an earlier step
+    leaves when it succeeded, "" for the first: nothing happens without that file.
+    """
 
     op: FileOp
     base: str
+    after: str
     effort: int
     coded: bool
     max_read_bytes: int
+
+    @property
+    def gate(self) -> str:
+        """What a step's conditions begin with, inside their brackets."""
+        return f"-e {self.after} && " if self.after else ""
+
+
+def ending(known: Exit, files: List[str], coded: bool) -> str:
+    """Return what a failed step ends with: tidy up, say so, be an error.
+
+    The error is a keyword's: unlike false it cannot be replaced by a program, and the
+    CLI does not take its exit 1 for success as it does for `test` (C1).
+    """
+    tidy = ["rm -f -- " + " ".join(files)] if files else []
+    return "\n".join([*tidy, f"echo 'verification failed: {known.operation}' >&2",
+                      f"exit {known.code}" if coded else "[[ failed = done ]]"])
 
 
 def exists(path: str) -> str:
@@ -2920,21 +2938,25 @@ def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     """
     path = usable_path(job.op.path)
     file, base = quoted_path(path), job.base
-    agree = f"cmp {base}.check {base}.new"
+    agree = f"cmp -s {base}.check {base}.new && [[ {job.gate}"
     branches = []
     if new:
-        branches.append(f"if {agree} && [[ {missing(file)} ]]\nthen {parent_step(path)}"
+        branches.append(f"if {agree}{missing(file)} ]]\nthen {parent_step(path)}"
                         f"mv {base}.new {file}")
     if old:
         branches.append(
-            f"if {agree} && [[ -f {file} && ! -e {base}.old ]]"
-            f" && cp {file} {base}.old && cmp {file} {base}.old\n"
+            f"if {agree}-f {file} && ! -e {base}.old ]]"
+            f" && cp {file} {base}.copy && cmp {file} {base}.copy"
+            f" && mv {base}.copy {base}.old\n"
             f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}"
         )
-    proof = f"cmp {base}.check {file}"
-    if not old:  # the one case that touches nothing needs a second opinion
+    lines = [*lines, "\nel".join(branches) + "\nfi"]
+    proof = f"cmp -s {base}.check {file}"
+    if not old:  # where nothing was touched, one broken tool must not be believed
+        kept = quoted(f"{job.op.path} holds something else, which is kept")
+        lines.append(f"[[ {exists(file)} ]] && ! {proof} && echo {kept} >&2")
         proof += f" && diff -q {base}.check {file}"
-    return Step(base, [*lines, "\nel".join(branches) + "\nfi"], proof, done)
+    return Step(lines, proof, f"{done} {job.op.path}")
 
 
 def create_step(job: Job) -> Step:
@@ -3016,15 +3038,14 @@ def replace_step(job: Job) -> Step:
     hits = f"grep -nx '{hit}' {base}.bytes"
     kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
     one = " | head -n 1" if first else ""
-    absent = quoted(f"the text to look for is not in {job.op.path}")
-    code = EXITS["replace_missing" if job.op.kind == "replace" else job.op.kind]
-    leave = (f"{{ echo {absent} >&2; echo 'verification failed: {code.operation}' >&2;"
-             f" rm -f -- {base}.bytes; exit {code.code}; }}") if job.coded else (
-                 f"echo {absent} >&2")
+    absent = "echo " + quoted(f"the text to look for is not in {job.op.path}") + " >&2"
+    if job.coded and not first:
+        left = [f"{base}.bytes", *([job.after] if job.after else [])]
+        absent = f"{{ {absent}\n{ending(EXITS['replace_missing'], left, True)}; }}"
     lines = [
         f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
         f" | grep -oE '{before}| [0-7][0-7][0-7]' > {base}.bytes",
-        f"grep -qx '{hit}' {base}.bytes || {leave}",
+        f"grep -qx '{hit}' {base}.bytes || {absent}",
         work,
         f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
         *kept,
@@ -3041,10 +3062,10 @@ def replace_step(job: Job) -> Step:
 def delete_step(job: Job) -> Step:
     """Delete a file, a link or an empty folder; never what a folder holds."""
     file = quoted_path(usable_path(job.op.path))
-    proof = (f"[[ -d {file} && ! -L {file} ]] && rmdir -- {file}"
-             f" || [[ -L {file} || ( -e {file} && ! -d {file} ) ]] && rm -f -- {file}"
-             f" && [[ {missing(file)} ]]")
-    return Step(job.base, [], proof, "deleted")
+    proof = (f"[[ {job.gate}-d {file} && ! -L {file} ]] && rmdir -- {file}"
+             f" || [[ {job.gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]]"
+             f" && rm -f -- {file} && [[ {missing(file)} ]]")
+    return Step([], proof, f"deleted {job.op.path}")
 
 
 def destination(op: FileOp) -> Tuple[str, str]:
@@ -3076,29 +3097,29 @@ def rename_step(job: Job) -> Step:
         gone = f"ls -A -- {quoted_path(folder or '.')} | grep -qxF -- {quoted(name)}"
     lines = [
         snapshot(source, f"{base}.check"),
-        f"if [[ -e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
+        f"if [[ {job.gate}-e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
         f" && {parent_step(new)}mv {source} {target}\nthen {snapshot(target, f'{base}.new')}\nfi",
     ]
-    return Step(base, lines, f"cmp {base}.check {base}.new && {gone}", "renamed")
+    return Step(lines, f"cmp -s {base}.check {base}.new && {gone}", f"renamed {old} to {new}")
 
 
 def copy_step(job: Job) -> Step:
     """Copy a file to a free name."""
     old, new = destination(job.op)
     source, target, base = quoted_path(old), quoted_path(new), job.base
-    lines = [f"if [[ {missing(target)} ]] && cp {source} {base}.new && cmp {source} {base}.new"
-             f"\nthen {parent_step(new)}mv {base}.new {target} && echo > {base}.moved\nfi"]
-    return Step(base, lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", "copied")
+    lines = [f"if [[ {job.gate}{missing(target)} ]] && cp {source} {base}.new"
+             f" && cmp {source} {base}.new\nthen {parent_step(new)}mv {base}.new {target} && echo > {base}.moved\nfi"]
+    return Step(lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", f"copied {old} to {new}")
 
 
 def mkdir_step(job: Job) -> Step:
     folder = quoted_path(usable_path(job.op.path))
-    return Step(job.base, [], f"mkdir -p -- {folder} && [[ -d {folder} ]]", "made folder")
+    return Step([], f"mkdir -p -- {folder} && [[ -d {folder} ]]", f"made folder {job.op.path}")
 
 
 def list_step(job: Job) -> Step:
     folder = quoted_path(usable_path(job.op.path or "."))
-    return Step(job.base, [], f"ls -la -- {folder}", "", bare=True)
+    return Step([], f"ls -la -- {folder}")
 
 
 # Bytes that `file` holds for no text: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
@@ -3114,8 +3135,9 @@ def read_step(job: Job) -> Step:
     lines = [
         f"{binary} && echo {told}",
         f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | grep -q '' && echo {cut}",
+        f"{binary} || head -c {most} {file}",
     ]
-    return Step(job.base, lines, f"{binary} || head -c {most} {file}", "", bare=True)
+    return Step(lines, f"[[ -f {file} && -r {file} ]]")
 
 
 def run_step(job: Job) -> Step:
@@ -3123,7 +3145,7 @@ def run_step(job: Job) -> Step:
     if not job.op.words:
         raise CannotCarryError("The operation names no command.")
     words = (word if PLAIN_WORD.fullmatch(word) else quoted(word) for word in job.op.words)
-    return Step(job.base, [], " ".join(words), "", bare=True)
+    return Step([], " ".join(words))
 
 
 # ------------------------------ whole commands ------------------------------
@@ -3179,48 +3201,49 @@ def in_words(op: FileOp) -> str:
     )
 
 
-def failure(step: Step, op: FileOp, coded: bool) -> str:
-    """Return what runs when a proof fails: tidy up, say so, end with an error.
-
-    The error is a keyword's: unlike false it cannot be replaced by a program, and the
-    CLI does not take its exit 1 for success as it does for `test` (C1).
-    """
-    known = EXITS[op.kind]
-    lines = []
-    if step_files(step, ".old"):
-        old = f"{step.base}.old"
-        lines = [f"cmp -s {old} {quoted_path(usable_path(op.path))} && rm -f -- {old}",
-                 f"[[ -e {old} ]] && echo 'the old content is in {old}' >&2"]
-    files = [name for name in step_files(step) if not name.endswith(".old")]
-    if files:
-        lines.append("rm -f -- " + " ".join(files))
-    lines.append(f"echo 'verification failed: {known.operation}' >&2")
-    lines.append(f"exit {known.code}" if coded else "[[ failed = done ]]")
-    return "\n".join(lines)
-
-
-def step_files(step: Step, ending: str = "") -> List[str]:
-    """Return the temporary files that a step names."""
+def temporary_files(job: Job, step: Step) -> List[str]:
+    """Return the temporary files that a step names, and its predecessor's."""
     found = TEMPORARY.findall("\n".join([*step.lines, step.proof]))
-    return sorted({name for name in found if name.startswith(step.base + ".")
-                   and name.endswith(ending)})
+    own = {name for name in found if name.startswith(job.base + ".")}
+    return sorted(own) + ([job.after] if job.after else [])
 
 
-def assembled(steps: Sequence[Step], ops: Sequence[FileOp], coded: bool) -> str:
-    """Join the steps: each one's success holds the next, so the first failure ends all."""
-    rest = ""
-    for step, op in zip(reversed(steps), reversed(ops)):
-        if step.bare and not rest:
-            rest = "\n".join([*step.lines, step.proof])
-            continue
-        files = step_files(step)
-        tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
-        proof = " && ".join([step.proof, *tidy])
-        then = [quoted(f"{step.done} {op.path}")] if step.done else []
-        done = [f"echo {word}" for word in then] + ([rest] if rest else [])
-        rest = "\n".join([*step.lines, f"if {proof}", "then", *(done or ["true"]), "else",
-                          failure(step, op, coded), "fi"])
-    return rest
+def failure(job: Job, files: List[str]) -> str:
+    """Return what runs when a proof fails; a backup goes only if it is not needed."""
+    lines, backup = [], f"{job.base}.old"
+    if backup in files:
+        file = quoted_path(usable_path(job.op.path))
+        lines = [f"cmp -s {backup} {file} && rm -f -- {backup}",
+                 f"[[ -e {backup} ]] && echo 'the old content is in {backup}' >&2"]
+    others = [name for name in files if name != backup]
+    return "\n".join([*lines, ending(EXITS[job.op.kind], others, job.coded)])
+
+
+def finished(job: Job, step: Step, last: bool) -> str:
+    """Return a step's lines; one that is not the last leaves a file that says: done."""
+    mark = f"echo > {job.base}.done"
+    gate = [f"[[ -e {job.after} ]]"] if job.after else []
+    if not step.done:
+        gate += [f"rm -f -- {job.after}"] if job.after else []
+        return "\n".join([*step.lines, " && ".join([*gate, step.proof, *([] if last else [mark])])])
+    files = temporary_files(job, step)
+    tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
+    return "\n".join([
+        *step.lines, f"if {' && '.join([*gate, step.proof, *tidy])}",
+        f"then echo {quoted(step.done)}", *([] if last else [mark]),
+        "else", failure(job, files), "fi",
+    ])
+
+
+def build(ops: Sequence[FileOp], effort: int, coded: bool, max_read_bytes: int) -> str:
+    """Return the lines of all operations, each one's success the condition of the next."""
+    parts, after = [], ""
+    for place, op in enumerate(ops):
+        digest = hashlib.sha256(repr((place, op)).encode()).hexdigest()
+        job = Job(op, f".shim-{digest[:6]}", after, effort, coded, max_read_bytes)
+        parts.append(finished(job, RECIPES[op.kind].build(job), place == len(ops) - 1))
+        after = f"{job.base}.done"
+    return "\n".join(parts)
 
 
 def bash_bytes(command: str) -> int:
@@ -3249,12 +3272,8 @@ def commands_for(
     """
     coded = style == "coded"
     try:
-        bases = [f".shim-{hashlib.sha256(repr((place, op)).encode()).hexdigest()[:6]}"
-                 for place, op in enumerate(ops)]
         for effort, fits in EFFORTS:
-            steps = [RECIPES[op.kind].build(Job(op, base, effort, coded, max_read_bytes))
-                     for op, base in zip(ops, bases)]
-            command = assembled(steps, ops, coded)
+            command = build(ops, effort, coded, max_read_bytes)
             if fits(command):
                 break
         else:
