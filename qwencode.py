@@ -2824,7 +2824,7 @@ def work_copy(text: str, target: str) -> List[str]:
     """Return lines that write the text to target, as readable as it can be."""
     if (not text or text.endswith("\n")) and fits_heredoc(text):
         return [heredoc("cat", target, text)]
-    if len(ESCAPED.findall(text)) > len(text) // 4 + text.count("\r"):
+    if len(ESCAPED.findall(text)) > len(text) // 2 + text.count("\r"):
         return from_base64(target, text.encode())
     return [printf(target, text)]
 
@@ -2832,11 +2832,13 @@ def work_copy(text: str, target: str) -> List[str]:
 def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]:
     """Return lines that make target only if source holds exactly the text.
 
-    A heredoc read by another tool where one carries the text; else its bytes in octal
+    A heredoc read by another tool where one carries the text, with its length, since a
+    full disk cuts both copies at one place; else its bytes in octal
     when they are few, which every system can check; else SHA-256, whose tool macOS
     has only since version 15.
     """
     content = text.encode()
+    whole = f"wc -c < {target} | grep -qx ' *{len(content)}' || rm -f -- {target}"
     if by_hash or (len(content) > MAX_OCTAL_BYTES and not fits_heredoc(text)):
         digest = hashlib.sha256(content).hexdigest()
         check = f"printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null"
@@ -2846,12 +2848,13 @@ def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]
         return [f"od -An -v -to1 {source} | tr -d ' \\n' | grep -qx '{digits}'"
                 f" && cp {source} {target}"]
     if not text or text.endswith("\n"):
-        return [heredoc("tail -c +1", target, text)]
+        return [heredoc("tail -c +1", target, text), whole]
     line = f"{target}line"
     return [
         heredoc("tail -c +1", line, text + "\n"),
         f"cp {source} {target} && echo >> {target} && cmp {target} {line}"
         f" && cp {source} {target}",
+        whole,
     ]
 
 
@@ -2938,24 +2941,25 @@ def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     """
     path = usable_path(job.op.path)
     file, base = quoted_path(path), job.base
-    agree = f"cmp -s {base}.check {base}.new && [[ {job.gate}"
+    agree = f"cmp -s {base}.check {base}.new"
+    ready = f"{agree} && [[ {job.gate}-e {base}.check"
     branches = []
     if new:
-        branches.append(f"if {agree}{missing(file)} ]]\nthen {parent_step(path)}"
-                        f"mv {base}.new {file}")
+        branches.append(
+            f"if {ready} && {missing(file)} ]] && {parent_step(path)}cp {base}.new {base}.copy\n"
+            f"then mv {base}.copy {file}")
     if old:
         branches.append(
-            f"if {agree}-f {file} && ! -e {base}.old ]]"
-            f" && cp {file} {base}.copy && cmp {file} {base}.copy"
-            f" && mv {base}.copy {base}.old\n"
-            f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}"
-        )
+            f"if {ready} && -f {file} && ! -e {base}.old ]]"
+            f" && cp {file} {base}.copy && cmp {file} {base}.copy && mv {base}.copy {base}.old\n"
+            f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}")
     lines = [*lines, "\nel".join(branches) + "\nfi"]
-    proof = f"cmp -s {base}.check {file}"
-    if not old:  # where nothing was touched, one broken tool must not be believed
+    if not old:
         kept = quoted(f"{job.op.path} holds something else, which is kept")
-        lines.append(f"[[ {exists(file)} ]] && ! {proof} && echo {kept} >&2")
-        proof += f" && diff -q {base}.check {file}"
+        lines.append(f"[[ {exists(file)} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2")
+    # Two tools compare: where nothing was to be done, one broken tool must not be believed.
+    proof = (f"[[ -e {base}.check ]] && {agree} && cmp -s {base}.check {file}"
+             f" && diff -q {base}.check {file}")
     return Step(lines, proof, f"{done} {job.op.path}")
 
 
@@ -2966,26 +2970,31 @@ def create_step(job: Job) -> Step:
 
 
 def join_step(job: Job) -> Step:
-    """Append or prepend: cat makes the new content, tail its proof."""
+    """Append or prepend: cat makes the new content, tail its proof.
+
+    A file that cannot be written to the end (full disk) is removed, so that two cut
+    copies are never taken for equal ones.
+    """
     base, file = job.base, quoted_path(usable_path(job.op.path))
-    lines = carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort)
+    new, check, first = f"{base}.new", f"{base}.check", f"{base}.first"
+    lines = [
+        *carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort),
+        f"if [[ {exists(file)} ]]\nthen cp {file} {first}\nelse printf '' > {first}\nfi",
+    ]
     if job.op.kind == "prepend":
-        lines += [
-            f"cat {base}.text {file} > {base}.new",
-            f"tail -c +1 {base}.twin > {base}.check && tail -c +1 {file} >> {base}.check",
-        ]
+        lines += [f"cat {base}.text {first} > {new} || rm -f -- {new}",
+                  f"tail -c +1 {base}.twin > {check} && tail -c +1 {first} >> {check}"
+                  f" || rm -f -- {check}"]
         return commit(job, lines, "prepended to", new=False, old=True)
-    if job.op.kind == "append":
-        lines += [f"cat {file} {base}.text > {base}.new 2> /dev/null",
-                  f"tail -c +1 {file} > {base}.check 2> /dev/null"]
-    else:  # cut ends every line with a newline; od sees whether the last one has it
-        lines += [
-            f"cut -b 1- {file} 2> /dev/null | cat - {base}.text > {base}.new",
-            f"tail -c +1 {file} > {base}.check 2> /dev/null",
-            f"tail -c 1 {file} 2> /dev/null | od -An -to1 | grep '[0-7]' | grep -qv 012"
-            f" && echo >> {base}.check",
-        ]
-    lines.append(f"tail -c +1 {base}.twin >> {base}.check")
+    joined, gap = f"cat {first} {base}.text", []
+    if job.op.kind == "append_line":
+        # cut ends every line with a newline; od sees whether the last one has it.
+        joined = f"cut -b 1- {first} | cat - {base}.text"
+        gap = [f"tail -c 1 {first} | od -An -to1 | grep '[0-7]' | grep -qv 012"
+               f" && echo >> {check}"]
+    lines += [f"{joined} > {new} || rm -f -- {new}",
+              f"tail -c +1 {first} > {check} || rm -f -- {check}", *gap,
+              f"tail -c +1 {base}.twin >> {check} || rm -f -- {check}"]
     return commit(job, lines, "appended to", new=True, old=True)
 
 
@@ -3031,9 +3040,9 @@ def replace_step(job: Job) -> Step:
     before, after = octal(old), octal(new)
     hit = " .* .*" if len(old) > 1 else before  # only an occurrence has two bytes a line
     script = "" if first else sed_text(job.op.other, job.op.text)
-    work = f"sed {script} {file} > {base}.new" if script else (
+    work = f"sed {script} {file}" if script else (
         f"tr -d '\\n' < {base}.bytes | sed 's/{before}/{after}/{'' if first else 'g'}'"
-        f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b' > {base}.new"
+        f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'"
     )
     hits = f"grep -nx '{hit}' {base}.bytes"
     kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
@@ -3046,7 +3055,7 @@ def replace_step(job: Job) -> Step:
         f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
         f" | grep -oE '{before}| [0-7][0-7][0-7]' > {base}.bytes",
         f"grep -qx '{hit}' {base}.bytes || {absent}",
-        work,
+        f"{work} > {base}.new || rm -f -- {base}.new",
         f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
         *kept,
         f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{after}\\n' >> {base}.parts",
