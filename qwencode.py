@@ -5328,7 +5328,7 @@ def work_copy(text: str, target: str) -> List[str]:
     """Return lines that write the text to target, as readable as it can be."""
     if (not text or text.endswith("\n")) and fits_heredoc(text):
         return [heredoc("cat", target, text)]
-    if len(ESCAPED.findall(text)) > len(text) // 4 + text.count("\r"):
+    if len(ESCAPED.findall(text)) > len(text) // 2 + text.count("\r"):
         return from_base64(target, text.encode())
     return [printf(target, text)]
 
@@ -5336,11 +5336,13 @@ def work_copy(text: str, target: str) -> List[str]:
 def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]:
     """Return lines that make target only if source holds exactly the text.
 
-    A heredoc read by another tool where one carries the text; else its bytes in octal
+    A heredoc read by another tool where one carries the text, with its length, since a
+    full disk cuts both copies at one place; else its bytes in octal
     when they are few, which every system can check; else SHA-256, whose tool macOS
     has only since version 15.
     """
     content = text.encode()
+    whole = f"wc -c < {target} | grep -qx ' *{len(content)}' || rm -f -- {target}"
     if by_hash or (len(content) > MAX_OCTAL_BYTES and not fits_heredoc(text)):
         digest = hashlib.sha256(content).hexdigest()
         check = f"printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null"
@@ -5350,12 +5352,13 @@ def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]
         return [f"od -An -v -to1 {source} | tr -d ' \\n' | grep -qx '{digits}'"
                 f" && cp {source} {target}"]
     if not text or text.endswith("\n"):
-        return [heredoc("tail -c +1", target, text)]
+        return [heredoc("tail -c +1", target, text), whole]
     line = f"{target}line"
     return [
         heredoc("tail -c +1", line, text + "\n"),
         f"cp {source} {target} && echo >> {target} && cmp {target} {line}"
         f" && cp {source} {target}",
+        whole,
     ]
 
 
@@ -5386,26 +5389,44 @@ def carried(text: str, source: str, target: str, effort: int) -> List[str]:
 class Step(NamedTuple):
     """One operation on its way to become lines of Bash.
 
-    lines come first and touch only temporary files (base stands at the start of all
-    their names) or, for what only reads, nothing. Whether the operation is done is
-    the exit status of proof. A bare proof is the last command as it stands.
+    lines come first; whether the operation is done is the exit status of proof.
+    done says so in words, "" for what only reads: its output speaks for itself.
     """
 
-    base: str
     lines: List[str]
     proof: str
-    done: str
-    bare: bool = False
+    done: str = ""
 
 
 class Job(NamedTuple):
-    """What a builder of a Step gets; base is the start of its temporary names."""
+    """What a builder of a Step gets.
+
+    base is the start of its temporary names. after is the file that an earlier step
+    leaves when it succeeded, "" for the first: nothing happens without that file.
+    """
 
     op: FileOp
     base: str
+    after: str
     effort: int
     coded: bool
     max_read_bytes: int
+
+    @property
+    def gate(self) -> str:
+        """What a step's conditions begin with, inside their brackets."""
+        return f"-e {self.after} && " if self.after else ""
+
+
+def ending(known: Exit, files: List[str], coded: bool) -> str:
+    """Return what a failed step ends with: tidy up, say so, be an error.
+
+    The error is a keyword's: unlike false it cannot be replaced by a program, and the
+    CLI does not take its exit 1 for success as it does for `test` (C1).
+    """
+    tidy = ["rm -f -- " + " ".join(files)] if files else []
+    return "\n".join([*tidy, f"echo 'verification failed: {known.operation}' >&2",
+                      f"exit {known.code}" if coded else "[[ failed = done ]]"])
 
 
 def exists(path: str) -> str:
@@ -5424,21 +5445,26 @@ def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     """
     path = usable_path(job.op.path)
     file, base = quoted_path(path), job.base
-    agree = f"cmp {base}.check {base}.new"
+    agree = f"cmp -s {base}.check {base}.new"
+    ready = f"{agree} && [[ {job.gate}-e {base}.check"
     branches = []
     if new:
-        branches.append(f"if {agree} && [[ {missing(file)} ]]\nthen {parent_step(path)}"
-                        f"mv {base}.new {file}")
+        branches.append(
+            f"if {ready} && {missing(file)} ]] && {parent_step(path)}cp {base}.new {base}.copy\n"
+            f"then mv {base}.copy {file}")
     if old:
         branches.append(
-            f"if {agree} && [[ -f {file} && ! -e {base}.old ]]"
-            f" && cp {file} {base}.old && cmp {file} {base}.old\n"
-            f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}"
-        )
-    proof = f"cmp {base}.check {file}"
-    if not old:  # the one case that touches nothing needs a second opinion
-        proof += f" && diff -q {base}.check {file}"
-    return Step(base, [*lines, "\nel".join(branches) + "\nfi"], proof, done)
+            f"if {ready} && -f {file} && ! -e {base}.old ]]"
+            f" && cp {file} {base}.copy && cmp {file} {base}.copy && mv {base}.copy {base}.old\n"
+            f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}")
+    lines = [*lines, "\nel".join(branches) + "\nfi"]
+    if not old:
+        kept = quoted(f"{job.op.path} holds something else, which is kept")
+        lines.append(f"[[ {exists(file)} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2")
+    # Two tools compare: where nothing was to be done, one broken tool must not be believed.
+    proof = (f"[[ -e {base}.check ]] && {agree} && cmp -s {base}.check {file}"
+             f" && diff -q {base}.check {file}")
+    return Step(lines, proof, f"{done} {job.op.path}")
 
 
 def create_step(job: Job) -> Step:
@@ -5448,26 +5474,31 @@ def create_step(job: Job) -> Step:
 
 
 def join_step(job: Job) -> Step:
-    """Append or prepend: cat makes the new content, tail its proof."""
+    """Append or prepend: cat makes the new content, tail its proof.
+
+    A file that cannot be written to the end (full disk) is removed, so that two cut
+    copies are never taken for equal ones.
+    """
     base, file = job.base, quoted_path(usable_path(job.op.path))
-    lines = carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort)
+    new, check, first = f"{base}.new", f"{base}.check", f"{base}.first"
+    lines = [
+        *carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort),
+        f"if [[ {exists(file)} ]]\nthen cp {file} {first}\nelse printf '' > {first}\nfi",
+    ]
     if job.op.kind == "prepend":
-        lines += [
-            f"cat {base}.text {file} > {base}.new",
-            f"tail -c +1 {base}.twin > {base}.check && tail -c +1 {file} >> {base}.check",
-        ]
+        lines += [f"cat {base}.text {first} > {new} || rm -f -- {new}",
+                  f"tail -c +1 {base}.twin > {check} && tail -c +1 {first} >> {check}"
+                  f" || rm -f -- {check}"]
         return commit(job, lines, "prepended to", new=False, old=True)
-    if job.op.kind == "append":
-        lines += [f"cat {file} {base}.text > {base}.new 2> /dev/null",
-                  f"tail -c +1 {file} > {base}.check 2> /dev/null"]
-    else:  # cut ends every line with a newline; od sees whether the last one has it
-        lines += [
-            f"cut -b 1- {file} 2> /dev/null | cat - {base}.text > {base}.new",
-            f"tail -c +1 {file} > {base}.check 2> /dev/null",
-            f"tail -c 1 {file} 2> /dev/null | od -An -to1 | grep '[0-7]' | grep -qv 012"
-            f" && echo >> {base}.check",
-        ]
-    lines.append(f"tail -c +1 {base}.twin >> {base}.check")
+    joined, gap = f"cat {first} {base}.text", []
+    if job.op.kind == "append_line":
+        # cut ends every line with a newline; od sees whether the last one has it.
+        joined = f"cut -b 1- {first} | cat - {base}.text"
+        gap = [f"tail -c 1 {first} | od -An -to1 | grep '[0-7]' | grep -qv 012"
+               f" && echo >> {check}"]
+    lines += [f"{joined} > {new} || rm -f -- {new}",
+              f"tail -c +1 {first} > {check} || rm -f -- {check}", *gap,
+              f"tail -c +1 {base}.twin >> {check} || rm -f -- {check}"]
     return commit(job, lines, "appended to", new=True, old=True)
 
 
@@ -5513,23 +5544,22 @@ def replace_step(job: Job) -> Step:
     before, after = octal(old), octal(new)
     hit = " .* .*" if len(old) > 1 else before  # only an occurrence has two bytes a line
     script = "" if first else sed_text(job.op.other, job.op.text)
-    work = f"sed {script} {file} > {base}.new" if script else (
+    work = f"sed {script} {file}" if script else (
         f"tr -d '\\n' < {base}.bytes | sed 's/{before}/{after}/{'' if first else 'g'}'"
-        f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b' > {base}.new"
+        f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'"
     )
     hits = f"grep -nx '{hit}' {base}.bytes"
     kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
     one = " | head -n 1" if first else ""
-    absent = quoted(f"the text to look for is not in {job.op.path}")
-    code = EXITS["replace_missing" if job.op.kind == "replace" else job.op.kind]
-    leave = (f"{{ echo {absent} >&2; echo 'verification failed: {code.operation}' >&2;"
-             f" rm -f -- {base}.bytes; exit {code.code}; }}") if job.coded else (
-                 f"echo {absent} >&2")
+    absent = "echo " + quoted(f"the text to look for is not in {job.op.path}") + " >&2"
+    if job.coded and not first:
+        left = [f"{base}.bytes", *([job.after] if job.after else [])]
+        absent = f"{{ {absent}\n{ending(EXITS['replace_missing'], left, True)}; }}"
     lines = [
         f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
         f" | grep -oE '{before}| [0-7][0-7][0-7]' > {base}.bytes",
-        f"grep -qx '{hit}' {base}.bytes || {leave}",
-        work,
+        f"grep -qx '{hit}' {base}.bytes || {absent}",
+        f"{work} > {base}.new || rm -f -- {base}.new",
         f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
         *kept,
         f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{after}\\n' >> {base}.parts",
@@ -5545,10 +5575,10 @@ def replace_step(job: Job) -> Step:
 def delete_step(job: Job) -> Step:
     """Delete a file, a link or an empty folder; never what a folder holds."""
     file = quoted_path(usable_path(job.op.path))
-    proof = (f"[[ -d {file} && ! -L {file} ]] && rmdir -- {file}"
-             f" || [[ -L {file} || ( -e {file} && ! -d {file} ) ]] && rm -f -- {file}"
-             f" && [[ {missing(file)} ]]")
-    return Step(job.base, [], proof, "deleted")
+    proof = (f"[[ {job.gate}-d {file} && ! -L {file} ]] && rmdir -- {file}"
+             f" || [[ {job.gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]]"
+             f" && rm -f -- {file} && [[ {missing(file)} ]]")
+    return Step([], proof, f"deleted {job.op.path}")
 
 
 def destination(op: FileOp) -> Tuple[str, str]:
@@ -5580,29 +5610,29 @@ def rename_step(job: Job) -> Step:
         gone = f"ls -A -- {quoted_path(folder or '.')} | grep -qxF -- {quoted(name)}"
     lines = [
         snapshot(source, f"{base}.check"),
-        f"if [[ -e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
+        f"if [[ {job.gate}-e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
         f" && {parent_step(new)}mv {source} {target}\nthen {snapshot(target, f'{base}.new')}\nfi",
     ]
-    return Step(base, lines, f"cmp {base}.check {base}.new && {gone}", "renamed")
+    return Step(lines, f"cmp -s {base}.check {base}.new && {gone}", f"renamed {old} to {new}")
 
 
 def copy_step(job: Job) -> Step:
     """Copy a file to a free name."""
     old, new = destination(job.op)
     source, target, base = quoted_path(old), quoted_path(new), job.base
-    lines = [f"if [[ {missing(target)} ]] && cp {source} {base}.new && cmp {source} {base}.new"
-             f"\nthen {parent_step(new)}mv {base}.new {target} && echo > {base}.moved\nfi"]
-    return Step(base, lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", "copied")
+    lines = [f"if [[ {job.gate}{missing(target)} ]] && cp {source} {base}.new"
+             f" && cmp {source} {base}.new\nthen {parent_step(new)}mv {base}.new {target} && echo > {base}.moved\nfi"]
+    return Step(lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", f"copied {old} to {new}")
 
 
 def mkdir_step(job: Job) -> Step:
     folder = quoted_path(usable_path(job.op.path))
-    return Step(job.base, [], f"mkdir -p -- {folder} && [[ -d {folder} ]]", "made folder")
+    return Step([], f"mkdir -p -- {folder} && [[ -d {folder} ]]", f"made folder {job.op.path}")
 
 
 def list_step(job: Job) -> Step:
     folder = quoted_path(usable_path(job.op.path or "."))
-    return Step(job.base, [], f"ls -la -- {folder}", "", bare=True)
+    return Step([], f"ls -la -- {folder}")
 
 
 # Bytes that `file` holds for no text: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
@@ -5618,8 +5648,9 @@ def read_step(job: Job) -> Step:
     lines = [
         f"{binary} && echo {told}",
         f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | grep -q '' && echo {cut}",
+        f"{binary} || head -c {most} {file}",
     ]
-    return Step(job.base, lines, f"{binary} || head -c {most} {file}", "", bare=True)
+    return Step(lines, f"[[ -f {file} && -r {file} ]]")
 
 
 def run_step(job: Job) -> Step:
@@ -5627,7 +5658,7 @@ def run_step(job: Job) -> Step:
     if not job.op.words:
         raise CannotCarryError("The operation names no command.")
     words = (word if PLAIN_WORD.fullmatch(word) else quoted(word) for word in job.op.words)
-    return Step(job.base, [], " ".join(words), "", bare=True)
+    return Step([], " ".join(words))
 
 
 # ------------------------------ whole commands ------------------------------
@@ -5683,48 +5714,49 @@ def in_words(op: FileOp) -> str:
     )
 
 
-def failure(step: Step, op: FileOp, coded: bool) -> str:
-    """Return what runs when a proof fails: tidy up, say so, end with an error.
-
-    The error is a keyword's: unlike false it cannot be replaced by a program, and the
-    CLI does not take its exit 1 for success as it does for `test` (C1).
-    """
-    known = EXITS[op.kind]
-    lines = []
-    if step_files(step, ".old"):
-        old = f"{step.base}.old"
-        lines = [f"cmp -s {old} {quoted_path(usable_path(op.path))} && rm -f -- {old}",
-                 f"[[ -e {old} ]] && echo 'the old content is in {old}' >&2"]
-    files = [name for name in step_files(step) if not name.endswith(".old")]
-    if files:
-        lines.append("rm -f -- " + " ".join(files))
-    lines.append(f"echo 'verification failed: {known.operation}' >&2")
-    lines.append(f"exit {known.code}" if coded else "[[ failed = done ]]")
-    return "\n".join(lines)
-
-
-def step_files(step: Step, ending: str = "") -> List[str]:
-    """Return the temporary files that a step names."""
+def temporary_files(job: Job, step: Step) -> List[str]:
+    """Return the temporary files that a step names, and its predecessor's."""
     found = TEMPORARY.findall("\n".join([*step.lines, step.proof]))
-    return sorted({name for name in found if name.startswith(step.base + ".")
-                   and name.endswith(ending)})
+    own = {name for name in found if name.startswith(job.base + ".")}
+    return sorted(own) + ([job.after] if job.after else [])
 
 
-def assembled(steps: Sequence[Step], ops: Sequence[FileOp], coded: bool) -> str:
-    """Join the steps: each one's success holds the next, so the first failure ends all."""
-    rest = ""
-    for step, op in zip(reversed(steps), reversed(ops)):
-        if step.bare and not rest:
-            rest = "\n".join([*step.lines, step.proof])
-            continue
-        files = step_files(step)
-        tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
-        proof = " && ".join([step.proof, *tidy])
-        then = [quoted(f"{step.done} {op.path}")] if step.done else []
-        done = [f"echo {word}" for word in then] + ([rest] if rest else [])
-        rest = "\n".join([*step.lines, f"if {proof}", "then", *(done or ["true"]), "else",
-                          failure(step, op, coded), "fi"])
-    return rest
+def failure(job: Job, files: List[str]) -> str:
+    """Return what runs when a proof fails; a backup goes only if it is not needed."""
+    lines, backup = [], f"{job.base}.old"
+    if backup in files:
+        file = quoted_path(usable_path(job.op.path))
+        lines = [f"cmp -s {backup} {file} && rm -f -- {backup}",
+                 f"[[ -e {backup} ]] && echo 'the old content is in {backup}' >&2"]
+    others = [name for name in files if name != backup]
+    return "\n".join([*lines, ending(EXITS[job.op.kind], others, job.coded)])
+
+
+def finished(job: Job, step: Step, last: bool) -> str:
+    """Return a step's lines; one that is not the last leaves a file that says: done."""
+    mark = f"echo > {job.base}.done"
+    gate = [f"[[ -e {job.after} ]]"] if job.after else []
+    if not step.done:
+        gate += [f"rm -f -- {job.after}"] if job.after else []
+        return "\n".join([*step.lines, " && ".join([*gate, step.proof, *([] if last else [mark])])])
+    files = temporary_files(job, step)
+    tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
+    return "\n".join([
+        *step.lines, f"if {' && '.join([*gate, step.proof, *tidy])}",
+        f"then echo {quoted(step.done)}", *([] if last else [mark]),
+        "else", failure(job, files), "fi",
+    ])
+
+
+def build(ops: Sequence[FileOp], effort: int, coded: bool, max_read_bytes: int) -> str:
+    """Return the lines of all operations, each one's success the condition of the next."""
+    parts, after = [], ""
+    for place, op in enumerate(ops):
+        digest = hashlib.sha256(repr((place, op)).encode()).hexdigest()
+        job = Job(op, f".shim-{digest[:6]}", after, effort, coded, max_read_bytes)
+        parts.append(finished(job, RECIPES[op.kind].build(job), place == len(ops) - 1))
+        after = f"{job.base}.done"
+    return "\n".join(parts)
 
 
 def bash_bytes(command: str) -> int:
@@ -5753,12 +5785,8 @@ def commands_for(
     """
     coded = style == "coded"
     try:
-        bases = [f".shim-{hashlib.sha256(repr((place, op)).encode()).hexdigest()[:6]}"
-                 for place, op in enumerate(ops)]
         for effort, fits in EFFORTS:
-            steps = [RECIPES[op.kind].build(Job(op, base, effort, coded, max_read_bytes))
-                     for op, base in zip(ops, bases)]
-            command = assembled(steps, ops, coded)
+            command = build(ops, effort, coded, max_read_bytes)
             if fits(command):
                 break
         else:
