@@ -1450,7 +1450,10 @@ def go_syntax_error(words: str, error: json.JSONDecodeError) -> str:
         return "unexpected EOF"
     found = [said for known, said in JSON_ERRORS if error.msg.startswith(known)]
     where = found[0] if found else "looking for beginning of value"
-    return f"invalid character {words[error.pos]!r} {where}"
+    rest = words[error.pos :]
+    if "trailing comma" in error.msg:  # Python 3.13 points at the comma, Go behind it
+        rest = rest.lstrip(", \t\r\n")
+    return f"invalid character {rest[:1]!r} {where}"
 
 
 def listed(body: Json, key: str, wanted: str) -> List[Any]:

@@ -327,6 +327,7 @@ def test_a_bad_request_is_refused_in_the_words_of_ollama(change, code, message):
     (b"", "missing request body"),
     (b'{"model": "b', "unexpected EOF"),
     (b"{nope}", "invalid character 'n' looking for beginning of object key string"),
+    (b'{"a":1, }', "invalid character '}' looking for beginning of object key string"),
     (b'{"a" 1}', "invalid character '1' after object key"),
     (b'{"a":1 2}', "invalid character '2' after object key:value pair"),
     (b'{"a":}', "invalid character '}' looking for beginning of value"),
