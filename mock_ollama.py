@@ -877,7 +877,7 @@ def ordered_tool(tool: Json) -> Json:
     parameters: Json = {"type": given.get("type", "")}
     for key in ("$defs", "items", "required"):
         if given.get(key):
-            parameters[key] = given[key]
+            parameters[key] = sorted_any(given[key])
     parameters["properties"] = ordered_properties(given.get("properties"))
     made["parameters"] = parameters
     return {"type": tool.get("type") or "function", "function": made}
@@ -892,12 +892,22 @@ def ordered_properties(properties: Optional[Json]) -> Optional[Json]:
     return {name: ordered_property(schema) for name, schema in properties.items()}
 
 
+def sorted_any(value: Any) -> Any:
+    """Sort the keys of what Go decodes into an open map."""
+    if isinstance(value, dict):
+        return {key: sorted_any(value[key]) for key in sorted(value)}
+    return [sorted_any(one) for one in value] if isinstance(value, list) else value
+
+
 def ordered_property(schema: Json) -> Json:
     made = {key: schema[key] for key in PROPERTY_KEYS if schema.get(key) not in (None, [], "")}
     if isinstance(made.get("type"), list) and len(made["type"]) == 1:
         made["type"] = made["type"][0]
     if "properties" in made:
         made["properties"] = ordered_properties(made["properties"])
+    for key in ("items", "enum"):
+        if key in made:
+            made[key] = sorted_any(made[key])
     if "anyOf" in made:
         made["anyOf"] = [ordered_property(one) for one in made["anyOf"]]
     return made
@@ -1407,25 +1417,50 @@ def go_float(digits: str) -> Union[int, float]:
     return whole_number(float(digits))
 
 
+DECODER = json.JSONDecoder(parse_float=go_float, parse_int=go_float)
+# what Python says -> what Go says; the rest is "looking for beginning of value"
+JSON_ERRORS = (
+    ("Expecting property name", "looking for beginning of object key string"),
+    ("Illegal trailing comma", "looking for beginning of object key string"),
+    ("Expecting ':'", "after object key"),
+    ("Expecting ','", "after object key:value pair"),
+    ("Invalid control character", "in string literal"),
+)
+
+
 def parse_body(data: bytes) -> Json:
-    """Decode as Go does; raises RefusedError with its words."""
+    """Decode as Go does, only the first value; raises RefusedError."""
     if not data.strip():
         raise RefusedError(400, "missing request body")
+    words = data.decode("utf-8", "replace").strip()
     try:
-        body = json.loads(data.decode("utf-8", "replace"), parse_float=go_float, parse_int=go_float)
+        body, _ = DECODER.raw_decode(words)
     except RecursionError:
         raise RefusedError(400, "exceeded max depth") from None
-    except ValueError as error:
-        at = getattr(error, "pos", 0)
-        doc = getattr(error, "doc", "")
-        if at >= len(doc.rstrip()) or "Unterminated" in str(error):
-            raise RefusedError(400, "unexpected EOF") from None
-        wanted = f"invalid character '{doc[at]}' looking for beginning of value"
-        raise RefusedError(400, wanted) from None
+    except json.JSONDecodeError as error:
+        raise RefusedError(400, go_syntax_error(words, error)) from None
     if not isinstance(body, dict):
         message = f"json: cannot unmarshal {go_kind(body)} into Go value of type api.ChatRequest"
         raise RefusedError(400, message)
     return body
+
+
+def go_syntax_error(words: str, error: json.JSONDecodeError) -> str:
+    if error.pos >= len(words) or error.msg.startswith("Unterminated"):
+        return "unexpected EOF"
+    found = [said for known, said in JSON_ERRORS if error.msg.startswith(known)]
+    where = found[0] if found else "looking for beginning of value"
+    rest = words[error.pos :]
+    if "trailing comma" in error.msg:  # Python 3.13 points at the comma, Go behind it
+        rest = rest.lstrip(", \t\r\n")
+    return f"invalid character {rest[:1]!r} {where}"
+
+
+def listed(body: Json, key: str, wanted: str) -> List[Any]:
+    value = body.get(key)
+    if value is not None and not isinstance(value, list):
+        raise go_mismatch(value, f"ChatRequest.{key}", wanted)
+    return value or []
 
 
 def check_message(message: Any) -> Json:
@@ -1450,7 +1485,7 @@ def check_message(message: Any) -> Json:
 
 
 PARAMETERS = "ToolFunctionParameters.tools.function.parameters"
-PROPERTY = "ToolProperty.tools.function.parameters.properties"
+PROPERTY = f"{PARAMETERS}.properties"
 PROPERTY_TYPES = (
     ("description", str, "string"),
     ("enum", list, "[]interface {}"),
@@ -1473,20 +1508,22 @@ def check_tool(tool: Any) -> Json:
     if not isinstance(given.get("required") or [], list):
         raise go_mismatch(given["required"], f"{PARAMETERS}.required", "[]string")
     for schema in (given.get("properties") or {}).values():
-        check_property(schema)
+        check_property(schema, PROPERTY)
     return tool
 
 
-def check_property(schema: Any) -> None:
+def check_property(schema: Any, where: str) -> None:
     if schema is None:
         return
     if not isinstance(schema, dict):
-        raise go_mismatch(schema, f"{PARAMETERS}.properties", "api.ToolProperty")
+        raise go_mismatch(schema, where, "api.ToolProperty")
     for key, kind, wanted in PROPERTY_TYPES:
         if schema.get(key) is not None and not isinstance(schema[key], kind):
             raise go_mismatch(schema[key], f"{PROPERTY}.{key}", wanted)
-    for inner in [*(schema.get("anyOf") or []), *(schema.get("properties") or {}).values()]:
-        check_property(inner)
+    for inner in schema.get("anyOf") or []:
+        check_property(inner, f"{PROPERTY}.anyOf")
+    for inner in (schema.get("properties") or {}).values():
+        check_property(inner, f"{PROPERTY}.properties")
 
 
 LOAD_OPTIONS = (
@@ -1511,15 +1548,23 @@ def check_options(options: Any) -> Json:
         (INTEGER_OPTIONS, (int, float), "integer"),
         (FLOAT_OPTIONS, (int, float), "float32"),
         (("use_mmap",), bool, "boolean"),
-        (("stop",), list, "an array"),
+        (("stop",), list, "array"),
     ):
         for name in names:
             value = (options or {}).get(name)
             wrong = isinstance(value, bool) and kind is not bool
             if value is not None and (wrong or not isinstance(value, kind)):
-                tail = "of an array" if wanted == "an array" else f"of type {wanted}"
-                raise RefusedError(500, f'option "{name}" must be {tail}')
+                raise RefusedError(500, f'option "{name}" must be of type {wanted}')
     return options or {}
+
+
+def check_think(value: Any) -> Any:
+    levels = '"high", "medium", "low", "max", true, or false'
+    if not isinstance(value, (bool, str, type(None))):
+        raise RefusedError(400, f"think must be a boolean or string ({levels})")
+    if value not in THINK_VALUES:
+        raise RefusedError(400, f"invalid think value: {go_json(value)} (must be {levels})")
+    return value
 
 
 def keep_alive_seconds(value: Any) -> Optional[float]:
@@ -1527,7 +1572,7 @@ def keep_alive_seconds(value: Any) -> Optional[float]:
     if value is None:
         return None
     if isinstance(value, bool):
-        raise RefusedError(400, "invalid type for keep_alive: bool")
+        raise RefusedError(400, "Unsupported type: 'bool'")
     if isinstance(value, (int, float)):
         return float(value)
     if not DURATION.fullmatch(value):
@@ -1923,7 +1968,10 @@ class Turn:
         if self.asked.stream:
             self.answer.finish()
             return
-        self.answer.json(200, join_lines(self.lines, self.asked.chat))
+        whole = join_lines(self.lines, self.asked.chat)
+        if not self.asked.tools:  # Ollama adds calls only where tools were offered
+            whole.get("message", {}).pop("tool_calls", None)
+        self.answer.json(200, whole)
 
     def do_error_line(self, message: str) -> None:
         self.over = True
@@ -2125,12 +2173,13 @@ any number),
         self._wake, self._sleep = socket.socketpair()
         self._listener = socket.create_server(self.address, backlog=128)
         self.address = self._listener.getsockname()[:2]
-        self._spawn(self._accept)
+        self._acceptor = self._spawn(self._accept)
         return self
 
     def stop(self) -> None:
         """Close every connection and wait for the threads."""
         self._wake.close()  # every waiting thread sees this at once
+        self._acceptor.join(5)
         self._listener.close()
         with self._lock:
             threads = list(self._threads)
@@ -2163,11 +2212,12 @@ any number),
                 raise TimeoutError(f"{len(seen)} of {count} requests after {timeout} s")
             return seen[count - 1]
 
-    def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
+    def _spawn(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=arguments, daemon=True, name="mock-ollama")
         with self._lock:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
             thread.start()
+        return thread
 
     def _accept(self) -> None:
         selector = selectors.DefaultSelector()
@@ -2182,12 +2232,12 @@ any number),
                 except OSError:
                     return
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with self._lock:
+                    self._sockets.add(sock)
                 self._spawn(self._connection, sock)
 
     def _connection(self, sock: socket.socket) -> None:
         connection = Connection(sock, self._sleep)
-        with self._lock:
-            self._sockets.add(sock)
         try:
             while self._one_request(connection):
                 pass
@@ -2306,17 +2356,16 @@ any number),
 
     def _check(self, request: Recorded) -> Asked:
         body, chat = request.body, request.path == "/api/chat"
+        owner = "ChatRequest" if chat else "GenerateRequest"
         for name in BOOL_FIELDS:
             if not isinstance(body.get(name), (bool, type(None))):
-                owner = "ChatRequest" if chat else "GenerateRequest"
                 raise go_mismatch(body[name], f"{owner}.{name}", "bool")
-        messages = [check_message(message) for message in body.get("messages") or []]
-        tools = [check_tool(tool) for tool in body.get("tools") or []]
-        think = body.get("think")
-        if think not in THINK_VALUES or isinstance(think, (int, float)) > isinstance(think, bool):
-            shown = f"invalid think value: {go_json(think)}"
-            wanted = 'must be "high", "medium", "low", "max", true, or false'
-            raise RefusedError(400, f"{shown} ({wanted})")
+        for name in ("model", "prompt", "system"):
+            if not isinstance(body.get(name) or "", str):
+                raise go_mismatch(body[name], f"{owner}.{name}", "string")
+        messages = [check_message(m) for m in listed(body, "messages", "[]api.Message")]
+        tools = [check_tool(tool) for tool in listed(body, "tools", "api.Tools")]
+        think = check_think(body.get("think"))
         keep_s = keep_alive_seconds(body.get("keep_alive"))
         if not chat and body.get("prompt") and not body.get("raw"):
             parts = (("system", body.get("system")), ("user", body["prompt"]))

@@ -292,13 +292,23 @@ def test_a_model_kept_for_ever_says_so():
 @pytest.mark.parametrize(("change", "code", "message"), [
     ({"model": ""}, 400, "model is required"),
     ({"keep_alive": "10"}, 400, 'time: missing unit in duration "10"'),
-    ({"keep_alive": True}, 400, "invalid type for keep_alive: bool"),
+    ({"keep_alive": True}, 400, "Unsupported type: 'bool'"),
     ({"think": "xhigh"}, 400, "invalid think value: \"xhigh\" "
      '(must be "high", "medium", "low", "max", true, or false)'),
-    ({"think": 1}, 400, 'invalid think value: 1 (must be "high", "medium", "low", "max", true, or false)'),
+    ({"think": 1}, 400, 'think must be a boolean or string ("high", "medium", "low", "max", true, or false)'),
+    ({"messages": "x"}, 400,
+     "json: cannot unmarshal string into Go struct field ChatRequest.messages of type []api.Message"),
+    ({"tools": {}}, 400,
+     "json: cannot unmarshal object into Go struct field ChatRequest.tools of type api.Tools"),
+    ({"tools": [{"function": {"name": "X", "parameters": {"properties": {"a": {"required": True}}}}}]},
+     400, "json: cannot unmarshal bool into Go struct field "
+     "ToolFunctionParameters.tools.function.parameters.properties.required of type []string"),
+    ({"tools": [{"function": {"name": "X", "parameters": {"properties": {"a": {"anyOf": [True]}}}}}]},
+     400, "json: cannot unmarshal bool into Go struct field "
+     "ToolFunctionParameters.tools.function.parameters.properties.anyOf of type api.ToolProperty"),
     ({"stream": "yes"}, 400,
      "json: cannot unmarshal string into Go struct field ChatRequest.stream of type bool"),
-    ({"options": {"stop": "x"}}, 500, 'option "stop" must be of an array'),
+    ({"options": {"stop": "x"}}, 500, 'option "stop" must be of type array'),
     ({"messages": [{"role": "user", "content": "x", "images": ["data:x"]}]}, 400,
      "illegal base64 data at input byte 4"),
     ({"tools": [{"function": {"name": "X", "parameters": {"type": ["object"]}}}]}, 400,
@@ -316,7 +326,13 @@ def test_a_bad_request_is_refused_in_the_words_of_ollama(change, code, message):
 @pytest.mark.parametrize(("data", "message"), [
     (b"", "missing request body"),
     (b'{"model": "b', "unexpected EOF"),
-    (b"{nope}", "invalid character 'n' looking for beginning of value"),
+    (b"{nope}", "invalid character 'n' looking for beginning of object key string"),
+    (b'{"a":1, }', "invalid character '}' looking for beginning of object key string"),
+    (b'{"a" 1}', "invalid character '1' after object key"),
+    (b'{"a":1 2}', "invalid character '2' after object key:value pair"),
+    (b'{"a":}', "invalid character '}' looking for beginning of value"),
+    (b'{"a":1}x', "model is required"),
+    (b'{"model":5}', "json: cannot unmarshal number into Go struct field ChatRequest.model of type string"),
     (b"[]", "json: cannot unmarshal array into Go value of type api.ChatRequest"),
 ])
 def test_a_body_that_is_no_object_is_refused(data, message):
