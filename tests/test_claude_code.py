@@ -24,9 +24,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import mock_ollama  # noqa: E402
 from mock_ollama import (  # noqa: E402
-    MockOllama, Model, call, cut, delay, done, error_line, model_text, text, thinking,
+    MockOllama, Model, call, cut, delay, done, error_line, model_text, reset, text, thinking,
 )
 
 VERSIONS = ("2.1.330", "2.1.197")
@@ -167,6 +166,41 @@ class Place:
         return Said(process.returncode, out, err, time.monotonic() - began)
 
 
+    def type(self, words, awaited, timeout=40):
+        """Start the CLI in a pseudo-terminal, type words, return the screen's bytes as text."""
+        pty, select = pytest.importorskip("pty"), pytest.importorskip("select")
+        (self.home / ".claude.json").write_text(json.dumps({
+            "hasCompletedOnboarding": True,
+            "customApiKeyResponses": {"approved": ["dummy"], "rejected": []},
+            "projects": {str(self.project.resolve()): {"hasTrustDialogAccepted": True}}}))
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(self.project)
+            os.execve(self.claude, [self.claude, "--permission-mode", "default"], {
+                "HOME": str(self.home), "PATH": os.environ["PATH"], "TERM": "xterm",
+                "ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_API_KEY": "dummy",
+                "ANTHROPIC_MODEL": self.model, "DISABLE_AUTOUPDATER": "1"})
+        shown, until, typed = "", time.monotonic() + timeout, False
+        try:
+            while time.monotonic() < until and plain(awaited) not in plain(shown):
+                if select.select([terminal], [], [], 1.0)[0]:
+                    shown += os.read(terminal, 65536).decode(errors="replace")
+                elif typed:  # Enter again where the first came too early: on nothing it does nothing
+                    os.write(terminal, b"\r")
+                elif "❯" in shown:
+                    typed = bool(os.write(terminal, words.encode()))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(terminal)
+        return plain(shown)
+
+
+def plain(screen):
+    """A terminal's output without control sequences and blanks, which it may draw by moves."""
+    return re.sub(r"\s+|\x1b(?:\[[0-9;?>=]*[a-zA-Z]|\][^\x07]*\x07|.)", "", screen)
+
+
 @pytest.fixture()
 def place(tmp_path, claude):
     with ExitStack() as stack:
@@ -218,7 +252,7 @@ def test_a_session_is_continued(place):
 
 
 def test_text_streams_as_it_is_written(place):
-    place.serve([text("one two three four", ["one ", "two ", "three ", "four"])])
+    place.serve([text("one two ") + delay(0.5) + text("three four")])
     said = place.ask("count", "--output-format", "stream-json", "--verbose",
                      "--include-partial-messages")
     pieces = [event["event"]["delta"]["text"] for event in said.events()
@@ -357,6 +391,20 @@ def test_a_smaller_client_works(place, arguments):
     assert "hello" in mock.turns[1].prompt
 
 
+def test_a_large_file_lands_byte_for_byte(place):
+    content = "".join(f"if a<b={n}> and \"c\\n\" & d:\n\tprint('{n} é')\n" for n in range(1500))
+    place.serve([call("Write", {"file_path": "big.py", "content": content}), text("Big.")])
+    assert place.ask("write it").out == "Big.\n"
+    assert place.read("big.py") == content
+
+
+def test_reminders_of_a_long_session_are_survived(place):
+    calls = [call("Bash", {"command": f"echo {n}", "description": "Say it"}) for n in range(13)]
+    mock = place.serve([*calls, text("Thirteen.")])
+    assert place.ask("count").out == "Thirteen.\n"
+    assert len(mock.turns) == 14
+
+
 # ------------------------------ thinking ------------------------------
 
 
@@ -395,6 +443,8 @@ FAILURES = [
     ("an error of the model in mid-stream", text("Half an ans") + error_line("runner crashed"),
      "runner crashed"),
     ("a stream that breaks off", text("Half an ans") + cut(), ""),
+    ("a connection that is reset", text("Half an ans") + reset(), ""),
+    ("an answer that ends without an end", text("Half an ans") + cut(clean=True), ""),
 ]
 
 
@@ -498,3 +548,90 @@ def test_an_example_of_a_call_stays_text(place):
     place.serve([text(example)])
     assert place.ask("what does a tool call look like?").out == example + "\n"
     assert not (place.project / "n.txt").exists()
+
+
+# ------------------------------ asked or described, not called ------------------------------
+
+ASKED = [
+    ("a new folder", {}, "Create a directory named 'my data'", "I'll create the directory now.",
+     lambda place: (place.project / "my data").is_dir()),
+    ("a new file that the model described", {}, "Create hello.py that prints hi",
+     "I'll create `hello.py` with the following content:\n\n```python\nprint('hi')\n```",
+     lambda place: place.read("hello.py").rstrip("\n") == "print('hi')"),
+    ("an append", {"notes.txt": "one\n"}, "Append the text 'two' to notes.txt",
+     "I will append it.", lambda place: place.read("notes.txt").rstrip("\n") == "one\ntwo"),
+    ("a replace", {"c.txt": "red red\n"}, "Replace 'red' with 'blue' in c.txt",
+     "Sure, replacing it.", lambda place: place.read("c.txt") == "blue blue\n"),
+    ("an insert", {"n.txt": "one\nthree\n"}, "Insert the line 'two' before 'three' in n.txt",
+     "Inserting the line.", lambda place: place.read("n.txt") == "one\ntwo\nthree\n"),
+    ("a rename", {"a.txt": "A\n"}, "Rename a.txt to b.txt", "I'll rename the file.",
+     lambda place: place.read("b.txt") == "A\n" and not (place.project / "a.txt").exists()),
+    ("a delete", {"old.txt": "x", "new.txt": "y"}, "Delete the file old.txt",
+     "I'll delete old.txt.", lambda place: not (place.project / "old.txt").exists()
+     and place.read("new.txt") == "y"),
+]
+
+
+@pytest.mark.parametrize("mode", ["acceptEdits", "bypassPermissions"])
+@pytest.mark.parametrize(("files", "prompt", "answer", "holds"), [row[1:] for row in ASKED],
+                         ids=[row[0] for row in ASKED])
+def test_what_was_asked_for_is_done_once(place, files, prompt, answer, holds, mode):
+    for name, content in files.items():
+        place.write(name, content)
+    mock = place.serve([text(answer), text("It is done.")])
+    said = place.ask(prompt, mode=mode)
+    assert (said.out, said.code) == ("It is done.\n", 0)
+    assert holds(place)
+    assert len(mock.turns) == 2
+    assert answer.partition("\n")[0] in mock.turns[1].prompt
+
+
+def test_a_rescue_that_fails_is_told_and_changes_nothing(place):
+    place.write("c.txt", "red\n")
+    mock = place.serve([text("Replacing it."), text("That text is not there.")])
+    said = place.ask("Replace 'green' with 'blue' in c.txt", mode="acceptEdits")
+    assert said.out == "That text is not there.\n"
+    assert place.read("c.txt") == "red\n"
+    assert "verification failed" in mock.turns[1].prompt.rpartition("Replacing it.")[2]
+
+
+def test_a_question_stays_a_question(place):
+    place.write("c.txt", "red\n")
+    answer = "Use `sed -i s/red/blue/ c.txt`, or your editor."
+    mock = place.serve([text(answer)])
+    assert place.ask("How would I replace 'red' with 'blue' in c.txt?").out == answer + "\n"
+    assert place.read("c.txt") == "red\n"
+    assert len(mock.turns) == 1
+
+
+# ------------------------------ the window ------------------------------
+
+
+@pytest.mark.parametrize("window", [16_384, 32_768])
+def test_a_session_that_outgrows_the_window_compacts_and_ends(place, window):
+    steps = iter(range(1, 100))
+
+    def reply(request):
+        if "Respond with TEXT ONLY" in request.prompt[-9000:]:
+            return text("<analysis>a</analysis>\n<summary>Some steps ran.</summary>")
+        step = next(steps)
+        if step > 9:
+            return text("Finished.")
+        return call("Bash", {"command": f"seq {step}0001 {step}1400", "description": "Count"})
+
+    mock = place.serve(reply, env={"OLLAMA_NUM_CTX": str(window)})
+    said = place.ask("run nine steps", timeout=150)
+    assert (said.out, said.code) == ("Finished.\n", 0)
+    assert any("Respond with TEXT ONLY" in turn.prompt for turn in mock.turns)
+    assert all(turn.status == 200 for turn in mock.turns)
+
+
+# ------------------------------ interactive ------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_an_interactive_start_asks_the_model_once(place):
+    mock = place.serve([text("Interactive answer.")])
+    shown = place.type("please say something nice to me", "Interactive answer.")
+    assert plain("Interactive answer.") in shown
+    assert len(mock.turns) == 1
