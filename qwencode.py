@@ -206,6 +206,9 @@ NO_GPU_SHARE = 0.05  # of a model: below it there is no GPU
 GOOD_GPU_SHARE = 0.85  # from here on the spill is bearable
 CLI_MAX_RESERVE = 20_000  # tokens: the CLI's arithmetic of compaction (claude-code.md D)
 CLI_BUFFER = 13_000
+# The CLI's caps on a tool's result: units to a token of the window's eighth, default.
+RESULT_CAPS = (("CLAUDE_CODE_FILE_READ_MAX_OUTPUT_TOKENS", 1, 25_000),
+               ("MAX_MCP_OUTPUT_TOKENS", 1, 25_000), ("BASH_MAX_OUTPUT_LENGTH", 3, 30_000))
 FIRST_PROMPT_TOKENS = 9_000  # the CLI's first prompt after slimming
 MIN_WORK_TOKENS = 3_000  # what a session needs beyond it
 MIN_ANSWER_TOKENS = 1024  # an answer may try, where the count leaves it in doubt
@@ -2129,16 +2132,16 @@ def block_tokens(block: Block) -> int:
 def shorten_results(messages: Iterable[Message], tokens_over: int) -> Tuple[Message, ...]:
     """Shorten old tool results until tokens_over tokens are saved.
 
-    For a compaction request that does not fit. The last message, the instruction, stays
-    whole. Lengths come from SHORTEN_STEPS, so a small difference does not move the
-    prefix; what is too long even after the last step comes back as it is then.
+    For a compaction request that does not fit. The last message's own text, which is the
+    instruction, stays whole. Lengths come from SHORTEN_STEPS, so a small difference does
+    not move the prefix; what is too long even after the last step comes back as it is.
     """
     whole = short = tuple(messages)
     before = sum(block_tokens(block) for message in whole for block in message.blocks)
     for keep, everything in SHORTEN_STEPS:
-        short = (*(message._replace(blocks=tuple(
-            _shorten_block(block, keep, everything) for block in message.blocks))
-            for message in whole[:-1]), *whole[-1:])
+        short = tuple(message._replace(blocks=tuple(
+            _shorten_block(block, keep, everything and message is not whole[-1])
+            for block in message.blocks)) for message in whole)
         after = sum(block_tokens(block) for message in short for block in message.blocks)
         if before - after >= tokens_over:
             break
@@ -2291,7 +2294,9 @@ def compact_env(window: int, max_output: int, first_prompt: int = FIRST_PROMPT_T
     It compacts at context - min(max output, 20,000) - 13,000 (contract/claude-code.md D,
     F4; seen on 2.1.197 and 2.1.330). Where that would waste a third of the window, or
     come with every turn, a larger context is told, so that it compacts at three quarters
-    of the real one. Where even that comes with every turn, it is left to the refusal.
+    of the real one. Where even that comes with every turn, it is left to the refusal. In
+    small windows results are capped: the CLI gives up a session that was compacted three
+    times within three turns each.
     """
     output = max(min(max_output, window // 8), 1)
     told, point = window, window - min(output, CLI_MAX_RESERVE) - CLI_BUFFER
@@ -2303,7 +2308,8 @@ def compact_env(window: int, max_output: int, first_prompt: int = FIRST_PROMPT_T
         env["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(told)
         env["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(min(max(told, 100_000), 1_000_000))
         env["CLAUDE_AUTOCOMPACT_PCT_OVERRIDE"] = "100"
-    return env
+    caps = ((name, window // 8 * unit, default) for name, unit, default in RESULT_CAPS)
+    return {**env, **{name: str(cap) for name, cap, default in caps if cap < default}}
 
 
 def cache_usage(prompt_tokens: int, shared_tokens: int, prefill_s: float,

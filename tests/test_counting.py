@@ -291,7 +291,8 @@ def conversation():
         Message("user", (ToolResult("t1", LONG),)),
         Message("assistant", (ToolUse("t2", "Write", {"file_path": "b", "content": LONG}),)),
         Message("user", (ToolResult("t2", "ok"), ToolResult("t3", LONG, (Image("AAAA"),)))),
-        Message("user", (Text("CRITICAL: Respond with TEXT ONLY." + "x " * 1500),)),
+        Message("user", (ToolResult("t4", LONG),
+                         Text("CRITICAL: Respond with TEXT ONLY." + "x " * 1500))),
     ]
 
 
@@ -299,13 +300,13 @@ def size(messages):
     return sum(qwencode.block_tokens(block) for message in messages for block in message.blocks)
 
 
-@pytest.mark.parametrize("over", [1, 3_000, 15_000, 20_000, 25_000])
+@pytest.mark.parametrize("over", [1, 3_000, 15_000, 25_000, 33_000])
 def test_shortening_saves_what_is_asked_and_says_so(over):
     before = conversation()
     after = shorten_results(before, over)
     assert size(before) - size(after) >= over
     assert [message.role for message in after] == [message.role for message in before]
-    assert after[-1] == before[-1]
+    assert after[-1].blocks[1] == before[-1].blocks[1]
     assert "characters left out to fit the model's window" in after[2].blocks[0].text
     assert after[4].blocks[0] == before[4].blocks[0]
     assert [block.id for block in after[4].blocks] == ["t2", "t3"]
@@ -530,6 +531,18 @@ def test_the_cli_compacts_before_the_window_is_full(window, threshold, output):
         assert threshold + 1_500 < window - 1
     if threshold and window <= 1_000_000:
         assert thresholds(env)[0] == threshold
+
+
+@pytest.mark.parametrize(
+    ("window", "read", "bash"),
+    [(16_384, "2048", "6144"), (32_768, "4096", "12288"), (65_536, "8192", "24576"),
+     (131_072, "16384", None), (262_144, None, None)],
+)
+def test_several_results_fit_between_two_compactions(window, read, bash):
+    env = compact_env(window, 32_000)
+    assert env.get("CLAUDE_CODE_FILE_READ_MAX_OUTPUT_TOKENS") == read
+    assert env.get("MAX_MCP_OUTPUT_TOKENS") == read
+    assert env.get("BASH_MAX_OUTPUT_LENGTH") == bash
 
 
 def test_no_compaction_in_every_turn_when_the_first_prompt_is_large():
