@@ -1476,14 +1476,6 @@ def loads(text: str) -> Any:
         return None
     return None if text.strip()[end:].strip(" \t\r\n}];,") else value
 
-def resolve_tool(name: str, tools: Mapping[str, Tool]) -> Optional[Tool]:
-    """STUB until merged."""
-    return tools.get(name)
-
-
-def repair_input(tool: Tool, arguments: Any) -> Optional[Json]:
-    """STUB until merged."""
-    return arguments if isinstance(arguments, dict) else None
 
 
 # ------------------------------ the tool table ------------------------------
@@ -1595,7 +1587,7 @@ class Request(NamedTuple):
     session: str = ""
 
 
-JSON_TYPES = {
+JSON_TYPE_WORDS = {
     str: "a string", bool: "a boolean", int: "a number", float: "a number",
     dict: "an object", list: "an array", type(None): "null",
 }
@@ -1604,7 +1596,7 @@ TYPE_WORDS = {str: "a string", dict: "an object", list: "an array", bool: "a boo
 
 
 def _wrong(path: str, expected: str, value: Any) -> BadRequestError:
-    return BadRequestError(f"{path}: expected {expected}, got {JSON_TYPES[type(value)]}")
+    return BadRequestError(f"{path}: expected {expected}, got {JSON_TYPE_WORDS[type(value)]}")
 
 
 def _take(holder: Json, key: str, kind: Type[Value], path: str, default: Value) -> Value:
@@ -5135,26 +5127,6 @@ def tagged_values(events: Iterable[Tuple[str, str]]) -> Dict[str, str]:
             values[key] += text
     return values
 
-class ToolTextParser:
-    """STUB until merged."""
-
-    def __init__(self, tools: Mapping[str, Tool], *, stream_inputs: bool = False,
-                 enabled: bool = True) -> None:
-        self.tools = tools
-
-    def feed(self, text: str) -> List[Delta]:
-        return [TextDelta(text)]
-
-    def native(self, name: str, arguments: Any) -> List[Delta]:
-        tool = resolve_tool(name, self.tools)
-        arguments = arguments if isinstance(arguments, dict) else {}
-        return [Call(tool.name if tool else name, arguments)]
-
-    def thought(self, text: str) -> List[Delta]:
-        return [ThinkingDelta(text)]
-
-    def close(self, reason: str) -> List[Delta]:
-        return []
 
 
 # ============================== 10. SHELL COMMANDS ==============================
@@ -5821,7 +5793,7 @@ WRITE_NAMES = ("Write", "write_file")
 FILLED_KEYS = {"command", "description", "is_background"}
 
 
-def takes(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
+def tool_takes(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
     """Say whether a tool requires the text `needed` and nothing beyond keys."""
     properties = tool.schema.get("properties")
     required = tool.schema.get("required")
@@ -5836,13 +5808,13 @@ def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's shell: Bash, run_shell_command, or one that looks like it."""
     known = [tools[name] for name in SHELL_NAMES if name in tools]
     alike = [tool for name, tool in tools.items() if SHELL_LIKE.search(name)]
-    return next((tool for tool in known + alike if takes(tool, FILLED_KEYS, "command")), None)
+    return next((tool for tool in known + alike if tool_takes(tool, FILLED_KEYS, "command")), None)
 
 
 def write_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's tool that writes a whole file."""
     known = (tools[name] for name in WRITE_NAMES if name in tools)
-    return next((tool for tool in known if takes(tool, {"file_path", "content"}, "content")), None)
+    return next((tool for tool in known if tool_takes(tool, {"file_path", "content"}, "content")), None)
 
 
 def shell_call(tool: Tool, command: ShellCommand) -> Tuple[str, Json]:
@@ -9770,7 +9742,7 @@ def verdict_template(prompt: str) -> Finding:
                    "Nothing to do: the shim writes these parts itself.")
 
 
-def calls_in(content: Any) -> List[Any]:
+def tool_calls_in(content: Any) -> List[Any]:
     """Take the inputs of the doctor's tool out of an answer's content."""
     blocks = content if isinstance(content, list) else []
     return [block.get("input") for block in blocks if _mapping(block).get("name") == "doctor_probe"]
@@ -9778,7 +9750,7 @@ def calls_in(content: Any) -> List[Any]:
 
 def verdict_call(content: Any, word: str, problem: str) -> Finding:
     """Judge the answer to the order to call the tool with word."""
-    calls = calls_in(content)
+    calls = tool_calls_in(content)
     if problem:
         return Finding("bad", f"a live tool call failed: {problem}", SEE_OLLAMA)
     if not calls:
@@ -9792,7 +9764,7 @@ def verdict_rescue(content: Any, word: str, problem: str) -> Finding:
     """Judge the answer to the order to write a call as text."""
     if problem:
         return Finding("bad", f"a live rescue failed: {problem}", SEE_OLLAMA)
-    if {"word": word} in calls_in(content):
+    if {"word": word} in tool_calls_in(content):
         return Finding("ok", "a call that the model wrote as text became a real one")
     if "doctor_probe" in to_json(content):
         return Finding("bad", "a call that the model wrote as text stayed text",
