@@ -212,6 +212,7 @@ RESULT_CAPS = (("CLAUDE_CODE_FILE_READ_MAX_OUTPUT_TOKENS", 1, 25_000),
 FIRST_PROMPT_TOKENS = 9_000  # the CLI's first prompt after slimming
 MIN_WORK_TOKENS = 3_000  # what a session needs beyond it
 MIN_ANSWER_TOKENS = 1024  # an answer may try, where the count leaves it in doubt
+SUMMARY_TOKENS = 2_000  # room that a compaction's summary needs
 MIN_MISS_S = 0.15  # a shorter read is a cache hit whatever the rate says
 
 # Characters of a Bash command that the CLI's analyser still reads: 9,960 pass, 9,980
@@ -8107,16 +8108,12 @@ class Prompt(NamedTuple):
     shared: int
     num_predict: int
 
-    def fitted(
-        self, request: Request, window: int, is_compaction: bool, answered: bool,
-    ) -> Prompt:
-        """Clamp num_predict to the window; raise PromptTooLongError where nothing fits.
-
-        A conversation without an answer cannot be compacted, so it keeps no headroom.
-        """
+    def fitted(self, request: Request, window: int, is_compaction: bool) -> Prompt:
+        """Clamp num_predict to the window; raise PromptTooLongError where nothing fits."""
+        answers = sum(message.role == "assistant" for message in request.messages)
         return self._replace(num_predict=fit(
             self.size.tokens, request.max_tokens, window, is_compaction,
-            None if answered else 0, margin=self.size.margin))
+            headroom_tokens(window, answers), margin=self.size.margin))
 
 
 class Audience(Waiter):
@@ -8180,6 +8177,7 @@ class Exchange:
         self.config = handler.server.config
         self.session_id = handler.session_id or request.session
         self.agent = handler.http.header("x-claude-code-agent-id")
+        self.is_compaction = COMPACTION_MARK in last_user_text(request)
         self.session = self.server.session(self.session_id)
         self.started = False
         self.begun_at, self.first_at = time.monotonic(), 0.0
@@ -8307,6 +8305,12 @@ class Exchange:
         except ModelMissingError:
             self.server.registry.forget(name)
             raise
+        except PromptTooLongError as error:
+            if error.maximum < model.window:  # another client has loaded it anew
+                self.server.registry.amend(model._replace(window=error.maximum))
+            if not self.is_compaction or self.started or not self.turn:
+                raise
+            self._ask(model, until, error.tokens - error.maximum + SUMMARY_TOKENS)
         except BadRequestError as error:
             amended = self._learn_refusal(model, error)
             if not amended or self.started:
@@ -8326,14 +8330,15 @@ class Exchange:
         self.server.registry.amend(amended)
         return amended
 
-    def _ask(self, model: LocalModel, own_until: float) -> None:
+    def _ask(self, model: LocalModel, own_until: float, over: int = 0) -> None:
         """Build the body, choose the way, and relay the answer.
 
-        own_until bounds what the shim asks on its own account.
+        own_until bounds what the shim asks on its own account; over is the number of
+        tokens by which a compaction was refused.
         """
         server, facts = self.server, model.facts
         self.window = model.window
-        prompt = self._prepare(model)
+        prompt = self._prepare(model, over)
         options = {**load_options(model.num_ctx), "num_predict": prompt.num_predict}
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
@@ -8371,23 +8376,28 @@ class Exchange:
                 self.request, facts, self.config, options, messages_json=messages,
                 tools_json=self.session.tools_json)))
 
-    def _prepare(self, model: LocalModel) -> Prompt:
-        """Translate tools and messages, and fit them to the window."""
-        prompt = self._translate(model.facts, self.request)
-        is_compaction = COMPACTION_MARK in last_user_text(self.request)
-        answered = any(message.role == "assistant" for message in self.request.messages)
+    def _prepare(self, model: LocalModel, over: int = 0) -> Prompt:
+        """Translate tools and messages, and fit them to the window.
+
+        A compaction that does not fit, or leaves no room for its summary, is sent with
+        old results shortened by over tokens: refusing it would end the session.
+        """
+        request = self.request
+        if over:
+            request = request._replace(messages=shorten_results(request.messages, over))
+            self.notes.append("old tool results were shortened to fit the compaction request")
+        prompt = self._translate(model.facts, request)
         if not model.window:
             return prompt
         try:
-            return prompt.fitted(self.request, model.window, is_compaction, answered)
+            fitted = prompt.fitted(request, model.window, self.is_compaction)
         except PromptTooLongError as error:
-            if not is_compaction:
+            if over or not self.is_compaction:
                 raise
-            over = error.tokens - error.maximum + prompt.size.margin
-        short = shorten_results(self.request.messages, over)
-        self.notes.append("old tool results were shortened to fit the compaction request")
-        prompt = self._translate(model.facts, self.request._replace(messages=short))
-        return prompt.fitted(self.request, model.window, is_compaction, answered)
+            return self._prepare(model, error.tokens - error.maximum + SUMMARY_TOKENS)
+        scarce = fitted.num_predict < min(SUMMARY_TOKENS, request.max_tokens)
+        return self._prepare(model, SUMMARY_TOKENS) \
+            if scarce and self.is_compaction and not over else fitted
 
     def _translate(self, facts: ModelFacts, request: Request) -> Prompt:
         session, counter = self.session, self.server.counter
@@ -8932,6 +8942,28 @@ def model_row(name: str) -> Json:
     return {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
 
 
+def read_counts(config: Config, log: Log) -> TokenCounter:
+    """Read what earlier runs learned of token counts; nothing where there is no file."""
+    if not config.counts_file or not os.path.exists(config.counts_file):
+        return TokenCounter()
+    try:
+        with open(config.counts_file, encoding="utf-8") as file:
+            return TokenCounter.from_json(json.load(file))
+    except (OSError, ValueError) as problem:
+        log.write("warn", f"SHIM_COUNTS_FILE: {config.counts_file} cannot be read: {problem}")
+        return TokenCounter()
+
+
+def write_counts(path: str, counter: TokenCounter, log: Log) -> None:
+    """Keep what was learned; written beside and moved over, so a crash loses nothing."""
+    try:
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            json.dump(counter.to_json(), file)
+        os.replace(path + ".new", path)
+    except OSError as problem:
+        log.write("warn", f"SHIM_COUNTS_FILE: {path} cannot be written: {problem}")
+
+
 # The page needs nothing from elsewhere, so nothing else is allowed to load.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src"
@@ -8962,7 +8994,7 @@ class ShimServer(ThreadingHTTPServer):
         self.side_gate = Gate(1, config.max_concurrent)
         self.raw_turns = RawTurns()
         self.stats = Stats(time.time(), threading.Lock())
-        self.counter = TokenCounter()
+        self.counter = read_counts(config, self.log)
         self.warmer = Warmer(self)
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
@@ -9019,6 +9051,8 @@ class ShimServer(ThreadingHTTPServer):
         with self._idle:
             self._idle.wait_for(lambda: not self._connections, timeout_s)
         self.server_close()
+        if self.config.counts_file:
+            write_counts(self.config.counts_file, self.counter, self.log)
 
     def session(self, key: str) -> Session:
         """Return the conversation's session; the least recently used go first."""
