@@ -58,7 +58,7 @@ import time
 import zlib
 from bisect import bisect_left
 from collections import deque
-from functools import lru_cache
+from functools import cache, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import (
@@ -69,6 +69,7 @@ from typing import (
     ContextManager,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -1098,18 +1099,19 @@ NOT_PLAIN = Pattern(r"[^a-z0-9]+")
 NAMESPACE = Pattern(r"^(?:functions?|tools?|default_api|container|repo_browser)[.:/]|:\d+$|\.call$")
 WRAPPER_KEYS = ("arguments", "parameters", "input", "args", "params", "kwargs", "tool_input",
                 "action_input", "properties")
-INTEGER = Pattern(r"\s*([+-]?[0-9]{1,18})(?:\.0*)?\s*")
-DECIMAL = Pattern(r"\s*[+-]?[0-9]{1,18}(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,2})?\s*")
+INTEGER_TEXT = Pattern(r"\s*([+-]?[0-9]{1,18})(?:\.0*)?\s*")
+DECIMAL_TEXT = Pattern(r"\s*[+-]?[0-9]{1,18}(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,2})?\s*")
 
 
-def plain(name: str) -> str:
+@lru_cache(maxsize=1024)
+def plain_name(name: str) -> str:
     """Fold case and separators: filePath, file-path and file_path are one name."""
     return NOT_PLAIN.sub("", name.lower())
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain_words(row: str) -> Tuple[str, ...]:
-    return tuple(plain(word) for word in row.split())
+    return tuple(plain_name(word) for word in row.split())
 
 
 def properties_of(schema: Any) -> Json:
@@ -1124,8 +1126,8 @@ def required_of(schema: Json) -> List[str]:
 
 def parameter_for(name: str, properties: Json, taken: Iterable[str] = ()) -> Optional[str]:
     """Find the property that name means, by spelling, then by PARAMETER_NAMES."""
-    folded = plain(name)
-    free = {plain(known): known for known in reversed(list(properties)) if known not in taken}
+    folded = plain_name(name)
+    free = {plain_name(known): known for known in reversed(list(properties)) if known not in taken}
     if folded in free:
         return free[folded]
     for row in map(plain_words, PARAMETER_NAMES):
@@ -1140,8 +1142,8 @@ def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
     """List the offered tools that name can mean, the likeliest first."""
     if name in tools:
         return [tools[name]]
-    folded = plain(NAMESPACE.sub("", name.strip()))
-    same = [tool for tool in tools.values() if folded and plain(tool.name) == folded]
+    folded = plain_name(NAMESPACE.sub("", name.strip()))
+    same = [tool for tool in tools.values() if folded and plain_name(tool.name) == folded]
     if same or not folded:
         return same[:1]
     found = []
@@ -1150,12 +1152,12 @@ def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
         if folded in names:
             fits = [tool for tool in tools.values()
                     if all(parameter_for(need, properties_of(tool.schema)) for need in needs)]
-            named = [tool for tool in fits if plain(tool.name) in names]
+            named = [tool for tool in fits if plain_name(tool.name) in names]
             exact = [tool for tool in fits if len(required_of(tool.schema)) == len(needs)
                      and all(parameter_for(need, dict.fromkeys(required_of(tool.schema)))
                              for need in needs)]
             found += named or (exact if len(exact) == 1 else [])
-    tails = [tool for tool in tools.values() if plain(tool.name.rsplit("__", 1)[-1]) == folded]
+    tails = [tool for tool in tools.values() if plain_name(tool.name.rsplit("__", 1)[-1]) == folded]
     return found + (tails if len(tails) == 1 else [])
 
 
@@ -1184,13 +1186,13 @@ def as_object(arguments: Any, schema: Json, depth: int = 4) -> Optional[Json]:
     if arguments is None:
         return {}
     if isinstance(arguments, dict):
-        inner = [key for key in arguments if key in WRAPPER_KEYS and len(arguments) == 1
-                 or key == "properties" and arguments.get("type") == "object"]
+        inner = [key for key in arguments if (key in WRAPPER_KEYS and len(arguments) == 1)
+                 or (key == "properties" and arguments.get("type") == "object")]
         if inner and depth and inner[0] not in properties_of(schema):
             return as_object(arguments[inner[0]], schema, depth - 1)
         return arguments
     if isinstance(arguments, str) and arguments.strip()[:1] in ("{", "[", '"') and depth:
-        value = loads(arguments)
+        value = loose_json(arguments)
         if value is not None:
             return as_object(value, schema, depth - 1)
     if isinstance(arguments, list) and len(arguments) == 1 and isinstance(arguments[0], dict):
@@ -1212,7 +1214,7 @@ def fit_object(given: Json, schema: Json, open_by_default: bool = True) -> Json:
     result: Json = {}
     for key, value in given.items():
         if key in names:
-            if value is not None or takes(None, properties[names[key]]):
+            if value is not None or schema_takes(None, properties[names[key]]):
                 result[names[key]] = coerced(value, properties[names[key]], names[key])
         elif extra is not False or "patternProperties" in schema:
             result[key] = value
@@ -1227,19 +1229,19 @@ def types_of(schema: Any) -> List[str]:
     if kind is None:
         choices = schema.get("anyOf") or schema.get("oneOf") or []
         return [each for choice in choices for each in types_of(choice)]
-    return [each for each in (kind if isinstance(kind, list) else [kind]) if each in JSON_TYPES]
+    return [each for each in (kind if isinstance(kind, list) else [kind]) if each in SCHEMA_TYPES]
 
 
-def takes(value: Any, schema: Any) -> bool:
+def schema_takes(value: Any, schema: Any) -> bool:
     types = types_of(schema)
-    return not types or any(JSON_TYPES[kind](value) for kind in types)
+    return not types or any(SCHEMA_TYPES[kind](value) for kind in types)
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-JSON_TYPES: Dict[str, Callable[[Any], bool]] = {
+SCHEMA_TYPES: Dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: is_number(value) and value == value // 1,
     "number": is_number,
@@ -1254,7 +1256,7 @@ def coerced(value: Any, schema: Any, name: str = "") -> Any:
     """Mend a value's type; what cannot be mended stays for the client to judge."""
     if not isinstance(schema, dict):
         return value
-    if not takes(value, schema):
+    if not schema_takes(value, schema):
         for kind in types_of(schema):
             mended = COERCIONS[kind](value, name)
             if mended is not None:
@@ -1266,25 +1268,25 @@ def coerced(value: Any, schema: Any, name: str = "") -> Any:
         return [coerced(item, schema["items"]) for item in value]
     choices = schema.get("enum")
     if isinstance(value, str) and isinstance(choices, list) and value not in choices:
-        return next((each for each in choices if plain(str(each)) == plain(value)), value)
+        return next((each for each in choices if plain_name(str(each)) == plain_name(value)), value)
     return value
 
 
 def string_from(value: Any, name: str) -> Optional[str]:
     """Write a value as text: an argument vector quoted, lines joined, else JSON."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return shlex.join(value) if plain(name) == "command" else "\n".join(value)
+        return shlex.join(value) if plain_name(name) == "command" else "\n".join(value)
     return json.dumps(value, ensure_ascii=False, indent=2 if isinstance(value, dict) else None)
 
 
 def integer_from(value: Any, name: str) -> Optional[int]:
-    match = INTEGER.fullmatch(value) if isinstance(value, str) else None
+    match = INTEGER_TEXT.fullmatch(value) if isinstance(value, str) else None
     return int(match.group(1)) if match else None
 
 
 def number_from(value: Any, name: str) -> Union[int, float, None]:
     whole = integer_from(value, name)
-    decimal = isinstance(value, str) and DECIMAL.fullmatch(value)
+    decimal = isinstance(value, str) and DECIMAL_TEXT.fullmatch(value)
     return whole if whole is not None else float(value) if decimal else None
 
 
@@ -1294,12 +1296,12 @@ def boolean_from(value: Any, name: str) -> Optional[bool]:
 
 
 def array_from(value: Any, name: str) -> Optional[List[Any]]:
-    read = loads(value) if isinstance(value, str) else value
+    read = loose_json(value) if isinstance(value, str) else value
     return read if isinstance(read, list) else None if value is None else [value]
 
 
 def object_from(value: Any, name: str) -> Optional[Json]:
-    read = loads(value) if isinstance(value, str) else None
+    read = loose_json(value) if isinstance(value, str) else None
     return read if isinstance(read, dict) else None
 
 
@@ -1311,24 +1313,25 @@ COERCIONS: Dict[str, Callable[[Any, str], Any]] = {
 
 # A string ends at a quote that is followed by what can follow a value in its place; any
 # other quote was left unescaped by the model and belongs to the text.
-KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
+MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
 END_IN_OBJECT = Pattern(
-    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*" + KEY + r"|(?<=\n)\s*" + KEY + r"|\Z)")
+    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*" + MEMBER_KEY
+    + r"|(?<=\n)\s*" + MEMBER_KEY + r"|\Z)")
 END_IN_ARRAY = Pattern(r"\s*(?:,\s*(?:[\"'\[{\]\d-]|true|false|null)|\]|\Z)", re.I)
 END_IN_CALL = Pattern(r"\s*(?:,\s*\w{1,60}\s*=|,?\s*\)|\Z)")
-MEMBER_START = Pattern(KEY + r"|[\"'\[{]")
+MEMBER_START = Pattern(MEMBER_KEY + r"|[\"'\[{]")
 END_ALONE = Pattern(r"\s*\Z")
-QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", '"""': '"""', "'''": "'''",
+CLOSING_QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", '"""': '"""', "'''": "'''",
           "<escape>": "<escape>", '<|"|>': '<|"|>'}
-QUOTE = Pattern("\"\"\"|'''|<escape>|<\\|\"\\|>|[\"'`\u201c]")
-BLANKS = Pattern(r"(?:\s+|//[^\n]*|/\*[^*]*(?:\*(?!/)[^*]*)*\*/|#[^\n]*)*")
-NUMBER = Pattern(r"-?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?![\w.])")
-WORD = Pattern(r"[A-Za-z_][\w./-]{0,200}")
-WORDS: Json = {"true": True, "false": False, "null": None, "none": None, "undefined": None}
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\",
+OPENING_QUOTE = Pattern("\"\"\"|'''|<escape>|<\\|\"\\|>|[\"'`\u201c]")
+JSON_BLANKS = Pattern(r"(?:\s+|//[^\n]*|/\*[^*]*(?:\*(?!/)[^*]*)*\*/|#[^\n]*)*")
+JSON_NUMBER = Pattern(r"-?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?![\w.])")
+JSON_WORD = Pattern(r"[A-Za-z_][\w./-]{0,200}")
+JSON_WORDS: Json = {"true": True, "false": False, "null": None, "none": None, "undefined": None}
+JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\",
            '"': '"', "'": "'", "`": "`"}
-ESCAPE = Pattern(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.S)
+JSON_ESCAPE = Pattern(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.S)
 SURROGATE = Pattern("[\ud800-\udfff]")
 MAX_JSON_DEPTH = 60
 STRICT_JSON = json.JSONDecoder(strict=False)
@@ -1352,20 +1355,20 @@ class LooseJson:
             return self.members(at + 1, depth)
         if opening == "[":
             return self.items(at + 1, depth)
-        quote = QUOTE.match(self.text, at)
+        quote = OPENING_QUOTE.match(self.text, at)
         if quote:
             return self.string(quote, end)
-        number = NUMBER.match(self.text, at)
+        number = JSON_NUMBER.match(self.text, at)
         if number:
             written = number.group()
             return (int if written.lstrip("-").isdigit() else float)(written), number.end()
-        word = WORD.match(self.text, at)
+        word = JSON_WORD.match(self.text, at)
         if word:
-            return WORDS.get(word.group().lower(), word.group()), word.end()
+            return JSON_WORDS.get(word.group().lower(), word.group()), word.end()
         raise ValueError("no value")
 
     def skip(self, at: int) -> int:
-        match = BLANKS.match(self.text, at)
+        match = JSON_BLANKS.match(self.text, at)
         return match.end() if match else at
 
     def members(self, at: int, depth: int) -> Tuple[Json, int]:
@@ -1416,7 +1419,7 @@ class LooseJson:
         return self.unclosed
 
     def string(self, opening: re.Match[str], end: Pattern) -> Tuple[str, int]:
-        quote = QUOTES[opening.group()]
+        quote = CLOSING_QUOTES[opening.group()]
         stop, pieces, at = string_stop(quote), [], opening.end()
         while True:
             match = stop.search(self.text, at)
@@ -1432,10 +1435,10 @@ class LooseJson:
                 pieces.append(quote)
 
 
-@lru_cache(maxsize=None)
+@cache
 def string_stop(quote: str) -> Pattern:
     """Build the pattern for what interrupts a string: an escape or its closing quote."""
-    escape = "" if quote.startswith("<") else ESCAPE.source + "|"
+    escape = "" if quote.startswith("<") else JSON_ESCAPE.source + "|"
     return Pattern(escape + re.escape(quote), re.S)
 
 
@@ -1443,7 +1446,7 @@ def unescaped(match: re.Match[str]) -> str:
     """Read one escape; one that JSON does not know keeps its backslash (\\d, \\$)."""
     unicode, byte, letter = match.groups()
     if letter is not None:
-        return ESCAPES.get(letter, match.group())
+        return JSON_ESCAPES.get(letter, match.group())
     code = int(unicode or byte, 16)
     return chr(code)
 
@@ -1469,14 +1472,13 @@ def read_json(text: str, at: int = 0) -> Tuple[Any, int, bool]:
     return value, end, True
 
 
-def loads(text: str) -> Any:
+def loose_json(text: str) -> Any:
     """Read JSON that is the whole of text; None where it is not."""
     try:
         value, end, _ = read_json(text.strip())
     except ValueError:
         return None
     return None if text.strip()[end:].strip(" \t\r\n}];,") else value
-
 
 
 # ------------------------------ the tool table ------------------------------
@@ -3678,66 +3680,82 @@ TOOL_FORMATS: Tuple[ToolFormat, ...] = (
                'Tool call: {"name": "Read", "arguments": {"file_path": "a.py"}}',
                "seen from small models; call:Read{…} is FunctionGemma's"),
 )
+
+
+def word_set(text: str) -> FrozenSet[str]:
+    return frozenset(text.split())
+
+
 # Tags and words between a tool's name and its input; ends and turn marks after a call.
-SEPARATOR_TAGS = frozenset(
+SEPARATOR_TAGS = word_set(
     "tool_sep tool_call_argument_begin constrain message content tool_input tool_name name "
-    "arguments args input parameters parameter_list start plugin interpreter".split())
+    "arguments args input parameters parameter_list start plugin interpreter")
 SEPARATOR = Pattern(
     r"action[ _]input:|\*\*action input:\*\*|✿args✿:?|\[args\]|\[call_id\]\w*|```\w*|to=|call:|"
     r"functions\.|function:|name:|arguments:|args:|input:|:", re.I)
 INPUT_WORDS = ("action input:", "action_input:", "**action input:**", "✿args✿:", "✿args✿")
-FILLERS = frozenset("function commentary analysis final assistant json code".split())
+CUT_SEPARATORS = (*INPUT_WORDS, "```", "[args]", "[call_id]")
+FILLERS = word_set("function commentary analysis final assistant json code")
 CALL_TAGS = frozenset(tag for row in TOOL_FORMATS for tag in row.tags.split())
 RULES = {opener: row.rule for row in TOOL_FORMATS for opener in (*row.tags.split(), *row.words)}
-OPENING_WORDS = tuple(sorted((word for row in TOOL_FORMATS for word in row.words), key=len)[::-1])
-END_TAGS = frozenset("call return eom_id eot_id im_end endoftext bot_end escape tools_suffix "
-                     "tool_call tool_calls end eos s python_end".split())
+OPENING_WORDS = tuple(sorted((word for row in TOOL_FORMATS for word in row.words),
+                             key=len, reverse=True))
+OPENING_LETTERS = frozenset(word[0] for word in OPENING_WORDS)
+END_TAGS = word_set("call return eom_id eot_id im_end endoftext bot_end escape tools_suffix "
+                     "tool_call tool_calls end eos s python_end")
 
-TAG = Pattern(r"<(/?)([^\s<>=/\"'`(){}]{1,48})((?:\s|=|/)[^<>]{0,300})?>")
+MARKUP_TAG = Pattern(r"<(/?)([^\s<>=/\"'`(){}]{1,48})((?:\s|=|/)[^<>]{0,300})?>")
 TAG_START = Pattern(r"</?[^\s<>=/\"'`(){}]{0,48}(?:(?:\s|=|/)[^<>]{0,300})?\Z")
-TAG_NAMESPACE = Pattern(r".*[:｜|]")
+TAG_NAMESPACE = Pattern(r"^(?:antml|minimax|seed|steptml|dsml)[:｜|]")
 TAG_NAMESPACES = ("antml:", "minimax:", "seed:", "steptml:", "dsml｜", "dsml|")
-TAG_VALUE = Pattern(r"""\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""", re.S)
-NAME = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
+TAG_VALUE = Pattern(
+    r"""\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""", re.S)
+TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 FIRST_KEY = Pattern(
     r"(?:\[\s*)?\{{1,2}\s*[\"'`“]?([A-Za-z_-]{1,24})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
     r"(?:[\"'`“]([^\"'`“”\n]{0,128})([\"'`”]))?")
 FIRST_KEY_START = Pattern(r"(?:\[\s*)?(?:\{{1,2}\s*(?:[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*"
                           r"(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
-PRINT = Pattern(r"print\(")
+PRINT_CALL = Pattern(r"print\(")
 TOOL_NAME = Pattern(r"(?:default_api\.|functions\.)?([A-Za-z_][\w-]{0,127}|\Z)")
 NAMED_BODY = Pattern(r"\s?(?=\()|:?\s{0,2}(?=\{)")
 NAMED_BEGUN = Pattern(r":?\s{0,2}")
 PYTHON_NAME = Pattern(r"(?:\[\s*)?(?:print\()?([A-Za-z_][\w.]{0,127})\s?\(\s*(?=[\w\"'){\[]|\Z)")
-NAME_KEYS = frozenset("name tool toolname function functionname action recipient recipientname "
-                      "tooltocall toolid command".split())
-ARGUMENT_KEYS = frozenset("arguments parameters input args params kwargs toolinput actioninput "
-                          "argumentsjson toolargs inputs payload toolparameters".split())
-NESTED_KEYS = frozenset("function toolcall functioncall tooluse call action tool".split())
-LIST_KEYS = frozenset("toolcalls functioncalls calls tooluses actions tools".split())
-LEADING_KEYS = frozenset("thought thoughts thinking reasoning explanation id callid toolcallid "
-                         "index comment role content".split())
-CALL_TYPES = frozenset("function functioncall toolcall tooluse tool call".split())
-FENCE = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
+NAME_KEYS = word_set("name tool toolname function functionname action recipient recipientname "
+                      "tooltocall toolid command")
+ARGUMENT_KEYS = word_set("arguments parameters input args params kwargs toolinput actioninput "
+                          "argumentsjson toolargs inputs payload toolparameters")
+NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool")
+LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
+LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
+                         "index comment role content")
+CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
+FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
 FENCE_END = Pattern(r"[ \t]{0,3}(`{3,16}|~{3,16})[ \t]{0,8}(?=\n|\Z)")
-SIGN = Pattern(r"\n|<(?=[/|｜A-Za-z_]|\Z)|\[(?=[TtFf]|\Z)")
-AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[/[^\s\[\]]{1,40}\]|✿\w{1,12}✿:?|[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|"
-                     r"[;,](?=\s*(?:[{\[<]|\Z)))")
-CLOSING_CUT = Pattern(r"\s*<[|｜/]?[^\s<>]{0,60}\Z")
-AFTER_BEGUN = Pattern(r"<[^\s<>]{0,60}|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|✿\w{0,12}✿?|[}\])]{1,4}|[,;]\s*")
-BLANK = Pattern(r"\s*")
-INDENT = Pattern(r"[ \t]*")
+CALL_SIGN = Pattern(r"\n|<(?=[/|｜A-Za-z_]|\Z)|\[(?=[TtFf]|\Z)")
+AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[/[^\s\[\]]{1,40}\]|✿\w{1,12}✿:?|"
+                     r"[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|"
+                     r"[;,](?=\s*[{\[<]))")
+CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
+AFTER_BEGUN = Pattern(
+    r"<[^\s<>]{0,60}|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|✿\w{0,12}✿?|[}\])]{1,4}|[,;]\s*")
+BLANK_RUN = Pattern(r"\s*")
+LINE_INDENT = Pattern(r"[ \t]*")
 FENCE_BEGUN = Pattern(r"[ \t]{0,3}[`~]{0,16}[ \t]{0,8}")
 LIST_BEGUN = Pattern(r"\[\s*[\w.]{0,80}")
 TAG_WORD_END = Pattern(r"[\s=]")
-LINE = Pattern(r"[^\n<]{1,4000}")
+CLOSERS = Pattern(r"[}\])]")
+TAG_END = Pattern(r">")
+INPUT_LINE = Pattern(r"[^\n<]{1,4000}")
 SENTENCE_MARKS = ".!?:;…)*>。！？："
 BARE_RULES = ("json", "named", "pythonic")
 # Characters of prose before a call in which its announcement is looked for.
 MAX_CONTEXT_CHARS = 1000
 # Characters of thought kept in case that a call inside it is all that comes.
 MAX_THOUGHT_CHARS = 256 * 1024
+# Characters of a value of one line that is held until its closing tag is seen.
+MAX_SHORT_CHARS = 200
 # Characters read in vain before an answer full of openers is passed as it is.
 MAX_WASTED_CHARS = 128 * 1024
 # Opening tags that stand inside each other before a call's body; DeepSeek has two.
@@ -3746,6 +3764,11 @@ MAX_OPENERS = 4
 MAX_STEP_CHARS = 4096
 # Characters of a name or first key before text that looks like a call is let go.
 MAX_HEADER_CHARS = 500
+
+
+def skip_blank(text: str, at: int) -> int:
+    match = BLANK_RUN.match(text, at)
+    return match.end() if match else at
 
 
 def tag_label(tag: re.Match[str]) -> str:
@@ -3767,7 +3790,8 @@ class BracketScan:
     """Finds where a bracketed value ends, told piece by piece."""
 
     OUTSIDE = Pattern(r"""["'`]|[{\[(]+|[}\])]""")
-    INSIDE = {quote: Pattern(rf"[^\\{quote}]*(?:\\.[^\\{quote}]*)*", re.S) for quote in "\"'`"}
+    INSIDE: Mapping[str, Pattern] = {
+        quote: Pattern(rf"[^\\{quote}]*(?:\\.[^\\{quote}]*)*", re.S) for quote in "\"'`"}
 
     def __init__(self) -> None:
         self.depth, self._quote, self._escaped = 0, "", False
@@ -3812,23 +3836,23 @@ def make_call(name: Any, arguments: Any, tools: Mapping[str, Tool], rule: str) -
     return best
 
 
-def calls_in(value: Any, tools: Mapping[str, Tool], rule: str) -> Optional[List[Call]]:
+def calls_from_json(value: Any, tools: Mapping[str, Tool], rule: str) -> Optional[List[Call]]:
     """Read calls from JSON in any published shape; None when any part is no call."""
     if isinstance(value, list):
         found: List[Call] = []
         for item in value:
-            calls = calls_in(item, tools, rule)
+            calls = calls_from_json(item, tools, rule)
             if calls is None:
                 return None
             found += calls
         return found or None
     if not isinstance(value, dict):
         return None
-    keys = {plain(str(key)): key for key in reversed(list(value))}
+    keys = {plain_name(str(key)): key for key in reversed(list(value))}
     for key, original in keys.items():
         if key in LIST_KEYS and isinstance(value[original], list) and (
                 key.startswith("tool") or keys.keys() <= LEADING_KEYS | {key, "type"}):
-            return calls_in(value[original], tools, rule)
+            return calls_from_json(value[original], tools, rule)
     name, arguments = name_and_arguments(value, keys, tools)
     call = None if is_definition(arguments) else make_call(name, arguments, tools, rule)
     return None if call is None else [call]
@@ -3841,14 +3865,14 @@ def name_and_arguments(
     for key in keys:
         nested = value[keys[key]]
         if key in NESTED_KEYS and isinstance(nested, dict):
-            inner = {plain(str(each)): each for each in reversed(list(nested))}
+            inner = {plain_name(str(each)): each for each in reversed(list(nested))}
             name, arguments = name_and_arguments(nested, inner, tools)
             return name, value[outer[0]] if outer and not arguments else arguments
     named = [keys[key] for key in NAME_ORDER if key in keys and isinstance(value[keys[key]], str)]
     named = [key for key in named if tools_meant(value[key], tools)] or named
     if named:
         spare = {key: each for key, each in value.items() if key != named[0]
-                 and plain(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
+                 and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
         return value[named[0]], value[outer[-1]] if outer else spare or None
     if len(value) == 1 and isinstance(value[next(iter(value))], dict):
         only = next(iter(value))
@@ -3926,6 +3950,7 @@ class TaggedInput:
         self.rest = ""
         self._tool, self._label, self._raw, self._nested = tool, label.lower(), raw, nested
         self._doubt = self._exact = False
+        self._last = ""
         self._keys: List[str] = []
         self._closer: Optional[str] = None
         self._inner = self._scanned = self._functions = self._wrappers = 0
@@ -3937,6 +3962,13 @@ class TaggedInput:
         step = True
         while step and not self.done:
             step = self._between(final) if self._closer is None else self._value(final)
+
+    def passes(self, text: str) -> bool:
+        """Take text that is the open value's as it stands; False where it must be read."""
+        as_is = (self._closer is not None and not self._fresh and not self.rest
+                 and not VALUE_BREAK.search(text))
+        self._last = text[-1] if as_is else self._last
+        return as_is
 
     def fresh(self, nested: bool = True) -> TaggedInput:
         return TaggedInput(self._tool, self._label, self._raw, nested)
@@ -3951,13 +3983,14 @@ class TaggedInput:
         self._keys.append(parameter_for(key, properties_of(self._tool.schema), self._keys) or key)
         self.events.append(("key", key))
         self._closer, self._fresh, self._framed, self._doubt = closer, True, False, False
+        self._last = ""
         self._inner = self._scanned = self._functions = self._wrappers = 0
 
     def _between(self, final: bool) -> bool:
         self.rest = self.rest.lstrip()
-        tag = TAG.match(self.rest)
+        tag = MARKUP_TAG.match(self.rest)
         if not tag:
-            self.done = final or bool(self.rest) and not TAG_START.fullmatch(self.rest)
+            self.done = final or (bool(self.rest) and not TAG_START.fullmatch(self.rest))
             return False
         label, value = tag_label(tag), tag_value(tag)
         if label in ("parameters", "arguments", "args", "input") and value is None:
@@ -3982,7 +4015,7 @@ class TaggedInput:
     def _value(self, final: bool) -> bool:
         """Move value text into events up to its end, or to where more must be seen."""
         at = self.rest.find("<", self._scanned)
-        tag = TAG.match(self.rest, at) if at >= 0 else None
+        tag = MARKUP_TAG.match(self.rest, at) if at >= 0 else None
         if at < 0:
             return self._pass(len(self.rest), final)
         if not tag:
@@ -4005,11 +4038,11 @@ class TaggedInput:
         if final:
             self.cut, self.done = True, True
             self.lost = self._inner + self._functions > 0 or self._doubt
-            self._close(CUT_TAG.sub("", self.rest), False)
+            self._close(CUT_TAG.sub("", self.rest, 1), False)
             self.rest = ""
             return False
         keep = upto - len(LAST_BREAK.search(self.rest[:upto]).group())  # type: ignore[union-attr]
-        if keep > 0 and (not self._fresh or keep > 200 or "\n" in self.rest[:keep].strip("\r\n")):
+        if keep > 0 and not self._short(self.rest[:keep]):
             self._text(self.rest[:keep])
             self.rest, self._scanned = self.rest[keep:], max(0, upto - keep)
         else:
@@ -4021,18 +4054,22 @@ class TaggedInput:
             framed = FIRST_BREAK.sub("", text)
             self._framed, self._fresh, text = framed != text, False, framed
         if text:
+            self._last = text[-1]
             self.events.append(("text", text))
 
     def _close(self, text: str, closed: bool) -> None:
-        short = self._fresh and "\n" not in text.strip()
-        if not closed and short:
+        if not closed and self._short(text):
             text = text.strip()
-        framed = self._framed or self._fresh and FIRST_BREAK.match(text)
+        framed = self._framed or (self._fresh and FIRST_BREAK.match(text))
         if framed or not self._exact:
             text = LAST_BREAK.sub("", text, 1)
         self._text(text)
         self.events.append(("end", ""))
         self._closer = None
+
+    def _short(self, text: str) -> bool:
+        """Tell a value of one line of which nothing has gone out yet."""
+        return self._fresh and len(text) <= MAX_SHORT_CHARS and "\n" not in text.strip("\r\n")
 
     def _ends(self, tag: re.Match[str], final: bool) -> Optional[bool]:
         """Decide whether the value ends at a tag; None while that is open."""
@@ -4049,7 +4086,8 @@ class TaggedInput:
             if known and not self._inner and not self._functions:
                 return True
             self._inner += 1
-        elif label in CALL_TAGS and self.rest[tag.start() - 1:tag.start()] in ("\n", "", ">"):
+        elif label in CALL_TAGS and (
+                self.rest[tag.start() - 1] if tag.start() else self._last) in ("\n", "", ">"):
             if not self._nested:
                 return True
             self._doubt = self._doubt or value is not None
@@ -4072,30 +4110,30 @@ class TaggedInput:
     def _followed(self, at: int, final: bool, outer: bool) -> Optional[bool]:
         """Check that after a closing tag comes what may follow it: a tag or the end."""
         closed = at
-        at = BLANK.match(self.rest, at).end()  # type: ignore[union-attr]
+        at = skip_blank(self.rest, at)
         if at >= len(self.rest):
             return True if final else None
-        tag = TAG.match(self.rest, at)
+        tag = MARKUP_TAG.match(self.rest, at)
         if not tag:
             partial = TAG_START.match(self.rest, at)
-            self._doubt = self._doubt or not partial and not outer
-            line = (self._fresh and "\n" in self.rest[closed:at]
-                    and "\n" not in self.rest[:self._scanned].strip())
+            self._doubt = self._doubt or (not partial and not outer)
+            line = "\n" in self.rest[closed:at] and self._short(self.rest[:self._scanned])
             return (True if final else None) if partial else line or self._closer == self._label
         label = tag_label(tag)
         if tag.group(1):
             return label in CALL_TAGS or label == self._label or label in SEPARATOR_TAGS
         known = label in ("parameter", "param", "arg_key", "argument", "arg")
         child = parameter_for(label, properties_of(self._tool.schema), self._keys) or (
-            label in EXTRA_TAGS or self._fresh and "\n" not in self.rest[:at].strip())
-        return label in CALL_TAGS or not outer and (known or bool(child))
+            label in EXTRA_TAGS or self._short(self.rest[:self._scanned]))
+        return label in CALL_TAGS or (not outer and (known or bool(child)))
 
 
+VALUE_BREAK = Pattern(r"[<\r\n]")
 EXTRA_TAGS = ("line_count", "task_progress", "requires_approval")
 ARG_KEY = Pattern(r"<arg_key>([^<]{0,128})</arg_key>\s*<arg_value>")
 FIRST_BREAK = Pattern(r"\A\r?\n")
 LAST_BREAK = Pattern(r"(?:\r?\n|\r)?\Z")
-CUT_TAG = Pattern(r"\s*<?/?(?:</?[a-z_=]{0,20})?\Z")
+CUT_TAG = Pattern(r"(?:</?[^\s<>]{0,20})?\Z")
 
 
 class JsonInput:
@@ -4121,8 +4159,12 @@ class JsonInput:
             self.done = True
             self.cut = self._step == self._string or bool(self.rest.strip(" \t\r\n}"))
 
+    def passes(self, text: str) -> bool:
+        """As in TaggedInput."""
+        return self._step == self._string and not self.rest and not STRING_BREAK.search(text)
+
     def _member(self, final: bool) -> bool:
-        match = MEMBER.match(self.rest)
+        match = JSON_MEMBER.match(self.rest)
         if not match:
             self.done = self.cut = not MEMBER_BEGIN.fullmatch(self.rest)
             return False
@@ -4130,7 +4172,7 @@ class JsonInput:
         if match.group(1) is None:
             self._step = self._tail
             return True
-        self.events.append(("key", loads(match.group(1)) or ""))
+        self.events.append(("key", loose_json(match.group(1)) or ""))
         if self.rest[0] == '"':
             self.rest, self._step = self.rest[1:], self._string
         else:
@@ -4146,7 +4188,7 @@ class JsonInput:
             half = match.group(1) and "d800" <= match.group(1).lower() < "dc00"
             if half and len(self.rest) < match.end() + 6 and not final:
                 return self._piece(match.start())
-            pair = ESCAPE.match(self.rest, match.end()) if half else None
+            pair = JSON_ESCAPE.match(self.rest, match.end()) if half else None
             self._piece(match.start())
             halves = unescaped(match) + (unescaped(pair) if pair and pair.group(1) else "")
             used = (pair if pair and pair.group(1) else match).end() - match.start()
@@ -4178,7 +4220,7 @@ class JsonInput:
         return end >= 0 and self._value(end)
 
     def _scalar(self, final: bool) -> bool:
-        match = SCALAR.match(self.rest)
+        match = JSON_SCALAR.match(self.rest)
         return bool(match) and self._value(match.end())  # type: ignore[union-attr]
 
     def _value(self, end: int) -> bool:
@@ -4193,11 +4235,12 @@ class JsonInput:
         return False
 
 
-MEMBER = Pattern(r"""\s*,?\s*(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?=\S)|\})""")
+STRING_BREAK = Pattern(r'["\\]')
+JSON_MEMBER = Pattern(r"""\s*,?\s*(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?=\S)|\})""")
 MEMBER_BEGIN = Pattern(r"""\s*,?\s*(?:["'][^"'\\\n]{0,128}(?:["']\s*(?::\s*)?)?)?""")
 STRING_END_OPEN = Pattern(
     r"\s*(?:,?\s*\}?\s*|,\s*[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)\Z")
-SCALAR = Pattern(r"[^,}\]\n]{1,64}(?=[,}\]\n])")
+JSON_SCALAR = Pattern(r"[^,}\]\n]{1,64}(?=[,}\]\n])")
 CALL_TAIL = Pattern(r'\s*(?:,\s*"[^"\n]{0,64}"\s*:\s*"?[^"{}\n]{0,128}"?\s*)?\}')
 CALL_TAIL_BEGIN = Pattern(r'\s*(?:,\s*(?:"[^"\n]{0,64}(?:"\s*(?::\s*"?[^"{}\n]{0,128}"?\s*)?)?)?)?')
 CANONICAL = Pattern(r'\s*\{\s*"name"\s*:\s*"([^"\\\n]{1,128})"\s*,\s*'
@@ -4216,7 +4259,7 @@ class InputWriter:
         self._taken: List[str] = []
         self._held: Optional[List[str]] = None
         self._name = self._key = ""
-        self.known = False
+        self.known = self.streaming = False
 
     def write(self, events: Iterable[Tuple[str, str]]) -> str:
         return "".join(getattr(self, "_on_" + kind)(text) for kind, text in events)
@@ -4230,7 +4273,7 @@ class InputWriter:
                       else parameter_for(key, self._properties, self._taken) or "")
         streams = self._name and types_of(self._properties[self._name]) == ["string"] \
             and "enum" not in self._properties[self._name]
-        self._held = None if streams else []
+        self._held, self.streaming = None if streams else [], bool(streams)
         return self._member(self._name) + '"' if streams else ""
 
     def _member(self, name: str) -> str:
@@ -4245,10 +4288,11 @@ class InputWriter:
         return ""
 
     def _on_end(self, _: str) -> str:
+        self.streaming = False
         return '"' if self._held is None else self._whole("".join(self._held))
 
     def _on_value(self, text: str) -> str:
-        value = loads(text)
+        value = loose_json(text)
         if self._held is None:
             written = string_from(value, self._name) if value is not None else ""
             return json.dumps(written)[1:] if written is not None else '"'
@@ -4263,14 +4307,15 @@ class InputWriter:
 
 # ------------------------------ where a call begins ------------------------------
 
-WAIT = "wait"
+# What a look at the text can say besides a head: more must come, read on, no call (None).
+MORE, READ_ON = "wait", "on"
 
 
 class Head(NamedTuple):
     """What opens a call: its rule, the tool's name where known, the body and its start.
 
-    body is json, python, tags, raw (one parameter's text) or line; fence is the mark of
-    the code block that it stands in.
+    body is json, python, tags, raw:TAG (one parameter's text up to that closing tag) or line;
+    fence is the mark of the code block that it stands in.
     """
 
     rule: str
@@ -4280,235 +4325,239 @@ class Head(NamedTuple):
     fence: str = ""
 
 
-class HeadReader:
-    """Reads what stands before a call's body."""
+Verdict = Union[str, Head, None]
 
-    def __init__(self, tools: Mapping[str, Tool]) -> None:
-        self._tools = tools
 
-    def read(self, text: str, at: int, line_start: bool) -> Union[None, str, Head]:
-        """Return the head at a position, WAIT where it may still come, or None."""
-        fence = FENCE.match(text, at) if line_start else None
-        if fence:
-            head = self._head(text, fence.end(), True)
-            return head._replace(fence=fence.group(1)) if isinstance(head, Head) else head
-        if line_start and FENCE_START.match(text, at):
-            return WAIT
-        return self._head(text, at, line_start)
+def find_head(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]) -> Verdict:
+    """Return the head of a call at a position, MORE where it may still come, or None."""
+    if not line_start:
+        return read_opening(text, at, False, tools)
+    fence = FENCE_OPEN.match(text, at)
+    if fence:
+        head = read_opening(text, fence.end(), True, tools)
+        return head._replace(fence=fence.group(1)) if isinstance(head, Head) else head
+    return MORE if FENCE_START.match(text, at) else read_opening(text, at, True, tools)
 
-    def _head(self, text: str, at: int, line_start: bool) -> Union[None, str, Head]:
-        blank = BLANK.match(text, at)
-        at = blank.end() if blank else at
-        begin = text[at:at + 32].lower()
-        if not begin:
-            return WAIT
-        if begin[0] == "<":
-            return self._inside(text, at, "")
-        for word in OPENING_WORDS:
-            if line_start or word[0] == "[":
-                if begin.startswith(word):
-                    return self._inside(text, at + len(word), RULES[word])
-                if len(begin) < len(word) and word.startswith(begin):
-                    return WAIT
-        if not line_start:
-            return None
-        if begin[0] in "{[":
-            return self._bracket(text, at, "json")
-        return self._named(text, at)
 
-    def _named(self, text: str, at: int) -> Union[None, str, Head]:
-        """Read a tool's own name at the start of a line: Read(…) or Read, then {…}."""
-        printed = PRINT.match(text, at)
-        at = printed.end() if printed else at
-        name = TOOL_NAME.match(text, at)
-        if not name:
-            return None
-        rest = text[name.end():name.end() + 8]
-        if name.group(1) in self._tools:
-            body = NAMED_BODY.match(rest)
-            if body:
-                python = rest[body.end()] == "("
-                return Head("named", name.group(1), "python" if python else "json",
-                            at if python else name.end() + body.end())
-            return WAIT if NAMED_BEGUN.fullmatch(rest) else None
-        known = any(tool.startswith(name.group(1)) for tool in self._tools) or any(
-            space.startswith(name.group()) for space in ("default_api.", "functions.", "print("))
-        return WAIT if known and not rest else None
+def read_opening(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]) -> Verdict:
+    """Read an opener: a tag, a word of TOOL_FORMATS, brackets or a tool's own name."""
+    at = skip_blank(text, at)
+    begin = text[at:at + 32].lower()
+    if not begin:
+        return MORE
+    if begin[0] == "<":
+        return HeadScan(text, at, "", tools).run()
+    for word in OPENING_WORDS if begin[0] in OPENING_LETTERS else ():
+        if line_start or word[0] == "[":
+            if begin.startswith(word):
+                return HeadScan(text, at + len(word), RULES[word], tools).run()
+            if word.startswith(begin):
+                return MORE
+    if line_start and begin[0] in "{[":
+        return read_bracket(text, at, "json", tools)
+    return read_own_name(text, at, tools) if line_start else None
 
-    def _bracket(self, text: str, at: int, rule: str) -> Union[None, str, Head]:
-        """Judge by the first key, or the first name, whether brackets may hold a call."""
-        rest = text[at:at + MAX_HEADER_CHARS]
-        python = PYTHON_NAME.match(rest)
-        if python:
-            return Head("pythonic", "", "python", at) if rest[0] == "[" and \
-                resolve_tool(python.group(1), self._tools) else None
-        key = FIRST_KEY.match(rest)
-        if not key:
-            begun = FIRST_KEY_START.fullmatch(rest) or LIST_BEGUN.fullmatch(rest)
-            return WAIT if begun else None
-        word, value, quoted = plain(key.group(1)), key.group(2), rest[key.end(1):]
-        if key.group(1) in self._tools and "{" in quoted:
-            return Head(rule, "", "json", at)
-        if word in NAME_KEYS or word == "type":
-            if value is None:
-                opened = rest[key.end():key.end() + 1]
-                cut = opened in "\"'`“" and not key.group(3) and "\n" not in rest[key.end() + 1:]
-                return WAIT if cut and len(rest) - key.end() < 130 else \
-                    Head(rule, "", "json", at) if opened == "{" else None
-            fits = plain(value) in CALL_TYPES if word == "type" else tools_meant(value, self._tools)
-            return Head(rule, "", "json", at) if fits else None
-        held = word in NESTED_KEYS and rest[key.end():key.end() + 1] == "{" or word in ARGUMENT_KEYS or word in LEADING_KEYS or word in LIST_KEYS
-        return Head(rule, "", "json", at) if held else None
 
-    def _inside(self, text: str, at: int, rule: str) -> Union[None, str, Head]:
-        """Read on behind an opener: further tags, the name, separators, to the body."""
-        name, start, after_input, named_at, openers = "", at, False, at, 0
-        while at - start < MAX_HEADER_CHARS:
-            blank = BLANK.match(text, at)
-            at = blank.end() if blank else at
-            if at == len(text):
-                return WAIT
-            tag = TAG.match(text, at)
-            if tag:
-                label, value = tag_label(tag), tag_value(tag)
-                head = self._tag(text, tag, label, value, rule, name)
-                if head is not None or tag.group(1) and not name:
-                    return head
-                if not (label in SEPARATOR_TAGS and (rule or name) or label in CALL_TAGS):
-                    return None
-                openers += label in CALL_TAGS
-                if openers > MAX_OPENERS:
-                    return None
-                rule, after_input = rule or RULES[label], label in ("tool_input", "input")
-                at = tag.end()
-                continue
-            if text[at] == "<":
-                begun = TAG_START.match(text, at)
-                return WAIT if begun and (rule or self._may_open(begun.group())) else None
-            step = SEPARATOR.match(text, at) or PRINT.match(text, at)
-            if step:
-                at, after_input = step.end(), step.group().lower() in INPUT_WORDS
-                continue
-            if any(word.startswith(text[at:at + 20].lower()) for word in (*INPUT_WORDS, "```")):
-                return WAIT
-            if text[at] in "{[(":
-                if text[at] == "[" and len(text) - at < 9 and any(
-                        word.startswith(text[at:].lower()) for word in ("[args]", "[call_id]")):
-                    return WAIT
-                python = text[at] == "(" and name
-                return self._body(text, named_at if python else at, rule, name)
-            word = NAME.match(text, at)
-            if after_input and name:
-                return Head(rule, name, "line", at) if resolve_tool(name, self._tools) else None
-            if not word:
-                return None
-            if word.end() == len(text):
-                return WAIT
-            bare = word.group().rstrip(":.")
-            if bare.lower() not in FILLERS or bare in self._tools:
-                if name or not resolve_tool(bare, self._tools):
-                    return None
-                name, named_at = bare, word.start()
-            at = word.start() + len(bare)
+def read_own_name(text: str, at: int, tools: Mapping[str, Tool]) -> Verdict:
+    """Read a tool's own name at the start of a line: Read(…), or Read and then {…}."""
+    printed = PRINT_CALL.match(text, at)
+    at = printed.end() if printed else at
+    name = TOOL_NAME.match(text, at)
+    if not name:
         return None
+    rest = text[name.end():name.end() + 8]
+    if name.group(1) in tools:
+        body = NAMED_BODY.match(rest)
+        if not body:
+            return MORE if NAMED_BEGUN.fullmatch(rest) else None
+        python = rest[body.end()] == "("
+        return Head("named", name.group(1), "python" if python else "json",
+                    at if python else name.end() + body.end())
+    begun = any(tool.startswith(name.group(1)) for tool in tools) or any(
+        space.startswith(name.group()) for space in ("default_api.", "functions.", "print("))
+    return MORE if begun and not rest else None
 
-    def _may_open(self, begun: str) -> bool:
-        """Tell whether a tag that is cut in its name may open a call."""
-        name = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())[0]
-        bare = TAG_NAMESPACE.sub("", name)
-        known = [*CALL_TAGS, *(plain_word for kind in TOOL_KINDS for plain_word in kind.names.split()),
-                 *map(str.lower, self._tools)]
-        return any(word.startswith(bare) for word in known) or any(
-            space.startswith(name) for space in TAG_NAMESPACES)
 
-    def _body(self, text: str, at: int, rule: str, name: str) -> Union[None, str, Head]:
-        if name:
-            known = resolve_tool(name, self._tools)
-            return Head(rule, name, "json" if text[at] in "{[" else "python", at) if known else None
-        if text[at] == "(":
+def read_bracket(text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> Verdict:
+    """Judge by the first key, or the first name, whether brackets may hold a call."""
+    rest = text[at:at + MAX_HEADER_CHARS]
+    python = PYTHON_NAME.match(rest)
+    if python:
+        listed = rest[0] == "[" and resolve_tool(python.group(1), tools)
+        return Head("pythonic" if rule == "json" else rule, "", "python", at) if listed else None
+    key = FIRST_KEY.match(rest)
+    if not key:
+        begun = FIRST_KEY_START.fullmatch(rest) or LIST_BEGUN.fullmatch(rest)
+        return MORE if begun else None
+    word, follows = plain_name(key.group(1)), rest[key.end():key.end() + 1]
+    held = word in ARGUMENT_KEYS or word in LEADING_KEYS or word in LIST_KEYS
+    if word in NAME_KEYS or word == "type":
+        if key.group(2) is None:
+            cut = follows in CLOSING_QUOTES and key.end() + 130 > len(rest) and (
+                "\n" not in rest[key.end():])
+            return MORE if cut else Head(rule, "", "json", at) if follows == "{" else None
+        held = plain_name(key.group(2)) in CALL_TYPES if word == "type" else bool(
+            tools_meant(key.group(2), tools))
+    elif follows == "{":
+        held = held or word in NESTED_KEYS or key.group(1) in tools
+    return Head(rule, "", "json", at) if held else None
+
+
+class HeadScan:
+    """Reads on behind an opener: further tags, the name, separators, up to the body."""
+
+    def __init__(self, text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> None:
+        self._text, self._at, self._rule, self._tools = text, at, rule, tools
+        self._name, self._named_at, self._openers, self._line = "", at, 0, False
+
+    def run(self) -> Verdict:
+        limit, verdict = self._at + MAX_HEADER_CHARS, READ_ON  # type: Tuple[int, Verdict]
+        while verdict == READ_ON:
+            self._at = skip_blank(self._text, self._at)
+            if self._at == len(self._text):
+                return MORE
+            tag = MARKUP_TAG.match(self._text, self._at)
+            verdict = self._tag(tag) if tag else self._word() if self._at < limit else None
+        return verdict
+
+    def _tag(self, tag: re.Match[str]) -> Verdict:
+        label, value, closing = tag_label(tag), tag_value(tag), bool(tag.group(1))
+        if closing and not self._name:
             return None
-        head = self._bracket(text, at, rule)
-        return head._replace(rule=rule) if isinstance(head, Head) else head
-
-    def _tag(self, text: str, tag: re.Match[str], label: str, value: Optional[str], rule: str,
-             name: str) -> Union[None, str, Head]:
-        """Read a tag that names the tool, or a parameter's tag behind the name."""
-        if name and not tag.group(1) and label not in SEPARATOR_TAGS and label not in CALL_TAGS:
-            return Head(rule, name, "tags", tag.start())
-        named = value if label in CALL_TAGS and value else ""
-        if not tag.group(1) and not named and label not in CALL_TAGS and not name:
-            named = tag.group(2) if tag.group(3) is None else ""
-        if not named or tag.group(1) or not resolve_tool(named, self._tools):
+        known = label in CALL_TAGS or (label in SEPARATOR_TAGS and bool(self._rule))
+        if self._name and not closing and not known:
+            return Head(self._rule, self._name, "tags", tag.start())
+        bare = not known and tag.group(3) is None and not self._name
+        named = value if label in CALL_TAGS and value else tag.group(2) if bare else ""
+        if named and not closing and resolve_tool(named, self._tools):
+            return self._tagged(tag, label, named)
+        self._openers += label in CALL_TAGS
+        if not known or self._openers > MAX_OPENERS:
             return None
-        rule = rule if rule and rule != "tool_call" else RULES.get(label, "tag_name")
-        at = tag.end()
-        blank = BLANK.match(text, at)
-        begin = text[blank.end():blank.end() + 1] if blank else ""
+        self._rule = self._rule or RULES[label]
+        self._at, self._line = tag.end(), label in ("tool_input", "input")
+        return READ_ON
+
+    def _tagged(self, tag: re.Match[str], label: str, name: str) -> Verdict:
+        """Read behind a tag that names the tool."""
+        rule = self._rule if self._rule not in ("", "tool_call") else RULES.get(label, "tag_name")
+        at = skip_blank(self._text, tag.end())
+        begin = self._text[at:at + 1]
         if not begin:
-            return WAIT
-        if begin in "{<":
-            return Head(rule, named, "json" if begin == "{" else "tags", blank.end() if blank else at)
-        return Head(rule, named, "raw:" + label, at)
+            return MORE
+        if begin == "{":
+            return Head(rule, name, "json", at)
+        return Head(rule, name, "tags" if begin == "<" else "raw:" + label, tag.end())
+
+    def _word(self) -> Verdict:
+        text, at = self._text, self._at
+        rest = text[at:at + 20].lower()
+        if rest[0] == "<":
+            begun = TAG_START.match(text, at)
+            return MORE if begun and (self._rule or may_open(begun.group(), self._tools)) else None
+        step = SEPARATOR.match(text, at) or PRINT_CALL.match(text, at)
+        if step:
+            self._at, self._line = step.end(), step.group().lower() in INPUT_WORDS
+            return READ_ON
+        if any(word.startswith(rest) for word in CUT_SEPARATORS):
+            return MORE
+        if rest[0] in "{[(":
+            return self._body(rest[0])
+        if self._line and self._name:
+            return Head(self._rule, self._name, "line", at)
+        return self._tool_name()
+
+    def _body(self, opened: str) -> Verdict:
+        if not self._name:
+            return None if opened == "(" else read_bracket(
+                self._text, self._at, self._rule, self._tools)
+        python = opened == "("
+        return Head(self._rule, self._name, "python" if python else "json",
+                    self._named_at if python else self._at)
+
+    def _tool_name(self) -> Verdict:
+        word = TOOL_WORD.match(self._text, self._at)
+        if not word or word.end() == len(self._text):
+            return MORE if word else None
+        bare = word.group().rstrip(":.")
+        if bare.lower() not in FILLERS or bare in self._tools:
+            if self._name or not resolve_tool(bare, self._tools):
+                return None
+            self._name, self._named_at = bare, self._at
+        self._at += len(bare)
+        return READ_ON
+
+
+def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
+    """Tell whether a tag that is cut in its name may open a call."""
+    name = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())[0]
+    bare = TAG_NAMESPACE.sub("", name)
+    words = [*CALL_TAGS, *(word for kind in TOOL_KINDS for word in kind.names.split()), *tools]
+    return any(word.lower().startswith(bare) for word in words) or any(
+        space.startswith(name) for space in TAG_NAMESPACES)
 
 
 # ------------------------------ call or example ------------------------------
 
 FIRST_PERSON = Pattern(
-    r"\b(?:I['’]ll|I will|I['’]m (?:now )?(?:going to|about to)|I am (?:now )?(?:going to|about to)|"
-    r"let me|let['’]s|let us|we['’]ll|we will|I (?:now |first |also |just )?(?:need|want|have|must|"
-    r"should|can) (?:to )?(?:now |first )?|(?:now|next|first|then|so),? I\b|I['’]m (?:now )?\w+ing|"
+    r"\b(?:I.ll|I will|I.m (?:now )?(?:going to|about to)|I am (?:now )?(?:going to|about to)|"
+    r"let me|let.s|let us|we.ll|we will|I (?:now |first |also |just )?(?:need|want|have|must|"
+    r"should|can) (?:to )?(?:now |first )?|(?:now|next|first|then|so),? I\b|I.m (?:now )?\w+ing|"
     r"I am (?:now )?\w+ing)(?!\s+(?:not|never|show you|explain|demonstrate|illustrate)\b)", re.I)
-ASSENT = Pattern(
+ASSENT_ONLY = Pattern(
     r"\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right|got it|understood|alright|"
     r"all right|absolutely|done|great|no problem|will do|on it|definitely|gladly|here (?:it is|"
     r"you go|we go)|one moment|working on it)\W*){1,4}", re.I)
-NOUNS = (r"(?:file|script|config|app|project|folder|director|test|page|module|program|code|func|"
+FILE_NOUNS = (
+    r"(?:file|script|config|app|project|folder|director|test|page|module|program|code|func|"
          r"class|data|input|entr|value|content|text|usage file|env|yaml|json|site|package|repo)")
 # Words that make what follows no call, whatever else the sentence says.
 NO_CALL_BEFORE = Pattern(
-    r"\bexamples?\b(?![._/-]\w|\s+" + NOUNS + r")|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
-    r"\billustrat\w+|\bdemonstrat\w+|\bpseudo|\bimagine\b|\bsuppose\b|\bpretend\b|\bnot a (?:real|"
-    r"tool) \w*|\b(?:you|one|users?|developers?|someone|people|models?|agents?|assistants?|clients?|"
-    r"he|she|they)(?:['’]d| (?:can|could|would|should|might|may|must|needs? to|has to|have to|will))\b|"
-    r"\b(?:I|we|it|this|that|which|call|one)(?:['’]d| would)\b(?! like)|\bwould (?:look|be|have)\b|"
-    r"\b(?:don['’]t|do not|does(?: not|n['’]t)|never|avoid|cannot|can['’]t|won['’]t|will not|"
-    r"wouldn['’]t|should(?: not|n['’]t)|must(?: not|n['’]t)|unable|refus\w+|not (?:going|allowed|"
-    r"able|permitted) to|rather than|beware|warning|forbidden|declin\w+|instead of|didn['’]t|did not)\b",
+    r"\bexamples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
+    r"\billustrat\w+|\bdemonstrat\w+|\bpseudo|\bimagine\b|\bsuppose\b|\bpretend\b|"
+    r"\bnot a (?:real|tool) \w*|\b(?:you|one|users?|developers?|someone|people|models?|agents?|"
+    r"assistants?|clients?|he|she|they)(?:.d| (?:can|could|would|should|might|may|must|needs? to|"
+    r"has to|have to|will))\b|\b(?:I|we|it|this|that|which|call|one)(?:.d| would)\b(?! like)|"
+    r"\bwould (?:look|be|have)\b|\b(?:don.t|do not|does(?: not|n.t)|never|avoid|cannot|can.t|"
+    r"won.t|will not|wouldn.t|should(?: not|n.t)|must(?: not|n.t)|unable|refus\w+|not (?:going|"
+    r"allowed|able|permitted) to|rather than|beware|warning|forbidden|declin\w+|instead of|"
+    r"didn.t|did not)\b",
     re.I)
 # Words that make it no call where nobody says "I will" in the same sentence.
 DOUBT_BEFORE = Pattern(
     r"\b(?:format|syntax|schema|template|notation|sample|specification|usage)\b|"
     r"\blooks? (?:something )?like\b|\blike (?:this|so)\b|\bas follows\b|\b(?:explain|describ|"
-    r"represent|document|consider|not(?:e|ice) that|means?\b)\w*|"
-    r"\b(?:earlier|previous(?:ly)?|last (?:time|turn|call|step|week)|already|yesterday|ago|history|"
-    r"logs?|logged|transcript|session)\b|\b(?:was|were|been|got) (?:\w+ )?(?:called|sent|used|made|"
-    r"run|executed|written|generated|produced|returned|logged|rejected|recorded|issued)\b|"
-    r"\b(?:I|we|you|he|she|they|it|users?|models?|assistant|agent|server|tool|api|client|colleague|"
-    r"system|other \w+)\s+(?:\w+ly |just |then |has |had |have )?(?:called|ran|sent|used|made|wrote|"
+    r"represent|document|consider|not(?:e|ice) that|means?\b)\w*|\b(?:earlier|previous(?:ly)?|"
+    r"last (?:time|turn|call|step|week)|already|yesterday|ago|history|logs?|logged|transcript|"
+    r"session)\b|\b(?:was|were|been|got) (?:\w+ )?(?:called|sent|used|made|run|executed|written|"
+    r"generated|produced|returned|logged|rejected|recorded|issued)\b|\b(?:I|we|you|he|she|they|"
+    r"it|users?|models?|assistant|agent|server|tool|api|client|colleague|system|"
+    r"other \w+)\s+(?:\w+ly |just |then |has |had |have )?(?:called|ran|sent|used|made|wrote|"
     r"said|replied|answered|returned|emitted|produced|tried|got|received|printed|posted|outputs?|"
-    r"returns?|sends?|emits?|produces?|writes?|says?|prints?|responds?|asked for|pasted|quoted)\b|"
-    r"\b(?:contents?|contains?|data|config(?:uration)?|json|payload|object|record|entry|entries|"
-    r"snippet|response|result|output|answer|documentation|docs|readme|manual|definition|message|"
-    r"block|quote|values?|row|document)\b(?: (?:of|from|in|for|at|is|was|are|were|says?|shows?|reads?|"
-    r"holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b", re.I)
+    r"returns?|sends?|emits?|produces?|writes?|says?|prints?|responds?|asked for|pasted|"
+    r"in_quotes)\b|\b(?:contents?|contains?|data|config(?:uration)?|json|payload|object|record|"
+    r"entry|entries|snippet|response|result|output|answer|documentation|docs|readme|manual|"
+    r"definition|message|block|quote|values?|row|document)\b(?: (?:of|from|in|for|at|is|was|are|"
+    r"were|says?|shows?|reads?|holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b", re.I)
 # Words behind it that take it back, looked for in the first sentences.
 NO_CALL_AFTER = Pattern(
-    r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|some) "
-    r"(?:\w+ )?(?:examples?|illustration|sample|template|placeholder|demonstration|sketch|quot\w+)\b|"
-    r"\b(?:is|was|are|were|just|only|purely) (?:for )?(?:illustrat\w+|demonstration|hypothetical)|"
-    r"\b(?:this|that|these|those|it|above|which|call)\b(?: \w+){0,3} (?:is|was|are|were|shows?|would|"
-    r"illustrat\w+|demonstrat\w+|represents?|describes?|explains?)\b[^.!?\n]{0,80}\b(?:format|syntax|"
-    r"how (?:a|the|you|to|it|tool)|examples?|looks? like|template|schema|structure|earlier|previous|"
-    r"last|documentation|would|from|means?)\b|\b(?:that|this|it) (?:is|was) (?:how|what|the (?:format|"
-    r"syntax|data|json|content\w*|way))\b|"
-    r"\b(?:don['’]t|do not|never|not) (?:\w+ )?(?:run|execute|call|use|send|make|do) (?:it|this|that)\b|"
-    r"\b(?:have|has|had|did|was|were|is)(?: not|n['’]t) (?:\w+ ){0,2}(?:run|execute\w*|call\w*|made|"
-    r"make|sent|send|real|used?)\b|\bnot (?:been )?(?:run|executed|called|sent|a real)\b|"
-    r"\b(?:shall|should) I (?:run|execute|call|proceed|go|do|make|send|use)|"
-    r"\b(?:want|like) me to (?:run|execute|call|proceed|go ahead|send|do (?:it|this|that)|make)|"
-    r"\b(?:if|once|when|after|until) you(?:['’]ve)? (?:approve|confirm|agree|give)|\bplaceholder|"
-    r"\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|could|would|should|might|must|"
-    r"need to|may) (?:then |also )?(?:use|call|send|write|emit|adapt|replace|copy|paste|invoke)", re.I)
+    r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|"
+    r"some) (?:\w+ )?(?:examples?|illustration|sample|template|placeholder|demonstration|sketch|"
+    r"quot\w+)\b|\b(?:is|was|are|were|just|only|purely) (?:for )?(?:illustrat\w+|demonstration|"
+    r"hypothetical)|\b(?:this|that|these|those|it|above|which|call)\b(?: \w+){0,3} (?:is|was|are|"
+    r"were|shows?|would|illustrat\w+|demonstrat\w+|represents?|describes?|"
+    r"explains?)\b[^.!?\n]{0,80}\b(?:format|syntax|how (?:a|the|you|to|it|tool)|examples?|"
+    r"looks? like|template|schema|structure|earlier|previous|last|documentation|would|from|"
+    r"means?)\b|\b(?:that|this|it) (?:is|was) (?:how|what|the (?:format|syntax|data|json|"
+    r"content\w*|way))\b|\b(?:don.t|do not|never|not) (?:\w+ )?(?:run|execute|call|use|send|make|"
+    r"do) (?:it|this|that)\b|\b(?:have|has|had|did|was|were|is)(?: not|n.t) (?:\w+ ){0,2}(?:run|"
+    r"execute\w*|call\w*|made|make|sent|send|real|used?)\b|\bnot (?:been )?(?:run|executed|"
+    r"called|sent|a real)\b|\b(?:shall|should) I (?:run|execute|call|proceed|go|do|make|send|"
+    r"use)|\b(?:want|like) me to (?:run|execute|call|proceed|go ahead|send|do (?:it|this|that)|"
+    r"make)|\b(?:if|once|when|after|until) you(?:.ve)? (?:approve|confirm|agree|give)|"
+    r"\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|could|would|"
+    r"should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|adapt|replace|"
+    r"copy|paste|invoke)", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
 THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
@@ -4541,7 +4590,7 @@ def first_words(after: str) -> str:
 def announced(before: str) -> bool:
     """Tell prose that says in the first person, or by a word of assent, that a call comes."""
     last = paragraphs(before)[-2:]
-    assent = bool(last) and ASSENT.fullmatch(last[-1])
+    assent = bool(last) and ASSENT_ONLY.fullmatch(last[-1])
     return bool(assent) or any(FIRST_PERSON.search(part) for part in last)
 
 
@@ -4563,7 +4612,8 @@ def well_placed(line: str) -> bool:
     """Tell whether a marker stands where a call may: not in code, quotes or mid-sentence."""
     if not line.strip():
         return True
-    if line[0] == ">" or line.count("`") % 2 or line.count('"') % 2 or line.rstrip()[-1] in "'\"“‘`(":
+    in_quotes = line.count("`") % 2 or line.count('"') % 2 or line.rstrip()[-1] in "'\"“‘`("
+    if line[0] == ">" or in_quotes:
         return False
     if line.rstrip()[-1] in SENTENCE_MARKS:
         return True
@@ -4575,7 +4625,7 @@ def is_call(found: Found, after: str, last: bool) -> bool:
     if ruled_out_before(found.before) or NO_CALL_AFTER.search(first_words(after)):
         return False
     if found.kind == "fenced":
-        return found.first and last or announced(found.before)
+        return (found.first and last) or announced(found.before)
     if found.kind == "bare":
         return found.first or last or announced(found.before)
     mid_sentence = found.line and found.line.rstrip()[-1:] not in SENTENCE_MARKS
@@ -4597,9 +4647,11 @@ class ToolTextParser:
                  enabled: bool = True) -> None:
         self._tools, self._streams = tools, stream_inputs
         self._enabled = enabled and bool(tools)
-        self._heads = HeadReader(tools)
         self._step: Callable[[bool], bool] = self._prose
-        self._text = self._later = ""
+        self._text = ""
+        self._later: List[str] = []
+        self._asleep: List[str] = []
+        self._wake: Optional[Pattern] = None
         self._out: List[Delta] = []
         self._queue: List[Union[str, Found]] = []
         self._behind = 0
@@ -4616,12 +4668,18 @@ class ToolTextParser:
         """Take a piece of the answer's text."""
         if not text or not self._enabled:
             return [TextDelta(text)] if text else []
-        if (self._mid_line and self._shown and not self._text and not self._queue
+        if self._wake:
+            if not self._wake.search(text):
+                self._asleep.append(text)
+                return []
+        elif self._step == self._stream and self._writer.streaming and self._reader.passes(text):
+            return [CallInput(json.dumps(text)[1:-1])]
+        elif (self._mid_line and self._shown and not self._text and not self._queue
                 and not self._thought and not self._adjacent and self._step == self._prose
-                and not SIGN.search(text)):
+                and not CALL_SIGN.search(text)):
             self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
             return [TextDelta(text)]
-        self._later = text
+        self._asleep.append(text)
         return self._run(False)
 
     def native(self, name: str, arguments: Any) -> List[Delta]:
@@ -4671,15 +4729,24 @@ class ToolTextParser:
 
     def _run(self, final: bool) -> List[Delta]:
         """Take steps while there is text, a bounded piece at a time."""
-        while True:
+        self._put_back("".join(self._asleep))
+        self._asleep = []
+        while self._later:
+            self._text += self._later.pop()
             while self._step(final and not self._later):
                 pass
-            if not self._later:
-                break
-            piece, self._later = self._later[:MAX_STEP_CHARS], self._later[MAX_STEP_CHARS:]
-            self._text = self._text + piece if self._text else piece
+        while final and self._step(True):
+            while self._later:
+                self._text += self._later.pop()
+                while self._step(not self._later):
+                    pass
         out, self._out = self._out, []
         return out
+
+    def _put_back(self, text: str) -> None:
+        """Keep text that is still to be looked at, in bounded pieces, the first on top."""
+        starts = range(0, len(text), MAX_STEP_CHARS)
+        self._later += [text[at:at + MAX_STEP_CHARS] for at in reversed(starts)]
 
     # Prose: text passes until a call may begin.
 
@@ -4689,40 +4756,41 @@ class ToolTextParser:
         text, at = self._text, 0
         while True:
             if not self._mid_line:
-                at = INDENT.match(text, at).end()  # type: ignore[union-attr]
+                at = LINE_INDENT.match(text, at).end()  # type: ignore[union-attr]
                 if at == len(text):
                     break
                 self._mid_line = text[at] != "\n"
                 if not self._mid_line:
                     at += 1
                     continue
-                head = self._heads.read(text, at, True)
+                head = find_head(text, at, True, self._tools)
                 if self._begins(head, at, True, final):
                     return self._step != self._prose or self._text != text[at:]
                 if text[at] in "{[`~":
                     return self._quoted(at)
                 at += text[at] == "<"
-            sign = SIGN.search(text, at)
+            sign = CALL_SIGN.search(text, at)
             if not sign:
                 at = len(text)
                 break
             at = sign.end()
             if sign.group() == "\n":
                 self._mid_line = False
-            elif self._begins(self._heads.read(text, at - 1, False), at - 1, False, final):
+            elif self._begins(find_head(text, at - 1, False, self._tools), at - 1, False, final):
                 return self._step != self._prose or self._text != text[at - 1:]
         self._push(text[:at])
         self._text = text[at:]
         return False
 
-    def _begins(self, head: Union[None, str, Head], at: int, line_start: bool,
+    def _begins(self, head: Verdict, at: int, line_start: bool,
                 final: bool) -> bool:
         """Hold the text from at on when a call begins there or still may."""
-        if head is None or head == WAIT and final or self._wasted > MAX_WASTED_CHARS:
+        if head is None or (head == MORE and final) or self._wasted > MAX_WASTED_CHARS:
             return False
         if isinstance(head, Head) and head.rule == "tag_name" and not line_start:
             return False
-        line = "" if line_start else (self._before + self._text[max(0, at - 300):at]).rsplit("\n", 1)[-1]
+        before = self._before + self._text[max(0, at - 300):at]
+        line = "" if line_start else before.rsplit("\n", 1)[-1]
         self._push(self._text[:at])
         self._text = self._text[at:]
         if isinstance(head, Head) and not well_placed(line[-300:].lstrip()):
@@ -4747,9 +4815,9 @@ class ToolTextParser:
         self._step = self._brackets if head.body in ("json", "python") else \
             self._line if head.body == "line" else self._tags
         meant = tools_meant(head.name, self._tools) if head.name else []
+        line = self._found.line.rstrip()
         self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
-                            and self._found.kind == "own"
-                            and (not self._found.line or self._found.line.rstrip()[-1] in SENTENCE_MARKS)
+                            and self._found.kind == "own" and line[-1:] in SENTENCE_MARKS
                             and not ruled_out_before(self._found.before))
         if self._step == self._tags:
             raw = head.body.startswith("raw:")
@@ -4767,7 +4835,7 @@ class ToolTextParser:
     def _quoted(self, at: int) -> bool:
         """Pass data or a code block, in which nothing is a call."""
         text = self._text
-        fence = FENCE.match(text, at)
+        fence = FENCE_OPEN.match(text, at)
         if text[at] in "`~" and not fence:
             self._push(text[:at + 1])
             self._text = text[at + 1:]
@@ -4821,13 +4889,13 @@ class ToolTextParser:
         if not self._swallow(final):
             return False
         text = self._text
-        at = BLANK.match(text).end()  # type: ignore[union-attr]
+        at = skip_blank(text, 0)
         if at == len(text):
             if final:
                 self._push(text)
                 self._text = ""
             return False
-        head = self._heads.read(text, at, True)
+        head = find_head(text, at, True, self._tools)
         fenced = isinstance(head, Head) and bool(head.fence)
         if not (self._fence and fenced) and self._begins(head, at, True, final):
             return self._step != self._prose
@@ -4843,8 +4911,8 @@ class ToolTextParser:
         text, at = self._text, 0
         while True:
             match = AFTER_CALL.match(text, at)
-            blank = BLANK.match(text, at).end()  # type: ignore[union-attr]
-            tag = TAG.match(text, blank)
+            blank = skip_blank(text, at)
+            tag = MARKUP_TAG.match(text, blank)
             if match and (final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
                 at = match.end()
             elif tag and (tag_label(tag) in END_TAGS or "end" in tag_label(tag).split("_")):
@@ -4865,11 +4933,13 @@ class ToolTextParser:
 
     def _cancel_fence(self) -> None:
         """Show calls of a code block that holds more than calls."""
-        at = len(self._queue)
-        while at and isinstance(self._queue[at - 1], Found) and self._queue[at - 1].fence == self._fence:  # type: ignore[union-attr]
-            at -= 1
-        raws = "".join(item.raw for item in self._queue[at:] if isinstance(item, Found))
-        del self._queue[at:]
+        raws = ""
+        while self._queue:
+            last = self._queue[-1]
+            if not isinstance(last, Found) or last.fence != self._fence:
+                break
+            raws = last.raw + raws
+            self._queue.pop()
         self._step, self._mid_line = self._code, not raws.endswith("\n")
         self._push(raws)
 
@@ -4883,6 +4953,7 @@ class ToolTextParser:
                 self._stream_json("".join(self._pieces)):
             return True
         at, self._from = self._from, 0
+        self._wake = None if self._may_stream and self._length < MAX_HEADER_CHARS else CLOSERS
         while True:
             at = self._scan.feed(piece, at)
             if at < 0:
@@ -4890,14 +4961,14 @@ class ToolTextParser:
             length = self._length - len(piece) + at
             if length >= self._next_try:
                 self._next_try = length + max(0, length - MAX_HEADER_CHARS) // 2
-                if self._attempt(False):
+                if self._attempt(length, False):
                     return True
-        return final and self._attempt(True)
+        return final and self._attempt(self._length, True)
 
-    def _attempt(self, final: bool) -> bool:
-        """Read the held text; False when more of it must come."""
-        text, head = "".join(self._pieces), self._head
-        self._pieces = [text]
+    def _attempt(self, length: int, final: bool) -> bool:
+        """Read that much of the held text; False when more of it must come."""
+        whole, head = "".join(self._pieces), self._head
+        self._pieces, text = [whole], whole[:length]
         closed, calls = True, None
         try:
             if head.body == "python":
@@ -4906,19 +4977,19 @@ class ToolTextParser:
                 value, stop, closed = read_json(text, head.at)
                 calls = self._calls(value)
         except (ValueError, RecursionError):
-            return final and self._reject(text, final)
+            return final and self._reject(whole, final)
         if not closed and not final:
             return False
-        if calls is None or not closed and self._cut and not text[stop:].strip():
-            return self._reject(text, final)
-        return self._accept(calls, text, stop)
+        if calls is None or (not closed and self._cut and not text[stop:].strip()):
+            return self._reject(whole, final)
+        return self._accept(calls, whole, stop)
 
     def _calls(self, value: Any) -> Optional[List[Call]]:
         head = self._head
         if not head.name:
-            return calls_in(value, self._tools, head.rule)
+            return calls_from_json(value, self._tools, head.rule)
         if isinstance(value, dict) and "name" in value and value["name"] == head.name:
-            return calls_in(value, self._tools, head.rule)
+            return calls_from_json(value, self._tools, head.rule)
         call = make_call(head.name, value, self._tools, head.rule)
         return [call] if call else None
 
@@ -4928,22 +4999,24 @@ class ToolTextParser:
         reader = self._reader
         reader.feed(piece[self._from:], final)
         self._from = 0
+        self._wake = TAG_END
         if not reader.done:
             return False
         text = "".join(self._pieces)
-        if reader.lost and isinstance(reader, TaggedInput):
-            reader = self._reader.again(text[self._head.at:])
-        call = make_call(self._head.name, tagged_values(reader.events), self._tools, self._head.rule)
-        if call is None or reader.cut and self._cut:
+        if isinstance(reader, TaggedInput) and reader.lost:
+            reader = reader.again(text[self._head.at:])
+        values = tagged_values(reader.events)
+        call = make_call(self._head.name, values, self._tools, self._head.rule)
+        if call is None or (reader.cut and self._cut):
             return self._reject(text, final)
         return self._accept([call], text, len(text) - len(reader.rest))
 
     def _line(self, final: bool) -> bool:
-        match = LINE.match(self._text, self._head.at)
-        if not match or match.end() == len(self._text) and not final:
+        match = INPUT_LINE.match(self._text, self._head.at)
+        if not match or (match.end() == len(self._text) and not final):
             return False
         call = make_call(self._head.name, match.group().strip(), self._tools, self._head.rule)
-        if call is None or self._cut and match.end() == len(self._text):
+        if call is None or (self._cut and match.end() == len(self._text)):
             return self._reject(self._text, final)
         return self._accept([call], self._text, match.end())
 
@@ -4953,21 +5026,19 @@ class ToolTextParser:
         self._marks = self._fence or self._inner_mark
         self._found.fence = self._fence
         self._queue.append(self._found)
-        self._text, self._step, self._adjacent = self._put_back(text[stop:]), self._prose, True
+        self._put_back(text[stop + MAX_STEP_CHARS:])
+        self._text, self._wake = text[stop:stop + MAX_STEP_CHARS], None
+        self._step, self._adjacent = self._prose, True
         self._mid_line = True
         self._count()
         return True
 
-    def _put_back(self, text: str) -> str:
-        """Keep a bounded piece of text that is looked at again, the rest for later."""
-        self._later = text[MAX_STEP_CHARS:] + self._later
-        return text[:MAX_STEP_CHARS]
-
     def _reject(self, text: str, final: bool) -> bool:
         """Pass what was no call after all; what follows its opener is looked at again."""
         self._wasted += len(text) if final else 0
-        text = self._put_back(text)
-        fence = FENCE.match(text) if self._head.fence else None
+        self._put_back(text[MAX_STEP_CHARS:])
+        text, self._wake = text[:MAX_STEP_CHARS], None
+        fence = FENCE_OPEN.match(text) if self._head.fence else None
         self._adjacent, self._mid_line = False, True
         if self._fence:
             self._text = text
@@ -4996,6 +5067,7 @@ class ToolTextParser:
 
     def _open_stream(self, tool: Tool) -> None:
         self._tool, self._writer, self._started, self._input = tool, InputWriter(tool), False, ""
+        self._wake = None
         self._step = self._stream
 
     def _stream(self, final: bool) -> bool:
@@ -5022,13 +5094,14 @@ class ToolTextParser:
         reader = self._reader
         if not self._started:
             return self._unstream()
-        if reader.lost or reader.cut and (self._cut or isinstance(reader, JsonInput)):
+        if reader.lost or (reader.cut and (self._cut or isinstance(reader, JsonInput))):
             self._out.append(CallEnd(False))
         else:
             self._found.kind, self._found.raw = "open", ""
             self._found.closing = self._writer.close()
             self._queue.append(self._found)
-        self._text, self._step, self._adjacent, self._mid_line = reader.rest, self._prose, True, True
+        self._text, self._step = reader.rest, self._prose
+        self._adjacent = self._mid_line = True
         self._marks = self._inner_mark
         return True
 
@@ -5051,7 +5124,7 @@ class ToolTextParser:
             return
         self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
         self._spoke = self._spoke or bool(text.strip())
-        if THOUGHT_END.search(self._before):
+        if ">" in text and THOUGHT_END.search(self._before):
             self._spoke = bool(THOUGHT_END.split(self._before)[-1].strip())
         if self._queue:
             self._queue.append(text)
@@ -5119,15 +5192,14 @@ def raw_of(item: Union[str, Found]) -> str:
 
 def tagged_values(events: Iterable[Tuple[str, str]]) -> Dict[str, str]:
     """Gather a reader's events into parameters and their text."""
-    values: Dict[str, str] = {}
+    values: Dict[str, List[str]] = {}
     key = ""
     for kind, text in events:
         if kind == "key":
-            key, values[text] = text, ""
+            key, values[text] = text, []
         elif kind == "text":
-            values[key] += text
-    return values
-
+            values[key].append(text)
+    return {name: "".join(pieces) for name, pieces in values.items()}
 
 
 # ============================== 10. SHELL COMMANDS ==============================
