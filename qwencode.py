@@ -5446,8 +5446,9 @@ def missing(path: str) -> str:
 def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     """Put .new in place once .check agrees with it, and compare again.
 
-    new and old say whether the target may be missing, and whether it may exist.
-    A backup that could not be put back stays, and is never overwritten.
+    new and old say whether the target may be missing, and whether it may exist; then
+    its content is noted as .first, from which lines may work. That copy becomes the
+    backup .old, which stays if it could not be put back, and is never overwritten.
     """
     path = usable_path(job.op.path)
     file, base = quoted_path(path), job.base
@@ -5461,8 +5462,10 @@ def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     if old:
         branches.append(
             f"if {ready} && -f {file} && ! -e {base}.old ]]"
-            f" && cp {file} {base}.copy && cmp {file} {base}.copy && mv {base}.copy {base}.old\n"
+            f" && cmp {file} {base}.first && mv {base}.first {base}.old\n"
             f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}")
+        lines = [f"if [[ {exists(file)} ]]\nthen cp {file} {base}.first\n"
+                 f"else printf '' > {base}.first\nfi", *lines]
     lines = [*lines, "\nel".join(branches) + "\nfi"]
     if not old:
         kept = quoted(f"{job.op.path} holds something else, which is kept")
@@ -5485,12 +5488,9 @@ def join_step(job: Job) -> Step:
     A file that cannot be written to the end (full disk) is removed, so that two cut
     copies are never taken for equal ones.
     """
-    base, file = job.base, quoted_path(usable_path(job.op.path))
+    base = job.base
     new, check, first = f"{base}.new", f"{base}.check", f"{base}.first"
-    lines = [
-        *carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort),
-        f"if [[ {exists(file)} ]]\nthen cp {file} {first}\nelse printf '' > {first}\nfi",
-    ]
+    lines = carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort)
     if job.op.kind == "prepend":
         lines += [f"cat {base}.text {first} > {new} || rm -f -- {new}",
                   f"tail -c +1 {base}.twin > {check} && tail -c +1 {first} >> {check}"
@@ -5546,7 +5546,7 @@ def replace_step(job: Job) -> Step:
     file is proven too, by writing them as bytes and comparing.
     """
     old, new, first = substitution(job)
-    base, file = job.base, quoted_path(usable_path(job.op.path))
+    base, file = job.base, f"{job.base}.first"
     before, after = octal(old), octal(new)
     hit = " .* .*" if len(old) > 1 else before  # only an occurrence has two bytes a line
     script = "" if first else sed_text(job.op.other, job.op.text)
@@ -5559,7 +5559,7 @@ def replace_step(job: Job) -> Step:
     one = " | head -n 1" if first else ""
     absent = "echo " + quoted(f"the text to look for is not in {job.op.path}") + " >&2"
     if job.coded and not first:
-        left = [f"{base}.bytes", *([job.after] if job.after else [])]
+        left = [file, f"{base}.bytes", *([job.after] if job.after else [])]
         absent = f"{{ {absent}\n{ending(EXITS['replace_missing'], left, True)}; }}"
     lines = [
         f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
@@ -5626,8 +5626,9 @@ def copy_step(job: Job) -> Step:
     """Copy a file to a free name."""
     old, new = destination(job.op)
     source, target, base = quoted_path(old), quoted_path(new), job.base
-    lines = [f"if [[ {job.gate}{missing(target)} ]] && cp {source} {base}.new"
-             f" && cmp {source} {base}.new\nthen {parent_step(new)}mv {base}.new {target} && echo > {base}.moved\nfi"]
+    copied = f"cp {source} {base}.new && cmp {source} {base}.new"
+    lines = [f"if [[ {job.gate}{missing(target)} ]] && {copied}\nthen {parent_step(new)}"
+             f"mv {base}.new {target} && echo > {base}.moved\nfi"]
     return Step(lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", f"copied {old} to {new}")
 
 
