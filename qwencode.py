@@ -5230,17 +5230,17 @@ PLAIN_WORD = Pattern(r"[A-Za-z0-9_@%+:,./-]+")
 UNUSABLE_IN_NAME = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def quoted(text: str) -> str:
+def shell_word(text: str) -> str:
     """Quote one word for the shell; nothing in it is ever expanded."""
     inner = text.replace("'", "'\\''")
     return "'" + BACKSLASH_SPACE.sub("\\\\''", inner) + "'"
 
 
-def quoted_path(path: str) -> str:
+def shell_path(path: str) -> str:
     """Quote a path: "~/" at the start stays the home folder, "-" no option."""
     if path.startswith("~/") and len(path) > 2:
-        return "~/" + quoted(path[2:])
-    return quoted("./" + path if path.startswith("-") else path)
+        return "~/" + shell_word(path[2:])
+    return shell_word("./" + path if path.startswith("-") else path)
 
 
 def usable_path(path: str) -> str:
@@ -5257,7 +5257,7 @@ def usable_path(path: str) -> str:
 def parent_step(path: str) -> str:
     """Return "mkdir -p ... && " for the path's folder, "" where it needs none."""
     folder = path.rpartition("/")[0]
-    return "" if folder in ("", "~", ".") else f"mkdir -p -- {quoted_path(folder)} && "
+    return "" if folder in ("", "~", ".") else f"mkdir -p -- {shell_path(folder)} && "
 
 
 # ------------------------------ carrying content ------------------------------
@@ -5320,7 +5320,7 @@ def printf(target: str, text: str) -> str:
     """Return a printf that writes any text; what cannot stand plain is escaped."""
     form, words = printf_parts(text)
     gap = " \\\n  " if len(words) > 1 else " "
-    return f"printf '{form}'" + "".join(gap + quoted(word) for word in words) + f" > {target}"
+    return f"printf '{form}'" + "".join(gap + shell_word(word) for word in words) + f" > {target}"
 
 
 def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
@@ -5451,7 +5451,7 @@ def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     backup .old, which stays if it could not be put back, and is never overwritten.
     """
     path = usable_path(job.op.path)
-    file, base = quoted_path(path), job.base
+    file, base = shell_path(path), job.base
     agree = f"cmp -s {base}.check {base}.new"
     ready = f"{agree} && [[ {job.gate}-e {base}.check"
     branches = []
@@ -5468,7 +5468,7 @@ def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
                  f"else printf '' > {base}.first\nfi", *lines]
     lines = [*lines, "\nel".join(branches) + "\nfi"]
     if not old:
-        kept = quoted(f"{job.op.path} holds something else, which is kept")
+        kept = shell_word(f"{job.op.path} holds something else, which is kept")
         lines.append(f"[[ {exists(file)} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2")
     # Two tools compare: where nothing was to be done, one broken tool must not be believed.
     proof = (f"[[ -e {base}.check ]] && {agree} && cmp -s {base}.check {file}"
@@ -5522,7 +5522,7 @@ def sed_text(old: str, new: str) -> str:
             return ""
     pattern = SED_OLD_SPECIAL.sub(r"\\\g<0>", old)
     replacement = SED_NEW_SPECIAL.sub(r"\\\g<0>", new)
-    return quoted(f"s/{pattern}/{replacement}/g")
+    return shell_word(f"s/{pattern}/{replacement}/g")
 
 
 def substitution(job: Job) -> Tuple[bytes, bytes, bool]:
@@ -5557,7 +5557,7 @@ def replace_step(job: Job) -> Step:
     hits = f"grep -nx '{hit}' {base}.bytes"
     kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
     one = " | head -n 1" if first else ""
-    absent = "echo " + quoted(f"the text to look for is not in {job.op.path}") + " >&2"
+    absent = "echo " + shell_word(f"the text to look for is not in {job.op.path}") + " >&2"
     if job.coded and not first:
         left = [file, f"{base}.bytes", *([job.after] if job.after else [])]
         absent = f"{{ {absent}\n{ending(EXITS['replace_missing'], left, True)}; }}"
@@ -5580,7 +5580,7 @@ def replace_step(job: Job) -> Step:
 
 def delete_step(job: Job) -> Step:
     """Delete a file, a link or an empty folder; never what a folder holds."""
-    file = quoted_path(usable_path(job.op.path))
+    file = shell_path(usable_path(job.op.path))
     proof = (f"[[ {job.gate}-d {file} && ! -L {file} ]] && rmdir -- {file}"
              f" || [[ {job.gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]]"
              f" && rm -f -- {file} && [[ {missing(file)} ]]")
@@ -5608,12 +5608,12 @@ def snapshot(path: str, target: str) -> str:
 def rename_step(job: Job) -> Step:
     """Move to a free name; a second look at source and destination proves it."""
     old, new = destination(job.op)
-    source, target, base = quoted_path(old), quoted_path(new), job.base
+    source, target, base = shell_path(old), shell_path(new), job.base
     free, gone = missing(target), f"[[ {missing(source)} ]]"
     if old.casefold() == new.casefold():  # on macOS and Windows both name one file
         free = f"( {free} ) || {source} -ef {target}"
         folder, _, name = new.rpartition("/")
-        gone = f"ls -A -- {quoted_path(folder or '.')} | grep -qxF -- {quoted(name)}"
+        gone = f"ls -A -- {shell_path(folder or '.')} | grep -qxF -- {shell_word(name)}"
     lines = [
         snapshot(source, f"{base}.check"),
         f"if [[ {job.gate}-e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
@@ -5625,7 +5625,7 @@ def rename_step(job: Job) -> Step:
 def copy_step(job: Job) -> Step:
     """Copy a file to a free name."""
     old, new = destination(job.op)
-    source, target, base = quoted_path(old), quoted_path(new), job.base
+    source, target, base = shell_path(old), shell_path(new), job.base
     copied = f"cp {source} {base}.new && cmp {source} {base}.new"
     lines = [f"if [[ {job.gate}{missing(target)} ]] && {copied}\nthen {parent_step(new)}"
              f"mv {base}.new {target} && echo > {base}.moved\nfi"]
@@ -5633,12 +5633,12 @@ def copy_step(job: Job) -> Step:
 
 
 def mkdir_step(job: Job) -> Step:
-    folder = quoted_path(usable_path(job.op.path))
+    folder = shell_path(usable_path(job.op.path))
     return Step([], f"mkdir -p -- {folder} && [[ -d {folder} ]]", f"made folder {job.op.path}")
 
 
 def list_step(job: Job) -> Step:
-    folder = quoted_path(usable_path(job.op.path or "."))
+    folder = shell_path(usable_path(job.op.path or "."))
     return Step([], f"ls -la -- {folder}")
 
 
@@ -5648,10 +5648,10 @@ BINARY_OCTAL = " (00[0-6]|01[67]|02[0-7]|03[0-24-7]|177)"
 
 def read_step(job: Job) -> Step:
     """Show a file: a binary one is named, a long one cut, each with a notice."""
-    file, most = quoted_path(usable_path(job.op.path)), job.max_read_bytes
+    file, most = shell_path(usable_path(job.op.path)), job.max_read_bytes
     binary = f"head -c 8000 {file} 2> /dev/null | od -An -v -to1 | grep -qE '{BINARY_OCTAL}'"
-    told = quoted(f"{job.op.path} is a binary file; its content is not shown")
-    cut = quoted(f"[truncated: {job.op.path} is longer than {most} bytes]")
+    told = shell_word(f"{job.op.path} is a binary file; its content is not shown")
+    cut = shell_word(f"[truncated: {job.op.path} is longer than {most} bytes]")
     lines = [
         f"{binary} && echo {told}",
         f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | grep -q '' && echo {cut}",
@@ -5664,7 +5664,7 @@ def run_step(job: Job) -> Step:
     """Run one plain command: its words are quoted anew, so nothing expands."""
     if not job.op.words:
         raise CannotCarryError("The operation names no command.")
-    words = (word if PLAIN_WORD.fullmatch(word) else quoted(word) for word in job.op.words)
+    words = (word if PLAIN_WORD.fullmatch(word) else shell_word(word) for word in job.op.words)
     return Step([], " ".join(words))
 
 
@@ -5732,7 +5732,7 @@ def failure(job: Job, files: List[str]) -> str:
     """Return what runs when a proof fails; a backup goes only if it is not needed."""
     lines, backup = [], f"{job.base}.old"
     if backup in files:
-        file = quoted_path(usable_path(job.op.path))
+        file = shell_path(usable_path(job.op.path))
         lines = [f"cmp -s {backup} {file} && rm -f -- {backup}",
                  f"[[ -e {backup} ]] && echo 'the old content is in {backup}' >&2"]
     others = [name for name in files if name != backup]
@@ -5750,7 +5750,7 @@ def finished(job: Job, step: Step, last: bool) -> str:
     tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
     return "\n".join([
         *step.lines, f"if {' && '.join([*gate, step.proof, *tidy])}",
-        f"then echo {quoted(step.done)}", *([] if last else [mark]),
+        f"then echo {shell_word(step.done)}", *([] if last else [mark]),
         "else", failure(job, files), "fi",
     ])
 
@@ -5822,7 +5822,7 @@ WRITE_NAMES = ("Write", "write_file")
 FILLED_KEYS = {"command", "description", "is_background"}
 
 
-def takes(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
+def requires_text(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
     """Say whether a tool requires the text `needed` and nothing beyond keys."""
     properties = tool.schema.get("properties")
     required = tool.schema.get("required")
@@ -5837,13 +5837,13 @@ def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's shell: Bash, run_shell_command, or one that looks like it."""
     known = [tools[name] for name in SHELL_NAMES if name in tools]
     alike = [tool for name, tool in tools.items() if SHELL_LIKE.search(name)]
-    return next((tool for tool in known + alike if takes(tool, FILLED_KEYS, "command")), None)
+    return next((tool for tool in known + alike if requires_text(tool, FILLED_KEYS, "command")), None)
 
 
 def write_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's tool that writes a whole file."""
     known = (tools[name] for name in WRITE_NAMES if name in tools)
-    return next((tool for tool in known if takes(tool, {"file_path", "content"}, "content")), None)
+    return next((tool for tool in known if requires_text(tool, {"file_path", "content"}, "content")), None)
 
 
 def shell_call(tool: Tool, command: ShellCommand) -> Tuple[str, Json]:
