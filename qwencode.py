@@ -5275,17 +5275,17 @@ PLAIN_WORD = Pattern(r"[A-Za-z0-9_@%+:,./-]+")
 UNUSABLE_IN_NAME = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def quoted(text: str) -> str:
+def shell_word(text: str) -> str:
     """Quote one word for the shell; nothing in it is ever expanded."""
     inner = text.replace("'", "'\\''")
     return "'" + BACKSLASH_SPACE.sub("\\\\''", inner) + "'"
 
 
-def quoted_path(path: str) -> str:
+def shell_path(path: str) -> str:
     """Quote a path: "~/" at the start stays the home folder, "-" no option."""
     if path.startswith("~/") and len(path) > 2:
-        return "~/" + quoted(path[2:])
-    return quoted("./" + path if path.startswith("-") else path)
+        return "~/" + shell_word(path[2:])
+    return shell_word("./" + path if path.startswith("-") else path)
 
 
 def usable_path(path: str) -> str:
@@ -5302,7 +5302,7 @@ def usable_path(path: str) -> str:
 def parent_step(path: str) -> str:
     """Return "mkdir -p ... && " for the path's folder, "" where it needs none."""
     folder = path.rpartition("/")[0]
-    return "" if folder in ("", "~", ".") else f"mkdir -p -- {quoted_path(folder)} && "
+    return "" if folder in ("", "~", ".") else f"mkdir -p -- {shell_path(folder)} && "
 
 
 # ------------------------------ carrying content ------------------------------
@@ -5365,7 +5365,7 @@ def printf(target: str, text: str) -> str:
     """Return a printf that writes any text; what cannot stand plain is escaped."""
     form, words = printf_parts(text)
     gap = " \\\n  " if len(words) > 1 else " "
-    return f"printf '{form}'" + "".join(gap + quoted(word) for word in words) + f" > {target}"
+    return f"printf '{form}'" + "".join(gap + shell_word(word) for word in words) + f" > {target}"
 
 
 def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
@@ -5491,11 +5491,12 @@ def missing(path: str) -> str:
 def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     """Put .new in place once .check agrees with it, and compare again.
 
-    new and old say whether the target may be missing, and whether it may exist.
-    A backup that could not be put back stays, and is never overwritten.
+    new and old say whether the target may be missing, and whether it may exist; then
+    its content is noted as .first, from which lines may work. That copy becomes the
+    backup .old, which stays if it could not be put back, and is never overwritten.
     """
     path = usable_path(job.op.path)
-    file, base = quoted_path(path), job.base
+    file, base = shell_path(path), job.base
     agree = f"cmp -s {base}.check {base}.new"
     ready = f"{agree} && [[ {job.gate}-e {base}.check"
     branches = []
@@ -5506,11 +5507,13 @@ def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
     if old:
         branches.append(
             f"if {ready} && -f {file} && ! -e {base}.old ]]"
-            f" && cp {file} {base}.copy && cmp {file} {base}.copy && mv {base}.copy {base}.old\n"
+            f" && cmp {file} {base}.first && mv {base}.first {base}.old\n"
             f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}")
+        lines = [f"if [[ {exists(file)} ]]\nthen cp {file} {base}.first\n"
+                 f"else printf '' > {base}.first\nfi", *lines]
     lines = [*lines, "\nel".join(branches) + "\nfi"]
     if not old:
-        kept = quoted(f"{job.op.path} holds something else, which is kept")
+        kept = shell_word(f"{job.op.path} holds something else, which is kept")
         lines.append(f"[[ {exists(file)} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2")
     # Two tools compare: where nothing was to be done, one broken tool must not be believed.
     proof = (f"[[ -e {base}.check ]] && {agree} && cmp -s {base}.check {file}"
@@ -5530,12 +5533,9 @@ def join_step(job: Job) -> Step:
     A file that cannot be written to the end (full disk) is removed, so that two cut
     copies are never taken for equal ones.
     """
-    base, file = job.base, quoted_path(usable_path(job.op.path))
+    base = job.base
     new, check, first = f"{base}.new", f"{base}.check", f"{base}.first"
-    lines = [
-        *carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort),
-        f"if [[ {exists(file)} ]]\nthen cp {file} {first}\nelse printf '' > {first}\nfi",
-    ]
+    lines = carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort)
     if job.op.kind == "prepend":
         lines += [f"cat {base}.text {first} > {new} || rm -f -- {new}",
                   f"tail -c +1 {base}.twin > {check} && tail -c +1 {first} >> {check}"
@@ -5567,7 +5567,7 @@ def sed_text(old: str, new: str) -> str:
             return ""
     pattern = SED_OLD_SPECIAL.sub(r"\\\g<0>", old)
     replacement = SED_NEW_SPECIAL.sub(r"\\\g<0>", new)
-    return quoted(f"s/{pattern}/{replacement}/g")
+    return shell_word(f"s/{pattern}/{replacement}/g")
 
 
 def substitution(job: Job) -> Tuple[bytes, bytes, bool]:
@@ -5591,7 +5591,7 @@ def replace_step(job: Job) -> Step:
     file is proven too, by writing them as bytes and comparing.
     """
     old, new, first = substitution(job)
-    base, file = job.base, quoted_path(usable_path(job.op.path))
+    base, file = job.base, f"{job.base}.first"
     before, after = octal(old), octal(new)
     hit = " .* .*" if len(old) > 1 else before  # only an occurrence has two bytes a line
     script = "" if first else sed_text(job.op.other, job.op.text)
@@ -5602,9 +5602,9 @@ def replace_step(job: Job) -> Step:
     hits = f"grep -nx '{hit}' {base}.bytes"
     kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
     one = " | head -n 1" if first else ""
-    absent = "echo " + quoted(f"the text to look for is not in {job.op.path}") + " >&2"
+    absent = "echo " + shell_word(f"the text to look for is not in {job.op.path}") + " >&2"
     if job.coded and not first:
-        left = [f"{base}.bytes", *([job.after] if job.after else [])]
+        left = [file, f"{base}.bytes", *([job.after] if job.after else [])]
         absent = f"{{ {absent}\n{ending(EXITS['replace_missing'], left, True)}; }}"
     lines = [
         f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
@@ -5625,7 +5625,7 @@ def replace_step(job: Job) -> Step:
 
 def delete_step(job: Job) -> Step:
     """Delete a file, a link or an empty folder; never what a folder holds."""
-    file = quoted_path(usable_path(job.op.path))
+    file = shell_path(usable_path(job.op.path))
     proof = (f"[[ {job.gate}-d {file} && ! -L {file} ]] && rmdir -- {file}"
              f" || [[ {job.gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]]"
              f" && rm -f -- {file} && [[ {missing(file)} ]]")
@@ -5653,12 +5653,12 @@ def snapshot(path: str, target: str) -> str:
 def rename_step(job: Job) -> Step:
     """Move to a free name; a second look at source and destination proves it."""
     old, new = destination(job.op)
-    source, target, base = quoted_path(old), quoted_path(new), job.base
+    source, target, base = shell_path(old), shell_path(new), job.base
     free, gone = missing(target), f"[[ {missing(source)} ]]"
     if old.casefold() == new.casefold():  # on macOS and Windows both name one file
         free = f"( {free} ) || {source} -ef {target}"
         folder, _, name = new.rpartition("/")
-        gone = f"ls -A -- {quoted_path(folder or '.')} | grep -qxF -- {quoted(name)}"
+        gone = f"ls -A -- {shell_path(folder or '.')} | grep -qxF -- {shell_word(name)}"
     lines = [
         snapshot(source, f"{base}.check"),
         f"if [[ {job.gate}-e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
@@ -5670,19 +5670,20 @@ def rename_step(job: Job) -> Step:
 def copy_step(job: Job) -> Step:
     """Copy a file to a free name."""
     old, new = destination(job.op)
-    source, target, base = quoted_path(old), quoted_path(new), job.base
-    lines = [f"if [[ {job.gate}{missing(target)} ]] && cp {source} {base}.new"
-             f" && cmp {source} {base}.new\nthen {parent_step(new)}mv {base}.new {target} && echo > {base}.moved\nfi"]
+    source, target, base = shell_path(old), shell_path(new), job.base
+    copied = f"cp {source} {base}.new && cmp {source} {base}.new"
+    lines = [f"if [[ {job.gate}{missing(target)} ]] && {copied}\nthen {parent_step(new)}"
+             f"mv {base}.new {target} && echo > {base}.moved\nfi"]
     return Step(lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", f"copied {old} to {new}")
 
 
 def mkdir_step(job: Job) -> Step:
-    folder = quoted_path(usable_path(job.op.path))
+    folder = shell_path(usable_path(job.op.path))
     return Step([], f"mkdir -p -- {folder} && [[ -d {folder} ]]", f"made folder {job.op.path}")
 
 
 def list_step(job: Job) -> Step:
-    folder = quoted_path(usable_path(job.op.path or "."))
+    folder = shell_path(usable_path(job.op.path or "."))
     return Step([], f"ls -la -- {folder}")
 
 
@@ -5692,10 +5693,10 @@ BINARY_OCTAL = " (00[0-6]|01[67]|02[0-7]|03[0-24-7]|177)"
 
 def read_step(job: Job) -> Step:
     """Show a file: a binary one is named, a long one cut, each with a notice."""
-    file, most = quoted_path(usable_path(job.op.path)), job.max_read_bytes
+    file, most = shell_path(usable_path(job.op.path)), job.max_read_bytes
     binary = f"head -c 8000 {file} 2> /dev/null | od -An -v -to1 | grep -qE '{BINARY_OCTAL}'"
-    told = quoted(f"{job.op.path} is a binary file; its content is not shown")
-    cut = quoted(f"[truncated: {job.op.path} is longer than {most} bytes]")
+    told = shell_word(f"{job.op.path} is a binary file; its content is not shown")
+    cut = shell_word(f"[truncated: {job.op.path} is longer than {most} bytes]")
     lines = [
         f"{binary} && echo {told}",
         f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | grep -q '' && echo {cut}",
@@ -5708,7 +5709,7 @@ def run_step(job: Job) -> Step:
     """Run one plain command: its words are quoted anew, so nothing expands."""
     if not job.op.words:
         raise CannotCarryError("The operation names no command.")
-    words = (word if PLAIN_WORD.fullmatch(word) else quoted(word) for word in job.op.words)
+    words = (word if PLAIN_WORD.fullmatch(word) else shell_word(word) for word in job.op.words)
     return Step([], " ".join(words))
 
 
@@ -5776,7 +5777,7 @@ def failure(job: Job, files: List[str]) -> str:
     """Return what runs when a proof fails; a backup goes only if it is not needed."""
     lines, backup = [], f"{job.base}.old"
     if backup in files:
-        file = quoted_path(usable_path(job.op.path))
+        file = shell_path(usable_path(job.op.path))
         lines = [f"cmp -s {backup} {file} && rm -f -- {backup}",
                  f"[[ -e {backup} ]] && echo 'the old content is in {backup}' >&2"]
     others = [name for name in files if name != backup]
@@ -5794,7 +5795,7 @@ def finished(job: Job, step: Step, last: bool) -> str:
     tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
     return "\n".join([
         *step.lines, f"if {' && '.join([*gate, step.proof, *tidy])}",
-        f"then echo {quoted(step.done)}", *([] if last else [mark]),
+        f"then echo {shell_word(step.done)}", *([] if last else [mark]),
         "else", failure(job, files), "fi",
     ])
 
@@ -5866,7 +5867,7 @@ WRITE_NAMES = ("Write", "write_file")
 FILLED_KEYS = {"command", "description", "is_background"}
 
 
-def tool_takes(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
+def requires_text(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
     """Say whether a tool requires the text `needed` and nothing beyond keys."""
     properties = tool.schema.get("properties")
     required = tool.schema.get("required")
@@ -5881,13 +5882,13 @@ def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's shell: Bash, run_shell_command, or one that looks like it."""
     known = [tools[name] for name in SHELL_NAMES if name in tools]
     alike = [tool for name, tool in tools.items() if SHELL_LIKE.search(name)]
-    return next((tool for tool in known + alike if tool_takes(tool, FILLED_KEYS, "command")), None)
+    return next((tool for tool in known + alike if requires_text(tool, FILLED_KEYS, "command")), None)
 
 
 def write_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's tool that writes a whole file."""
     known = (tools[name] for name in WRITE_NAMES if name in tools)
-    return next((tool for tool in known if tool_takes(tool, {"file_path", "content"}, "content")), None)
+    return next((tool for tool in known if requires_text(tool, {"file_path", "content"}, "content")), None)
 
 
 def shell_call(tool: Tool, command: ShellCommand) -> Tuple[str, Json]:

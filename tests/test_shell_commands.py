@@ -1,6 +1,8 @@
 """Every command is run: in bash, with BusyBox's tools, and with each tool broken."""
+import base64
 import json
 import os
+import random
 import re
 import shutil
 import stat
@@ -123,7 +125,7 @@ EDITS = {
     "prepend": lambda text: text + BEFORE,
     "insert_after": lambda text: BEFORE.replace("<<X>>", "<<X>>" + text, 1),
 }
-FEW = ["plain", "no final newline", "empty", "quotes", "json", "mixed line ends", "controls"]
+FEW = ["no final newline", "empty", "quotes", "json", "controls"]
 
 
 def check_edits(text, kinds, folder, path):
@@ -144,7 +146,7 @@ def check_edits(text, kinds, folder, path):
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_content_is_byte_exact(name, tmp_path):
-    check_edits(CONTENTS[name], list(EDITS)[: 8 if name in FEW else 4], tmp_path, SYSTEM)
+    check_edits(CONTENTS[name], list(EDITS)[: 8 if name in FEW else 3], tmp_path, SYSTEM)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -175,8 +177,8 @@ def test_names_are_literal(name, tmp_path):
     other = name + " 2"
     for op in [FileOp("create", name, "one\n"), FileOp("append", name, "two\n"),
                FileOp("replace", name, "2", "two"), FileOp("rename", name, other=other),
-               FileOp("read", other), FileOp("copy", other, other="copied"),
-               FileOp("delete", other), FileOp("mkdir", name + "/sub"), FileOp("list", name)]:
+               FileOp("copy", other, other="copied"), FileOp("delete", other),
+               FileOp("mkdir", name + "/sub"), FileOp("list", name), FileOp("read", "copied")]:
         done = run(command_for(op).command, work, home=home)
         assert done.returncode == 0, (op, done)
     assert harvest(work) | {"d/-e": 0} == {"copied": b"one\n2\n", name + "/sub": None, "d/-e": 0}
@@ -386,8 +388,11 @@ FAULTS = {
     "does nothing": "true",
     "fails": "false",
     "cuts its output": '{real} "$@" | /usr/bin/head -c 40; (exit ${{PIPESTATUS[0]}})',
-    "cuts the last byte": '{real} "$@" | /usr/bin/head -c -1; (exit ${{PIPESTATUS[0]}})',
+    "cuts its last byte": '{real} "$@" | /usr/bin/head -c -1; (exit ${{PIPESTATUS[0]}})',
 }
+
+
+WITHOUT_OUTPUT = ("cp", "mkdir", "mv", "rm", "rmdir", "cmp", "diff")
 
 
 def judge(before, after, folder, done, what):
@@ -416,8 +421,11 @@ def test_a_broken_tool_never_brings_a_false_success(name, tmp_path):
         (folder / "work").mkdir()
         body = FAULTS[fault].format(real=shutil.which(tool, path=SYSTEM))
         stub = folder / "bin" / tool
-        stub.write_text(f"#!{BASH}\n{body}\n")
-        stub.chmod(0o755)
+        if "cuts" in fault:
+            stub.write_text(f"#!{BASH}\n{body}\n")
+            stub.chmod(0o755)
+        else:
+            stub.symlink_to(f"/bin/{body}")
         shadow = ""
         if tool in ("echo", "printf"):
             shadow = f"{tool}() {{ {FAULTS[fault].format(real='builtin ' + tool)}; }}\n"
@@ -426,7 +434,9 @@ def test_a_broken_tool_never_brings_a_false_success(name, tmp_path):
         judge(before, after, folder / "work", done, pair)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(attempt, [(tool, fault) for tool in named for fault in FAULTS]))
+        list(pool.map(attempt, [
+            (tool, fault) for tool in named for fault in FAULTS
+            if tool not in WITHOUT_OUTPUT or "cuts" not in fault]))
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -442,3 +452,213 @@ def test_a_full_disk_changes_nothing(name, tmp_path):
         left = [entry for entry in harvest(folder) if entry.startswith(".shim-")]
         # bash itself dies of SIGXFSZ when its own printf hits the limit: no tidying then
         assert left == [] or done.returncode < 0, done
+
+# ------------------------------ what stays ------------------------------
+
+
+@pytest.mark.parametrize("kind", ["write", "append", "append_line", "prepend", "replace",
+                                  "insert_before", "insert_after"])
+@pytest.mark.parametrize("mode", [0o600, 0o777])
+def test_mode_bits_links_and_hard_links_stay(kind, mode, tmp_path):
+    plant(tmp_path, {"d/file": "a b", "link": Path("d/file")})
+    (tmp_path / "d/file").chmod(mode)
+    os.link(tmp_path / "d/file", tmp_path / "hard")
+    done = run(command_for(FileOp(kind, "link", "x", "a")).command, tmp_path)
+    assert done.returncode == 0, done
+    tree = harvest(tmp_path)
+    assert tree["link"] == Path("d/file")
+    assert tree["d/file"] == tree["hard"] != b"a b"
+    assert stat.S_IMODE((tmp_path / "d/file").stat().st_mode) == mode
+
+
+def test_a_backup_that_was_left_is_never_overwritten(tmp_path):
+    op = FileOp("write", "x", "new\n")
+    command = command_for(op).command
+    backup = re.search(r"\.shim-[0-9a-f]+\.old", command).group()
+    plant(tmp_path, {"x": "damaged", backup: "the old content"})
+    assert run(command, tmp_path).returncode != 0
+    assert harvest(tmp_path) == {"x": b"damaged", backup: b"the old content"}
+
+
+def test_the_first_failure_ends_all(tmp_path):
+    plant(tmp_path, {"x": "a", "y": "b", "w": "c"})
+    ops = [FileOp("append", "x", "1"), FileOp("rename", "x", other="y"), FileOp("delete", "w"),
+           FileOp("create", "z", "new\n"), FileOp("mkdir", "d"), FileOp("write", "x", "gone")]
+    for style in ("plain", "coded"):
+        plant(tmp_path, {"x": "a"})
+        done = run(commands_for(ops, style).command, tmp_path)
+        assert done.returncode == (98 if style == "coded" else 1)
+        assert done.stderr.startswith(b"verification failed: rename\n")
+        assert harvest(tmp_path) == {"x": b"a1", "y": b"b", "w": b"c"}
+
+
+def test_operations_build_on_each_other(tmp_path):
+    ops = [FileOp("mkdir", "p/q"), FileOp("create", "p/q/a", "one\n"),
+           FileOp("append_line", "p/q/a", "two\n"), FileOp("read", "p/q/a"),
+           FileOp("replace", "p/q/a", "2", "two"), FileOp("rename", "p/q/a", other="p/b"),
+           FileOp("copy", "p/b", other="c"), FileOp("delete", "p/b"), FileOp("delete", "p/q"),
+           FileOp("run", words=("ls", "-a", "p")), FileOp("list", "."), FileOp("read", "c")]
+    for count in (2, 4, 7, 10, 12):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        done = run(commands_for(ops[:count]).command, folder)
+        assert done.returncode == 0, done
+        assert not [name for name in harvest(folder) if name.startswith(".shim-")], done
+    assert harvest(folder) == {"p": None, "c": b"one\n2\n"}
+    assert done.stdout.endswith(b"one\n2\n")
+
+
+# ------------------------------ reading ------------------------------
+
+READS = {
+    "text": (b"a\n b\n", 100, b"a\n b\n"),
+    "empty": (b"", 100, b""),
+    "at the limit": (b"x" * 100, 100, b"x" * 100),
+    "above the limit": (b"x" * 101, 100, b"[truncated: f is longer than 100 bytes]\n" + b"x" * 100),
+    "cut before a newline": (b"x\n", 1, b"[truncated: f is longer than 1 bytes]\nx"),
+    "latin-1": (b"caf\xe9\n", 100, b"caf\xe9\n"),
+    "colours": (b"\x1b[0m\r\n\t\x08", 100, b"\x1b[0m\r\n\t\x08"),
+    "NUL": (b"a\x00b", 100, b"f is a binary file; its content is not shown\n"),
+    "png": (b"\x89PNG\r\n\x1a\n\x00\x00", 100, b"f is a binary file; its content is not shown\n"),
+    "controls": (b"\x01", 100, b"f is a binary file; its content is not shown\n"),
+}
+
+
+@pytest.mark.parametrize(("content", "most", "shown"), READS.values(), ids=READS)
+@pytest.mark.parametrize("tools", ["system", "busybox"])
+def test_read(content, most, shown, tools, tmp_path, request):
+    path = SYSTEM if tools == "system" else request.getfixturevalue("busybox_path")
+    plant(tmp_path, {"f": content})
+    done = run(command_for(FileOp("read", "f"), "plain", most).command, tmp_path, path)
+    assert (done.returncode, done.stdout) == (0, shown)
+    assert harvest(tmp_path) == {"f": content}
+
+
+# ------------------------------ hostile words ------------------------------
+
+PAYLOADS = [
+    shape.format(act) for act in ("touch pwned", "echo>pwned", ">pwned")
+    for shape in (
+        "$({})", "`{}`", "'; {}; '", "\"; {}; \"", "{} |", "| {}", "; {} #", "&& {}", "|| {}",
+        "& {} &", "\\'; {}; \\'", "'\"'; {}; '\"'", "$'\\'; {}; '", "EOF\n{}\n", "'EOF'\n{}",
+        "%s'; {}; '", "x}}; {}; {{", "$(({}))", "${{x:-$({})}}", "<({})",
+    )
+]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_nothing_hostile_is_executed(payload, tmp_path):
+    word = payload.replace("\n", " ")
+    ops = [FileOp("create", word, payload), FileOp("replace", word, payload + "!", payload),
+           FileOp("rename", word, other=word + "2"), FileOp("run", words=("printf", "%s", payload))]
+    command, description = commands_for(ops)
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done
+    assert "pwned" not in os.listdir(tmp_path)
+    assert done.stdout.endswith(payload.encode())
+    assert harvest(tmp_path) == {word + "2": (payload + "!").encode()}
+    assert "\n" not in description
+    if payload != word:
+        with pytest.raises(CannotCarryError):
+            command_for(FileOp("delete", payload))
+
+
+# ------------------------------ limits and calls ------------------------------
+
+
+def bash_tool(*extra):
+    return Tool("Bash", "", {"type": "object", "required": ["command"], "properties": {
+        key: {"type": "string"} for key in ("command", "description", *extra)}})
+
+
+WRITE = Tool("Write", "", {"required": ["file_path", "content"], "properties": {
+    "file_path": {"type": "string"}, "content": {"type": "string"}}})
+QWEN = Tool("run_shell_command", "", {
+    "required": ["command", "is_background"], "properties": {
+        "command": {"type": "string"}, "is_background": {"type": "boolean"},
+        "description": {"type": "string"}, "directory": {"type": "string"}}})
+REDIS = Tool("mcp__redis__do", "", {"required": ["command"],
+                                    "properties": {"command": {"type": "string"}}})
+NOISE = base64.b85encode(random.Random(1).getrandbits(8 * 160_000).to_bytes(160_000, "big")).decode()
+
+
+@pytest.mark.parametrize(("text", "effort"), [
+    ("line of text\n" * 300, "heredoc"), ("line of text\n" * 600, "hash"),
+    ("line of text\n" * 4000, "heredoc"), ("line of text\n" * 8000, "hash"),
+    ("line of text\n" * 40_000, "gzip"), ("'" * 20_000 + "\n", "hash"),
+    ("'" * 60_000 + "\n", "gzip"),
+])
+def test_long_content_is_carried_another_way(text, effort, tmp_path):
+    command = command_for(FileOp("create", "x", text)).command
+    assert ("gzip" in command, "sha256sum" in command, command.count("<<") > 1) == {
+        "heredoc": (False, False, True), "hash": (False, True, False),
+        "gzip": (True, True, False)}[effort]
+    wrapped = command.replace("'", "'\"'\"'")
+    assert len(wrapped.encode()) <= 130_600
+    assert run(command, tmp_path).returncode == 0
+    assert harvest(tmp_path) == {"x": text.encode()}
+
+
+@pytest.mark.parametrize("op", [
+    FileOp("create", "x", NOISE), FileOp("create", "", "a"), FileOp("create", "/", "a"),
+    FileOp("create", "a\x00b", "a"), FileOp("create", "a\nb", "a"), FileOp("create", "x", "\ud800"),
+    FileOp("create", "\ud800", "a"), FileOp("replace", "x", "a", ""), FileOp("rename", "x"),
+    FileOp("rename", "x", other="x"), FileOp("rename", "x", other="./x\r"), FileOp("run"),
+    FileOp("run", words=("ls", "\x1b")),
+])
+def test_what_cannot_be_carried_is_said_in_a_sentence(op):
+    with pytest.raises(CannotCarryError, match=r"^[A-Z].*\.$"):
+        command_for(op)
+    with pytest.raises(CannotCarryError):
+        commands_for([])
+
+
+BASH_TOOL, LARGE = bash_tool(), "line of text\n" * 2000
+CALLS = {
+    "bash": ([FileOp("list", "d")], [BASH_TOOL], {}, "Bash",
+             {"command": "ls -la -- 'd'", "description": "List d"}),
+    "bare bash": ([FileOp("list", "d")], [REDIS, Tool("Bash", "", REDIS.schema)], {}, "Bash",
+                  {"command": "ls -la -- 'd'"}),
+    "qwen code": ([FileOp("list", "d")], [QWEN], {}, "run_shell_command", {
+        "command": "ls -la -- 'd'", "description": "List d", "is_background": False}),
+    "another shell": ([FileOp("list", "d")], [Tool("my_terminal", "", REDIS.schema)], {},
+                      "my_terminal", {"command": "ls -la -- 'd'"}),
+    "no shell": ([FileOp("list", "d")], [REDIS, WRITE], {}, None, None),
+    "unknown key needed": ([FileOp("list", "d")], [Tool("Bash", "", {
+        **REDIS.schema, "required": ["command", "why"]})], {}, None, None),
+    "large and new": ([FileOp("create", "x", LARGE)], [BASH_TOOL, WRITE],
+                      {"cwd": "/p", "is_new": True}, "Write",
+                      {"file_path": "/p/x", "content": LARGE}),
+    "large, perhaps there": ([FileOp("create", "x", LARGE)], [BASH_TOOL, WRITE], {}, "Bash", ...),
+    "large overwrite": ([FileOp("write", "x", LARGE)], [BASH_TOOL, WRITE], {}, "Bash", ...),
+    "too large overwrite": ([FileOp("write", "/q/x", NOISE)], [BASH_TOOL, WRITE], {"cwd": "/p"},
+                            "Write", {"file_path": "/q/x", "content": NOISE}),
+    "small and new": ([FileOp("create", "x", "a")], [BASH_TOOL, WRITE], {"is_new": True}, "Bash",
+                      ...),
+}
+
+
+@pytest.mark.parametrize(("ops", "tools", "options", "name", "given"), CALLS.values(), ids=CALLS)
+def test_rescue_call(ops, tools, options, name, given):
+    call = rescue_call(ops, {tool.name: tool for tool in tools}, "plain", 1000,
+                       options.get("cwd", ""), is_new=options.get("is_new", False))
+    if name is None:
+        assert call is None
+    else:
+        assert call[0] == name
+        assert given is ... or call[1] == given
+
+
+def test_a_content_too_large_for_everything_is_an_error():
+    with pytest.raises(CannotCarryError):
+        rescue_call([FileOp("create", "x", NOISE)], {"Bash": BASH_TOOL, "Write": WRITE}, "plain", 9)
+
+
+def test_plain_commands_keep_to_what_the_analyser_can_follow():
+    refused = re.compile(r"\$|`|(?<!\w)(export|exit|set|awk|perl|eval|trap)\b|^\s*[({]|mv -|cp -"
+                         r"|touch --|; \}", re.M)
+    for before, ops, _ in BROKEN.values():
+        ops = [op._replace(text="a" if len(op.text) > 99 else op.text.replace("{", "")) for op in ops]
+        command = commands_for(ops).command
+        assert not refused.search(command), command
+        assert len(command) <= 9_900
