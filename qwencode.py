@@ -820,10 +820,14 @@ MAX_PATH_CHARS = 1000
 
 
 class Scope(NamedTuple):
-    """What paths may be: ~/ for the user's own words, absolute ones inside cwd."""
+    """What paths may be: ~/ for the user's own words, absolute ones inside cwd.
+
+    told says that the words read are the model's.
+    """
 
     home_ok: bool = False
     cwd: str = ""
+    told: bool = False
 
 
 def _safe_path(raw: str, scope: Scope) -> str:
@@ -850,9 +854,11 @@ SLOTS: Dict[str, str] = {
     "token": r"(?:[\ue000-\uf8ff]|[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+)",
     "fill": r"(?:(?:the|a|an|my|our|this|that|new|existing|local|single|text|plain|plain-text|"
               r"python|javascript|typescript|markdown|json|yaml|csv|html|css|shell|config|"
+            r"following|file,|in (?:this|the (?:current|project|working|root)) (?:directory|folder|"
+            r"project)|"
               r"configuration|source|log|file|document|script|filename|path|at) )*"
             r"(?:(?:called|named) )?",
-    "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|folder|"
+    "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|folder|"
                     r"directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|"
                     r"directories|called|named|at|path) )*",
     "filenoun": r"(?: (?:file|document|script)(?:'s)?)?",
@@ -861,7 +867,8 @@ SLOTS: Dict[str, str] = {
               r"(?:[\w-]+ ){1,4}[\w-]+\.[\w-]+|{token}){filenoun}",
     "dest": r"(?P<dest_marks>{fill})(?P<dest>{token}){filenoun}",
     "folder": r"(?P<folder_marks>{folderfill})(?P<folder>{token})(?P<folder_noun>{foldernoun})",
-    "files": r"(?P<files_marks>(?:(?:both|files|documents) )*{fill})(?P<files>{token}"
+    "files": r"(?P<files_marks>(?:(?:the|both|two|three|these|following|files|documents) )*{fill})"
+             r"(?P<files>{token}"
                r"(?:(?:,? and |, ?)(?:the )?(?:file )?{token}){0,9}){filenoun}",
     "folders": r"(?P<folders_marks>{folderfill})(?P<folders>{token}"
                  r"(?:(?:,? and |, ?)(?:the )?(?:folder |directory )?{token}){0,9})"
@@ -927,7 +934,8 @@ SLOTS: Dict[str, str] = {
               r"repository|workspace)|here)",
     "listing": r"(?:(?:all|the|of|every|any|a|list|me|us|out) )*(?:(?:files?|folders?|"
                  r"directories|subfolders|subdirectories|contents?|entries|items|everything|"
-                 r"directory|directory contents|files?names|what(?:'s| is))"
+                 r"directory|directory contents|files?names|what(?:'s| is)|"
+               r"(?:what|which) files(?: and folders)?(?: are)?)"
                  r"(?:,? (?:and|or|&) (?:sub)?(?:folders?|directories|files))?)"
                  r"(?: that are| located| contained| stored| there are| there| we have)?",
 }
@@ -979,7 +987,7 @@ class Rule(NamedTuple):
 
 RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("append", "append {text} (?:to|into|in|onto|at) (?:{end} )?{file}{newline}?"),
-    ("append", "append {text}{newline} (?:to|in|at) (?:{end} )?{file}"),
+    ("append", "{add} {text}{newline} (?:to|in|at) (?:(?:{end}|the bottom of) )?{file}"),
     ("append", "append (?:{this} )?(?:to|into) (?:{end} )?{file}{later}"),
     ("append", "append (?:to )?{file} with {quoted}"),
     ("append", "{add} {text} (?:to|at|on|onto) {end} {file}{newline}?"),
@@ -1003,7 +1011,12 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("prepend", "(?:in|to|at) {file},? (?:{add}|prepend) {quoted} (?:to|at) {top}"),
     ("prepend", "at {top} {file},? {add} {quoted}"),
     ("create", "{create} {file}{with} (?:{text}){inside}"),
-    ("create", "{create} {file}(?:[:,.]| with) ?{this}:? (?P<text>[\uf000-\uf8ff])"),
+    ("create", "{create} {file},? (?:in|inside|under|within) {folder}{with} {text}"),
+    ("create", "{create} {file}{with} {quoted},? (?:in|inside|under|within) {folder}"),
+    ("create", "{create} {file}(?:[:,.]| with)? (?:{this}:? )?(?P<text>[\uf000-\uf8ff])"),
+    ("create", "{create} {file}[.;,]? (?:and )?(?:it|which|that) (?:should|must|needs to|has to|"
+               "shall|will) (?:contain|say|have|read|hold|include)(?: only| just| exactly)?:? "
+               "{text}"),
     ("create", "{create} {file},? and (?:put|write|add|insert|place|store|save) {text}"
                " (?:in|into|to|inside)(?: it| (?:the|this|that) file)"),
     ("create", "{create} {file}(?:[.;,]|,? and)? (?:its|the)(?: file)? (?:contents?|text)"
@@ -1018,7 +1031,7 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
               "(?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)"),
     ("empty", "touch {files}"),
     ("named", "{create} (?:a|the)(?: new)?(?: text)? file (?:called|named)? ?{file}"),
-    ("write", "write {text} (?:to|into|in|inside|as) {file}"),
+    ("write", "write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}"),
     ("write", "write (?:{this} )?(?:to|into) {file}{later}"),
     ("write", "(?:write|overwrite|rewrite|fill) {of}?{file}{with} {text}"),
     ("write", "(?:overwrite|rewrite) {of}?{file} so (?:that )?it (?:contains|says|reads|has)"
@@ -1026,9 +1039,11 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("write", "(?:overwrite|set|replace|change|update) {of}{file} (?:with|to|by|to be)"
               "(?: be)?(?: exactly)? {text}"),
     ("write", "(?:overwrite|set|replace|change) {of}{file}(?: with| to)?(?: {this})?{later}"),
+    ("write", "(?:replace|overwrite) (?:the )?(?:whole|entire|full|complete) file {file}{with} "
+              "{text}"),
     ("write", "set {file}(?:'s)? contents? to {text}"),
     ("write", "set {file} to {quoted}"),
-    ("write", "make {file} (?:contain|say|read|have)(?: only| just| exactly)* {text}"),
+    ("write", "(?:make|update|change) {file} (?:to |so (?:that )?it )?(?:contains?|says?|reads?|ha(?:ve|s))(?: only| just| exactly)* {text}"),
     ("clear", "(?:empty|clear|truncate|blank)(?: out)? {of}?{file}"),
     ("rename", "(?:change|update) (?:the )?(?:file ?)?name of {file} (?:to|into) {dest}"),
     ("rename", "(?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {file} to {dest}"),
@@ -1046,10 +1061,14 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("replace", "(?:find|search for|look for|locate) {old} {in} {file},? and (?:replace|change|"
                 "swap) (?:it|them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}"),
     ("replace", "search {file} for {old} and (?:replace|change) (?:it|them) (?:with|to) {new}"),
-    ("insert", "{add} {text},? {where} {anchor},? (?:in|inside|of|within|to|into) {file}"),
+    ("insert", "{add} {text}{newline}?,? {where} {anchor},? (?:in|inside|of|within|to|into) {file}"),
     ("insert", "(?:in|inside|to|into) {file},? {add} {text},? {where} {anchor}"),
     ("insert", "{add} {text} (?:in|into|to|inside) {file},? {where} {anchor}"),
     ("rename", "rename {file} (?:to|as|into|->|=>) (?:be )?{dest}"),
+    ("rename", "rename (?P<file_marks>(?:the )?(?:folder|directory|dir) (?:called |named )?)"
+               "(?P<file>{token}) (?:to|as|into) (?:be )?(?:the )?(?P<dest>{token})"),
+    ("rename", "mv {file} {dest}"),
+    ("copy", "cp {file} {dest}"),
     ("rename", "give {file} the (?:new )?name {dest}"),
     ("rename", "move {file} (?:to|as|over to) {dest}"),
     ("into", "move {file} (?:in|into|inside|to|under|over to|inside of) {folder}"),
@@ -1068,14 +1087,18 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
              "what(?:'s| is) (?:in|inside|written in) )?{files}{tail}"),
     ("read", "(?:tell|give) me (?:what(?:'s| is) (?:in|inside)|the (?:full )?(?:contents?|text)"
              " (?:of|in)) {files}{tail}"),
-    ("list", "(?:list|show|display|print|give|enumerate|see) {listing}(?: {here})?{tail}"),
-    ("list", "(?:list|show|display|print|give|enumerate|see|ls) {listing} (?:in|inside|of|under|"
+    ("list", "(?:list|show|display|print|give|enumerate|see|check|look at|explore|view) "
+             "{listing}(?: {here})?{tail}"),
+    ("list", "(?:list|show|display|print|give|enumerate|see|ls|check|look at|explore|examine|"
+             "view|inspect) {listing} (?:in|inside|of|under|"
              "within|from|at) {folder}{tail}"),
     ("list", "(?:ls|dir|list)(?: (?:{here}|{folder}){tail})?"),
     ("list", "(?:tell|show) me what(?:'s| is) (?:in|inside) (?:{here}|{folder})"),
     ("run", "(?:run|execute|issue|invoke)(?: (?:the|this|a|following|shell|bash|terminal|command|"
             "this command))*:? (?P<command>{q})(?: command)?(?: (?:in|on|from) (?:the|my|a|this)"
             " (?:terminal|shell|console|project|repo|folder|directory))?(?: here)?{tail}"),
+    ("run", "(?P<typed>(?:git (?:status|log|diff|show|branch|remote|blame)|ls|pwd|tree)"
+            r"(?: [\w./=:@+,%^-]+){0,12})"),
     ("run", "(?:run|execute)(?: (?:the|command|following|shell|bash))*:? "
             r"(?P<typed>[a-z][\w-]*(?: [\w./=:@+,%^-]+){0,12}?)"
             "(?: command)?{tail}"),
@@ -1124,6 +1147,9 @@ NOT_LOOSE = Pattern(
     r"ity|ance|ence))(?:'s|\s|[,.]|\Z)", re.IGNORECASE | re.DOTALL)
 PROSE_FILE = Pattern(r".*\.(?:txt|md|log|text|rst|markdown)", re.IGNORECASE)
 IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
+# Files in which text without a named place would break the structure.
+STRUCTURED_FILE = Pattern(r".*\.(?:json|html?|xml|svg|ipynb|vue|jsx|tsx)", re.IGNORECASE)
+END_NAMED = Pattern(r"\bend\b", re.IGNORECASE)
 LITERAL_WORD = Pattern(r"[\w=./:+@#%-]+(?:\(\))?")
 # Words that mean characters or code rather than themselves in "replace X with Y".
 NOT_WORDS = Pattern(
@@ -1241,7 +1267,7 @@ def _text(found: Found) -> Optional[str]:
             return None
     if UNPAIRED.search(bare) or "\n" in bare or NOT_LITERAL.match(bare) or not bare:
         return None
-    if loose and not _is_loose(found, bare):
+    if loose and (found.scope.told or not _is_loose(found, bare)):
         return None
     return bare
 
@@ -1262,8 +1288,11 @@ def _add_text(found: Found, kind: str) -> Ops:
     line = found.group("line") or found.group("bare_line") or found.group("own_line")
     if IGNORE_FILE.fullmatch(path) and kind == "append" and found.group("loose"):
         line = line or "line"
+    vague = found.match.string[:4].lower() == "add " and STRUCTURED_FILE.fullmatch(path)
+    if kind == "append" and vague and not END_NAMED.search(found.match.string):
+        return ()
     if kind == "append_line" or (kind == "append" and line):
-        return (FileOp("append_line", path, text.rstrip("\r\n") or text),)
+        return (FileOp("append_line", path, text if text.endswith("\n") else text + "\n"),)
     if kind == "prepend" and (line or found.group("top")) and not text.endswith("\n"):
         text += "\n"
     return (FileOp(kind, path, text),) if text or kind in ("create", "write") else ()
@@ -1273,7 +1302,12 @@ def _create(found: Found, kind: str) -> Ops:
     if found.group("dest"):
         path, text = _path(found, "dest"), found.value("text")
         return (FileOp("create", path, text),) if path and text is not None else ()
-    return _add_text(found, kind)
+    made = _add_text(found, kind)
+    if not made or not found.group("folder"):
+        return made
+    folder = _path(found, "folder", folder=True)
+    op = made[0]._replace(path=f"{folder}/{made[0].path}")
+    return (op,) if folder and made[0].path[0] not in "/~" else ()
 
 
 def _empty(found: Found, _kind: str) -> Ops:
@@ -1321,7 +1355,8 @@ def _insert(found: Found, _kind: str) -> Ops:
     if not path or not text or not anchor or found.group("loose"):
         return ()
     where = " ".join(found.group("where").lower().split())
-    if found.group("anchor_line") or found.group("line") or where in ON_OWN_LINES:
+    own_line = found.group("line") or found.group("own_line") or found.group("bare_line")
+    if found.group("anchor_line") or own_line or where in ON_OWN_LINES:
         text, anchor = text.rstrip("\n") + "\n", anchor.rstrip("\n") + "\n"
     return (FileOp(INSERT_KINDS[where], path, text, anchor),)
 
@@ -1383,7 +1418,7 @@ def _mkdir(found: Found, _kind: str) -> Ops:
 
 def _tail_is_harmless(found: Found) -> bool:
     tail = found.group("tail")
-    return not tail or (INFORMATION.fullmatch(tail) is not None and not ACTION.search(tail))
+    return not tail or found.scope.told or (INFORMATION.fullmatch(tail) is not None and not ACTION.search(tail))
 
 
 def _read(found: Found, _kind: str) -> Ops:
@@ -1409,9 +1444,17 @@ def _list(found: Found, _kind: str) -> Ops:
     return (FileOp("list", path),) if path else ()
 
 
+# Commands that say something without an argument.
+ALONE = ("ls", "pwd", "date", "whoami", "uname", "tree", "df", "du")
+
+
 def _run(found: Found, _kind: str) -> Ops:
-    line = found.value("command")
-    words = _read_only(line if line is not None else found.group("typed"))
+    line, tail = found.value("command"), " ".join(found.group("tail").lower().split())
+    if line is None and tail.startswith(("to ", "for ", "in ")) and not tail.startswith("for me"):
+        return ()
+    words = _read_only(line if line is not None else found.group("typed"), line is None)
+    if len(words) == 1 and words[0] not in ALONE:
+        return ()
     return (FileOp("run", words=words),) if words and _tail_is_harmless(found) else ()
 
 
@@ -1422,8 +1465,8 @@ NOT_A_NAME = Pattern(
     r"(?:the|an|it|this|that|them|these|those|all|any|every|each|some|my|your|our|me|you|in|on|"
     r"at|to|of|for|with|from|by|and|or|if|is|are|here|there|folder|folders|directory|directories|"
     r"file|files|project|repo|everything|something|anything|nothing|which|where|what|structure|"
-    r"called|named|new|empty|for|like|using|inside|under|listing|tree|layout|hierarchy|browser|"
-    r"watcher|scanner|walker|picker|name|names|path|paths)", re.IGNORECASE)
+    r"called|named|for|like|using|inside|under|listing|tree|layout|hierarchy|browser|"
+    r"watcher|scanner|walker|picker|names|paths)", re.IGNORECASE)
 BUILDERS: Dict[str, Callable[[Found, str], Ops]] = {
     "append": _add_text, "append_line": _add_text, "prepend": _add_text, "write": _add_text,
     "create": _create, "empty": _empty, "named": _empty, "clear": _clear, "remove": _replace,
@@ -1725,16 +1768,19 @@ LEAD = Pattern(
     r"\s*(?:(?:please|pls|plz|kindly|hi|hey|hello|hi there|hey there|ok|okay|alright|great|"
     r"thanks|thank you|perfect|good|cool|nice|now|next|then|so|also|and|well|first|finally|just|"
     r"quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|awesome)(?:\s*[,.!:;-]+\s*|\s+)|"
-    r"(?:can|could|would|will) you(?:\s*,)?\s+(?:please,?\s+|kindly\s+|just\s+|now\s+|also\s+|"
-    r"quickly\s+|maybe\s+|possibly\s+)*|would you mind\s+|would you be so kind (?:as )?to\s+|"
-    r"do you mind\s+|i(?:'d| would) (?:like|love) (?:for )?(?:you )?to\s+|"
+    r"(?:would|do) you mind\s+|(?:can|could|would|will) you(?:\s*,)?\s+(?:please,?\s+|kindly\s+|just\s+|now\s+|also\s+|"
+    r"quickly\s+|maybe\s+|possibly\s+)*|would you be so kind (?:as )?to\s+|"
+    r"i(?:'d| would) (?:like|love) (?:for )?(?:you )?to\s+|"
     r"i(?:'d| would) appreciate it if you (?:could|would)\s+|be so kind (?:as )?to\s+|"
     r"i (?:want|need) you to\s+|i (?:want|need) to\s+|we need to\s+|you should\s+|"
     r"go ahead and\s+|let's\s+|let us\s+|help me(?: to)?\s+|your (?:task|job) is to\s+|"
     r"(?:the )?task:\s*|i have a (?:small |quick |simple )?(?:task|request|favou?r)(?: for you)?"
     r"[.:,!]\s*|(?:quick|small|simple) (?:task|request|one)[.:,!]\s*|"
     r"using (?:the |your )?(?:bash|shell|write|file|edit)? ?tools?,\s+|use (?:the |your )?"
-    r"(?:bash|shell|write|file|edit)? ?tools? (?:and|to)\s+|could i ask you to\s+)", re.IGNORECASE)
+    r"(?:bash|shell|write|file|edit)? ?tools? (?:and|to)\s+|could i ask you to\s+|"
+    r"(?:let me|(?:can|could|may) i)\s+(?=(?:see|view|look at|have a look)\b))", re.IGNORECASE)
+NEEDED = Pattern(r"(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|"
+                 r"empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)", re.IGNORECASE)
 POLITE_QUESTION = Pattern(r"\s*(?:\w+[,!.]?\s+){0,4}?(?:can|could|would|will|do) you\b|.*\bmind\b",
                           re.IGNORECASE)
 # What may follow a request without changing it.
@@ -1812,6 +1858,7 @@ def _freed(text: str) -> Asked:
         if lead is None:
             break
         core = core[lead.end():]
+    core = NEEDED.sub("create ", core, count=1) if NEEDED.match(core) else core
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
     core = core[:newline.start()] if newline else core
     return Asked(_base_form(core.strip()), end.group() if end else "", polite,
@@ -1877,7 +1924,7 @@ DECLINED = Pattern(
     r"approve|provide|tell)|\bif you (?:confirm|approve|agree)|"
     r"\balready (?:exists?|contains?|has|been|there|in place|present|gone)\b|"
     r"\bnothing to (?:do|change|add)\b|\bno changes? (?:(?:is|are|was|were) )?(?:needed|required|"
-    r"necessary)\b|\bdoes(?:n't| not) (?:exist|seem to exist|appear to exist)\b|"
+    r"necessary)\b|"
     r"\b(?:is|are|would be) (?:risky|dangerous|irreversible)\b", re.IGNORECASE)
 COURTESY = Pattern(r"anything else|something else|(?:need|want) (?:any )?(?:further|more)|"
                    r"help (?:you )?with|any (?:other |more )?questions|how can I (?:help|assist)",
@@ -1927,7 +1974,6 @@ FIRST_PERSON = Pattern(
     r"(?=(?:created|renamed|moved|deleted|removed|appended|added|replaced|inserted|wrote|copied|"
     r"changed|reading|listing|checking|opening|renaming|creating|deleting|appending|replacing|"
     r"moving|inserting)\b))", re.IGNORECASE)
-AT_END = Pattern(r"\bend\b", re.IGNORECASE)
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n+")
 FENCE_AFTER_COLON = Pattern("[:.][ \t\r\n]+(?=[\uf000-\uf8ff])")
 ONE_FENCE = Pattern("[\uf000-\uf8ff]")
@@ -1961,7 +2007,7 @@ COMMENT_PATH = Pattern(r"[ \t]*(?:#|//|--|;|%|/\*|<!--)[ \t]*(?:file(?:name)?:[ 
                        r"([^\s*]+)[ \t]*(?:\*/|-->)?[ \t]*\r?")
 INFO_PATH = Pattern(r"(?:[\w+-]+(?:[: ]|[: ]\s*(?:title|file|filename)=))?"
                     r"[\"']?([^\s\"'=:]+)[\"']?")
-BASE_NAME = Pattern(r"[^/]*\Z")
+NAME_IN_WORDS = Pattern("[^\\s,;:\"'`<>|()\u2018-\u201e]+")
 
 
 def _declined(text: str) -> bool:
@@ -2001,15 +2047,12 @@ def _wishes(words: str) -> Wishes:
 
 
 def _names(words: str, path: str) -> bool:
-    """Tell whether the user's words name a path, or its last part."""
+    """Tell whether the user's words name a path, or its last part alone."""
     base = path.rsplit("/", 1)[-1]
-    at = words.find(base)
-    while at >= 0:
-        around = words[max(0, at - 1):at] + words[at + len(base):at + len(base) + 1]
-        if not any(char.isalnum() or char in "_-" for char in around):
-            return True
-        at = words.find(base, at + 1)
-    return False
+    if " " in path:
+        return path in words
+    named = {token.rstrip(".!?") for token in NAME_IN_WORDS.findall(words)}
+    return not named.isdisjoint((path, "./" + path, base))
 
 
 def _file_text(fence: Fence) -> bool:
@@ -2123,14 +2166,19 @@ def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
         end = ENDING.search(sentence)
         core = _base_form(sentence[:end.start()].rstrip() if end else sentence).strip()
         kind, made = _matched(RULES, masked, Asked(core, ""), scope)
-        vague = kind == "append" and core.startswith("add ") and not AT_END.search(core)
+        vague = kind == "append" and core.startswith("add ") and not END_NAMED.search(core)
         if vague or kind in ("run", "named") or not all(_allowed(op, wishes) for op in made):
             continue
-        ops += [op for op in made if op not in ops]
+        ops += [op for op in (_unforced(op, wishes) for op in made) if op not in ops]
     looks = [op for op in ops if op.kind in ("read", "list")]
     if looks:
         return tuple(looks) if ops[0] in looks else ()
     return tuple(ops)
+
+
+def _unforced(op: FileOp, wishes: Wishes) -> FileOp:
+    """Let the model replace a whole file only where the user said so."""
+    return op._replace(kind="create") if op.kind == "write" and not wishes.overwrite else op
 
 
 def _allowed(op: FileOp, wishes: Wishes) -> bool:
@@ -2216,7 +2264,7 @@ def find_rescue(
     cwd = _working_directory(notices)
     rescue = _asked_for(words, masked, Scope(home_ok, cwd))
     if rescue is None and PRIVATE_USE.search(answer) is None:
-        rescue = _told(words, masked, Scope(False, cwd))
+        rescue = _told(words, masked, Scope(False, cwd, True))
     if rescue is None or (_served(turns, _request_of(turns)) and not _only_looks(rescue)):
         return None
     return rescue
