@@ -617,13 +617,24 @@ def test_a_session_that_outgrows_the_window_compacts_and_ends(place, window):
         step = next(steps)
         if step > 9:
             return text("Finished.")
-        return call("Bash", {"command": f"seq {step}0001 {step}1400", "description": "Count"})
+        return call("Bash", {"description": "Show a log", "command":
+                             f"yes 'step {step} wrote one line of its log' | head -n {window // 80}"})
 
     mock = place.serve(reply, env={"OLLAMA_NUM_CTX": str(window)})
     said = place.ask("run nine steps", timeout=150)
     assert (said.out, said.code) == ("Finished.\n", 0)
     assert any("Respond with TEXT ONLY" in turn.prompt for turn in mock.turns)
     assert all(turn.status == 200 for turn in mock.turns)
+
+
+def test_a_window_is_chosen_that_holds_the_client(place):
+    mock = place.serve([call("Bash", {"command": "echo 1"}), text("Fits.")],
+                       env={"OLLAMA_NUM_CTX": ""})
+    assert place.ask("hello").out == "Fits.\n"
+    windows = {body_of(turn)["options"]["num_ctx"] for turn in mock.turns}
+    assert len(windows) == 1
+    assert windows.pop() >= 32_768
+    assert len(mock.loads) == 1
 
 
 # ------------------------------ interactive ------------------------------
