@@ -604,6 +604,39 @@ def test_a_question_stays_a_question(place):
     assert len(mock.turns) == 1
 
 
+# ------------------------------ the launchers ------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a Unix shell")
+def test_the_launchers_bring_client_and_shim_together(place, tmp_path):
+    mock = place.serve([call("Bash", {"command": "echo launched > l.txt"}), text("Launched.")])
+    port = place.url.rpartition(":")[2]
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "claude").symlink_to(place.claude)
+    (programs / "python3").symlink_to(sys.executable)
+    said = subprocess.run(
+        [ROOT / "launch-client.sh", "--", "-p", "go on", "--dangerously-skip-permissions"],
+        cwd=place.project, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+        env={"HOME": str(place.home), "PATH": f"{programs}:{os.environ['PATH']}", "PORT": port,
+             "IS_SANDBOX": "1", "OLLAMA_MODEL": place.model})
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "Launched." in said.stdout
+    assert place.read("l.txt") == "launched\n"
+    assert len(mock.turns) == 2
+
+
+def test_one_command_starts_both(place):
+    mock = place.serve([text("Both are here.")])
+    said = subprocess.run(
+        [sys.executable, str(ROOT / "qwencode.py"), "claude", "--port", "0", "--", "-p", "hello"],
+        cwd=place.project, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+        env={"HOME": str(place.home), "OLLAMA_BASE_URL": mock.url, "OLLAMA_MODEL": place.model,
+             "PATH": f"{Path(place.claude).parent}{os.pathsep}{os.environ['PATH']}"})
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "Both are here." in said.stdout
+
+
 # ------------------------------ the window ------------------------------
 
 
@@ -617,13 +650,24 @@ def test_a_session_that_outgrows_the_window_compacts_and_ends(place, window):
         step = next(steps)
         if step > 9:
             return text("Finished.")
-        return call("Bash", {"command": f"seq {step}0001 {step}1400", "description": "Count"})
+        return call("Bash", {"description": "Show a log", "command":
+                             f"yes 'step {step} wrote one line of its log' | head -n {window // 80}"})
 
     mock = place.serve(reply, env={"OLLAMA_NUM_CTX": str(window)})
     said = place.ask("run nine steps", timeout=150)
     assert (said.out, said.code) == ("Finished.\n", 0)
     assert any("Respond with TEXT ONLY" in turn.prompt for turn in mock.turns)
     assert all(turn.status == 200 for turn in mock.turns)
+
+
+def test_a_window_is_chosen_that_holds_the_client(place):
+    mock = place.serve([call("Bash", {"command": "echo 1"}), text("Fits.")],
+                       env={"OLLAMA_NUM_CTX": ""})
+    assert place.ask("hello").out == "Fits.\n"
+    windows = {body_of(turn)["options"]["num_ctx"] for turn in mock.turns}
+    assert len(windows) == 1
+    assert windows.pop() >= 32_768
+    assert len(mock.loads) == 1
 
 
 # ------------------------------ interactive ------------------------------
