@@ -6369,7 +6369,8 @@ class TurnRecord(NamedTuple):
     started is epoch seconds, *_s are seconds, tokens are counts; window 0 means
     unknown. way is chat, verbatim or local (answered without the model). rescue names
     the rule that made the call, rescue_outcome what came of it. outcome is "ok",
-    "client left" or a kind of error; notes are sentences such as what broke the prefix.
+    "client left" or a kind of error; notes are sentences such as what broke the prefix;
+    left_out names tools and passages that the model was not shown.
     """
 
     session: str = ""
@@ -6393,6 +6394,7 @@ class TurnRecord(NamedTuple):
     error: str = ""
     cure: str = ""
     notes: Tuple[str, ...] = ()
+    left_out: Tuple[str, ...] = ()
 
 
 CLIENT_LEFT = "client left"
@@ -6505,7 +6507,7 @@ class Stats:
                 self.rescued.append(record)
             if record.outcome not in ("ok", CLIENT_LEFT):
                 self.failed.append(record)
-            if record.prompt_tokens and record.session and record.way != "local":
+            if record.prompt_tokens and record.way != "local":
                 self._keep_session(record)
 
     def settle(self, session: str, calls: Sequence[str], request: Request) -> None:
@@ -6663,6 +6665,33 @@ def turn_json(record: TurnRecord, secrets: Iterable[str] = ()) -> str:
     return json.dumps({"event": "turn", "time": ended, **turn_fields(record, secrets)})
 
 
+# ------------------------------ what broke the prefix ------------------------------
+
+
+class Segment(NamedTuple):
+    """A part of a prompt: its place in words, its text or a key of it, its tokens."""
+
+    name: str
+    key: Any
+    tokens: int
+
+
+# Tokens that may be read again without a word: an assistant turn is often rendered a
+# little differently from how the model wrote it (OL 5b).
+LEAST_REREAD = 500
+
+
+def prefix_break(before: Sequence[Segment], now: Sequence[Segment]) -> str:
+    """Say which part of a prompt changed since the last turn and what that costs.
+
+    "tools changed at Bash: 18,400 tokens read again"; "" where the prompt only grew.
+    """
+    same = next((place for place, (old, new) in enumerate(zip(before, now))
+                 if old.key != new.key), min(len(before), len(now)))
+    again = sum(segment.tokens for segment in now[same:len(before)])
+    return f"{now[same].name}: {again:,} tokens read again" if again >= LEAST_REREAD else ""
+
+
 # ------------------------------ status as JSON ------------------------------
 
 # Not shown: where it listens, which the reader knows, and a path of the user's.
@@ -6695,6 +6724,7 @@ def session_fields(record: TurnRecord) -> Json:
         "used": used, "window": record.window,
         "left": max(0, record.window - used) if record.window else None,
         "last": record.started + record.total_s,
+        "left_out": [clean(name) for name in record.left_out],
     }
 
 
@@ -6892,10 +6922,11 @@ const svg = (name, attributes, ...parts) =>
 const count = (n) => n < 1000 ? String(n) : n < 99950 ? (n / 1000).toFixed(1) + "k"
   : n < 999500 ? Math.round(n / 1000) + "k" : (n / 1e6).toFixed(1) + "M";
 const size = (n) => n >= 1024 && n % 1024 === 0 ? n / 1024 + "k" : count(n);
-const seconds = (s) => s === null || s === undefined ? "" : s < 100 ? s.toFixed(1) + " s"
+const seconds = (s) => s === null || s === undefined ? ""
+  : s < 0.1 ? Math.round(s * 1000) + " ms" : s < 100 ? s.toFixed(1) + " s"
   : s < 7200 ? Math.round(s / 60) + " min" : (s / 3600).toFixed(1) + " h";
 const clock = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
-const short = (id) => id ? id.slice(0, 8) : "one without a name";
+const short = (id) => id ? id.slice(0, 8) : "without a name";
 const share = (part, whole) => whole > 0 ? Math.round(100 * part / whole) + " %" : "";
 const speed = (n) => n > 0 ? n.toFixed(n < 10 ? 1 : 0) : "";
 const used = (turn) => turn.prompt_tokens + turn.output_tokens;
@@ -6948,7 +6979,9 @@ function gauges(sessions) {
         el("span", { class: tone }, words)),
       el("div", { class: "track", role: "meter", "aria-label": `Window of ${short(one.session)}`,
         "aria-valuemin": "0", "aria-valuemax": String(one.window || one.used),
-        "aria-valuenow": String(one.used), "aria-valuetext": words }, bar));
+        "aria-valuenow": String(one.used), "aria-valuetext": words }, bar),
+      one.left_out.length ? el("p", { class: "muted" }, "Not shown to the model: "
+        + one.left_out.join(", ")) : "");
   });
 }
 
@@ -7029,7 +7062,8 @@ function errorRows(turns) {
 }
 
 function counters(data) {
-  const pairs = (title, values) => Object.entries(values).map(([name, n]) => [title + name, n]);
+  const pairs = (title, values) => Object.entries(values).map(([name, n]) =>
+    [title + name.replaceAll("_", " "), n]);
   const tokens = data.tokens;
   return lists([...pairs("Requests: ", data.requests), ...pairs("Rescues: ", data.rescues),
     ...pairs("Failures of Ollama: ", data.upstream_errors),
@@ -7131,7 +7165,7 @@ poll();
 # The hashes let the page forbid every other script, style and host to itself. They are
 # written down, not computed, to spare the start-up; tests/test_status.py checks them.
 STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
-STATUS_SCRIPT_HASH = "sha256-HgbvhfrxeNb9z9qPyEscg/ikXe6/zCstmY6xYueX+LA="
+STATUS_SCRIPT_HASH = "sha256-rZnYDTHx0hU7s9MAPXHsAgLnAxSV6PKBdgANgdEPVhc="
 
 STATUS_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
@@ -7968,6 +8002,9 @@ class Session:
         self._slimmed: Tuple[Tool, ...] = ()
         self.tools_json = ""
         self._renderer: Optional[str] = None
+        self.tool_segments: List[Segment] = []
+        self.message_segments: List[Segment] = []
+        self.segments: List[Segment] = []  # of the last turn's whole prompt
 
     def table(self, request: Request, limit: int) -> ToolTable:
         """Choose the tools, the same as in the last turn while the client's are the same."""
@@ -7986,7 +8023,11 @@ class Session:
         if table.sent != self._tools or self._renderer != facts.renderer:
             self._tools, self._renderer = table.sent, facts.renderer
             self._slimmed = tuple(map(slim_tool, table.sent)) if slim else table.sent
-            self.tools_json = to_json([tool_json(t, facts.renderer) for t in self._slimmed])
+            each = [to_json(tool_json(tool, facts.renderer)) for tool in self._slimmed]
+            self.tools_json = f"[{','.join(each)}]"
+            self.tool_segments = [
+                Segment(f"tools changed at {tool.name}", text, estimate_tokens(text))
+                for tool, text in zip(self._slimmed, each)]
         in_text = facts.tools_in_text or not self._slimmed
         return self._slimmed, "" if in_text else self.tools_json
 
@@ -8190,6 +8231,7 @@ class Exchange:
         self.way, self.model, self.window = "chat", self.config.model, 0
         self.turn: Optional[Turn] = None
         self.notes: List[str] = []
+        self.left_out: Tuple[str, ...] = ()
         self.key = handler.join_key
         self.audience = Audience(self.link)
 
@@ -8267,7 +8309,7 @@ class Exchange:
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
             error=failure.message if failure else "", cure=cure_of(failure) if failure else "",
-            notes=tuple(self.notes))
+            notes=tuple(self.notes), left_out=self.left_out)
         self.server.stats.end(self, record)
         self.server.log.turn(record)
 
@@ -8400,6 +8442,8 @@ class Exchange:
             messages = chat_messages(request, tools, facts, self.server.raw_turns.recall,
                                      lambda text: self._slim(text, names))
             messages_json, same = session.written.write(messages)
+            self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
+            self._note_break(messages, same)
         texts = [tools_json, *map(message_text, messages)]
         count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
         self.estimate = count.tokens
@@ -8407,10 +8451,27 @@ class Exchange:
         shared = int(sum(sum(counter.sizes_of(text)[1]) for text in known))
         return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
 
+    def _note_break(self, messages: List[ChatMessage], same: int) -> None:
+        """Compare the prompt with the session's last one, of which it has same messages."""
+        session = self.session
+        now = session.message_segments[:same]
+        for place, message in enumerate(messages[len(now):], len(now)):
+            tokens = int(sum(self.server.counter.sizes_of(message_text(message))[1]))
+            name = "system text" if message.role == "system" and not place else \
+                f"message {place} ({message.role})"
+            now.append(Segment(f"{name} changed", object(), tokens))
+        tools = session.tool_segments
+        broken = prefix_break(session.segments, [*tools, *now]) if self.session_id else ""
+        session.message_segments, session.segments = now, [*tools, *now]
+        if broken:
+            self.notes.append(broken)
+
     def _slim(self, text: str, names: Sequence[str]) -> str:
         if self.config.prompt == "full":
             return text
         text, left_out = slim_text(text, names)
+        if left_out:
+            self.left_out += tuple(left_out)
         if left_out and self.server.log.on("debug"):
             self.server.log.write("debug", f"left out of the prompt: {', '.join(left_out)}")
         return text
