@@ -10304,25 +10304,26 @@ def run_claude(args: Any, env: Mapping[str, str]) -> int:
         return run_child(*claude_command(made, args.passed, env))
     # Claude Code draws on this terminal: the shim's log would spoil it.
     terminal, (handle, path) = sys.stderr, late("tempfile").mkstemp(".log", "qwencode-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file, contextlib.redirect_stderr(file), \
-            running_server(config) as server:
-        with contextlib.redirect_stderr(terminal):
-            made = wait_for_model(Doctor(config, env, server), path)
-            if not made:
-                return 1
-            command = claude_command(made, args.passed, env)
-        return run_child(*command)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file, contextlib.redirect_stderr(file), \
+                running_server(config) as server:
+            with contextlib.redirect_stderr(terminal):
+                made = wait_for_model(Doctor(config, env, server), path)
+                command = claude_command(made, args.passed, env)
+            return run_child(*command)
+    except ShimError as error:
+        tell(redact(error.message, secrets_of(config)))
+        return 1
+    finally:
+        if not os.path.getsize(path):
+            os.remove(path)
 
 
 def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
-    """Load the model and say what came of it; {} where it failed."""
+    """Load the model, say what came of it, and make Claude Code's variables."""
     config = doctor.config
-    try:
-        doctor.learn()
-        loaded = doctor.load()
-    except ShimError as error:
-        tell(redact(error.message, secrets_of(config)))
-        return {}
+    doctor.learn()
+    loaded = doctor.load()
     share = f", {100 * loaded.size_vram // loaded.size} % in graphics memory" if loaded.size else ""
     tell(f"{config.model} is ready after {loaded.seconds:.0f} s{share}; {doctor.model.reason}\n"
          f"Status page {doctor.server.url}/  log {log}")
