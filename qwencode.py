@@ -9499,7 +9499,9 @@ def claude_settings(env: Mapping[str, str]) -> Json:
                  *(os.path.join(".claude", name) for name in ("settings.json",
                                                               "settings.local.json"))):
         with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            merged.update(_mapping(json.load(file)))
+            for name, value in _mapping(json.load(file)).items():
+                both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+                merged[name] = {**merged[name], **value} if both else value
     return merged
 
 
@@ -9656,7 +9658,8 @@ def export_lines(made: Mapping[str, str], shell: str) -> List[str]:
 def run_env(args: Any, env: Mapping[str, str]) -> int:
     """Print the variables for a shell: eval "$(python qwencode.py env)"."""
     config = load_config(vars(args), env)
-    shell = args.shell or ("powershell" if os.name == "nt" else
+    windows = os.name == "nt" and not env.get("MSYSTEM")  # set in Git Bash
+    shell = args.shell or ("powershell" if windows else
                            "fish" if env.get("SHELL", "").endswith("fish") else "bash")
     url = local_url(config)
     window = window_of(ask_shim(url, "/health", config)) or planned_window(config)
@@ -10145,14 +10148,23 @@ def check_speed(doctor: Doctor) -> Finding:
     return verdict_speed(*doctor.speed)
 
 
+def find_bash(env: Mapping[str, str]) -> str:
+    """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
+    which, path = late("shutil").which, env.get("PATH")
+    if os.name != "nt":
+        return which("bash", path=path) or ""
+    git = which("git", path=path) or r"C:\Program Files\Git\cmd\git.exe"
+    folder = os.path.dirname(os.path.dirname(git))
+    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), os.path.join(folder, "bin", "bash.exe"))
+    return next(filter(os.path.isfile, places), "")
+
+
 def check_bash(doctor: Doctor) -> Finding:
-    which, windows = late("shutil").which, os.name == "nt"
-    path = doctor.env.get("CLAUDE_CODE_GIT_BASH_PATH", "") if windows else ""
-    path = path or which("bash", path=doctor.env.get("PATH")) or ""
+    path = find_bash(doctor.env)
     missing = "".join(output_of([path, "-c", "for p in " + " ".join(SHELL_PROGRAMS)
                                  + '; do type "$p" >/dev/null 2>&1 || echo "$p"; done'],
                                 doctor.env)).split() if path else ()
-    return verdict_bash(path, missing, windows)
+    return verdict_bash(path, missing, os.name == "nt")
 
 
 def check_claude(doctor: Doctor) -> Finding:

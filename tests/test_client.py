@@ -162,6 +162,21 @@ def test_the_permission_mode_is_default_unless_the_user_named_one(passed, found,
     assert q.claude_arguments(passed, found) == wanted
 
 
+def test_settings_of_user_and_project_are_laid_over_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, name, content in (
+            ("home/.claude", "settings.json", {"env": {"A": "1", "B": "1"}, "model": "m"}),
+            (".claude", "settings.json", {"env": {"B": "2"}, "permissions": {"allow": []}}),
+            (".claude", "settings.local.json", {"permissions": {"defaultMode": "plan"}})):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_text(json.dumps(content))
+    assert q.claude_settings({"HOME": str(tmp_path / "home")}) == {
+        "env": {"A": "1", "B": "2"}, "model": "m",
+        "permissions": {"allow": [], "defaultMode": "plan"}}
+    assert q.claude_settings({"HOME": "/nowhere", "CLAUDE_CONFIG_DIR": str(
+        tmp_path / "home" / ".claude")})["model"] == "m"
+
+
 ODD = "it's \\ \"odd\" $HOME `x`; ünï"
 
 
