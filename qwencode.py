@@ -10008,8 +10008,12 @@ class Doctor:
                 "keep_alive": keep_alive_value(self.config.keep_alive),
                 "options": {**load_options(self.model.num_ctx), **limit}, **fields}
 
-    def chat(self, messages: List[Json], tokens: int, what: str) -> Answer:
-        return self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
+    def chat(self, messages: List[Json], tokens: int, what: str) -> Json:
+        """Ask the model; raise a ShimError where that fails."""
+        answer = self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
+        if answer.status != 200:
+            raise upstream_error(answer.status, answer.text, self.config.model)
+        return _mapping(answer.body)
 
     def learn(self) -> None:
         """Ask what the model is; raise ModelMissingError where it is not there."""
@@ -10042,6 +10046,7 @@ class Doctor:
         asking = Upstream(self.config._replace(base_url=self.server.url,
                                                auth_token=self.config.api_key))
         body = to_json({"model": self.config.model, "max_tokens": 300, "system": system,
+                        "thinking": {"type": "disabled"},
                         "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
         try:
             with ticking(what) as ticker:
@@ -10076,9 +10081,12 @@ def check_capabilities(doctor: Doctor) -> Finding:
     return verdict_capabilities(tuple(sorted(doctor.model.facts.capabilities or ())))
 
 
+def check_load(doctor: Doctor) -> Finding:
+    return Finding("ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}")
+
+
 def check_window(doctor: Doctor) -> Finding:
-    loaded = doctor.look() if doctor.quick else doctor.load()
-    facts = doctor.model.facts
+    loaded, facts = doctor.look(), doctor.model.facts
     return verdict_window(facts.trained or 0, doctor.model.num_ctx or facts.num_ctx or 0,
                           loaded.window)
 
@@ -10111,8 +10119,8 @@ def check_rescue(doctor: Doctor) -> Finding:
 
 def check_truncation(doctor: Doctor) -> Finding:
     window = doctor.loaded.window or doctor.model.window or SERVING_WINDOW
-    answer = doctor.chat([{"role": "user", "content": "7 " * 2 * window}], 1,
-                         "a prompt that is too long")
+    body = doctor.body(1, messages=[{"role": "user", "content": "7 " * 2 * window}])
+    answer = doctor.ask("/api/chat", body, "a prompt that is too long")
     return verdict_truncation(answer.status, window)
 
 
@@ -10121,14 +10129,13 @@ def check_reuse(doctor: Doctor) -> Finding:
     cold = [{"role": "user", "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}]
     answers = [doctor.chat(cold, 64, "reading 3,000 tokens")]
     reply = {"role": "assistant", "content": str(
-        _mapping(_mapping(answers[0].body).get("message")).get("content") or "")}
+        _mapping(answers[0].get("message")).get("content") or "")}
     answers.append(doctor.chat([*cold, reply, {"role": "user", "content": "Go on."}], 8,
                                "reading them again"))
-    ends = [_finish(_mapping(answer.body)) for answer in answers]
-    first = ends[0]
+    first, second = map(_finish, answers)
     doctor.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
                     (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
-    return verdict_reuse(first.prompt_s, ends[1].prompt_s, first.prompt_tokens or 0)
+    return verdict_reuse(first.prompt_s, second.prompt_s, first.prompt_tokens or 0)
 
 
 def check_cancel(doctor: Doctor) -> Finding:
@@ -10214,15 +10221,16 @@ CHECKS: Tuple[Check, ...] = (
     Check("ollama", check_ollama),
     Check("model", check_model, "ollama"),
     Check("capabilities", check_capabilities, "model"),
+    Check("load", check_load, "model", True),
     Check("window", check_window, "model"),
-    Check("memory", check_memory, "model", True),
-    Check("template", check_template, "model", True),
-    Check("tool call", check_call, "model", True),
-    Check("rescue", check_rescue, "model", True),
-    Check("truncation", check_truncation, "model", True),
-    Check("reuse", check_reuse, "model", True),
-    Check("cancel", check_cancel, "model", True),
-    Check("speed", check_speed, "model", True),
+    Check("memory", check_memory, "load", True),
+    Check("template", check_template, "load", True),
+    Check("tool call", check_call, "load", True),
+    Check("rescue", check_rescue, "load", True),
+    Check("truncation", check_truncation, "load", True),
+    Check("reuse", check_reuse, "load", True),
+    Check("cancel", check_cancel, "load", True),
+    Check("speed", check_speed, "load", True),
     Check("bash", check_bash),
     Check("claude", check_claude),
     Check("port", check_port),
