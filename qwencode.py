@@ -8269,7 +8269,8 @@ class TurnRecord(NamedTuple):
     started is epoch seconds, *_s are seconds, tokens are counts; window 0 means
     unknown. way is chat, verbatim or local (answered without the model). rescue names
     the rule that made the call, rescue_outcome what came of it. outcome is "ok",
-    "client left" or a kind of error; notes are sentences such as what broke the prefix.
+    "client left" or a kind of error; notes are sentences such as what broke the prefix;
+    left_out names tools and passages that the model was not shown.
     """
 
     session: str = ""
@@ -8293,6 +8294,7 @@ class TurnRecord(NamedTuple):
     error: str = ""
     cure: str = ""
     notes: Tuple[str, ...] = ()
+    left_out: Tuple[str, ...] = ()
 
 
 CLIENT_LEFT = "client left"
@@ -8405,7 +8407,7 @@ class Stats:
                 self.rescued.append(record)
             if record.outcome not in ("ok", CLIENT_LEFT):
                 self.failed.append(record)
-            if record.prompt_tokens and record.session and record.way != "local":
+            if record.prompt_tokens and record.way != "local":
                 self._keep_session(record)
 
     def settle(self, session: str, calls: Sequence[str], request: Request) -> None:
@@ -8563,6 +8565,33 @@ def turn_json(record: TurnRecord, secrets: Iterable[str] = ()) -> str:
     return json.dumps({"event": "turn", "time": ended, **turn_fields(record, secrets)})
 
 
+# ------------------------------ what broke the prefix ------------------------------
+
+
+class Segment(NamedTuple):
+    """A part of a prompt: its place in words, its text or a key of it, its tokens."""
+
+    name: str
+    key: Any
+    tokens: int
+
+
+# Tokens that may be read again without a word: an assistant turn is often rendered a
+# little differently from how the model wrote it (OL 5b).
+LEAST_REREAD = 500
+
+
+def prefix_break(before: Sequence[Segment], now: Sequence[Segment]) -> str:
+    """Say which part of a prompt changed since the last turn and what that costs.
+
+    "tools changed at Bash: 18,400 tokens read again"; "" where the prompt only grew.
+    """
+    same = next((place for place, (old, new) in enumerate(zip(before, now))
+                 if old.key != new.key), min(len(before), len(now)))
+    again = sum(segment.tokens for segment in now[same:len(before)])
+    return f"{now[same].name}: {again:,} tokens read again" if again >= LEAST_REREAD else ""
+
+
 # ------------------------------ status as JSON ------------------------------
 
 # Not shown: where it listens, which the reader knows, and a path of the user's.
@@ -8595,6 +8624,7 @@ def session_fields(record: TurnRecord) -> Json:
         "used": used, "window": record.window,
         "left": max(0, record.window - used) if record.window else None,
         "last": record.started + record.total_s,
+        "left_out": [clean(name) for name in record.left_out],
     }
 
 
@@ -8792,10 +8822,11 @@ const svg = (name, attributes, ...parts) =>
 const count = (n) => n < 1000 ? String(n) : n < 99950 ? (n / 1000).toFixed(1) + "k"
   : n < 999500 ? Math.round(n / 1000) + "k" : (n / 1e6).toFixed(1) + "M";
 const size = (n) => n >= 1024 && n % 1024 === 0 ? n / 1024 + "k" : count(n);
-const seconds = (s) => s === null || s === undefined ? "" : s < 100 ? s.toFixed(1) + " s"
+const seconds = (s) => s === null || s === undefined ? ""
+  : s < 0.1 ? Math.round(s * 1000) + " ms" : s < 100 ? s.toFixed(1) + " s"
   : s < 7200 ? Math.round(s / 60) + " min" : (s / 3600).toFixed(1) + " h";
 const clock = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
-const short = (id) => id ? id.slice(0, 8) : "one without a name";
+const short = (id) => id ? id.slice(0, 8) : "without a name";
 const share = (part, whole) => whole > 0 ? Math.round(100 * part / whole) + " %" : "";
 const speed = (n) => n > 0 ? n.toFixed(n < 10 ? 1 : 0) : "";
 const used = (turn) => turn.prompt_tokens + turn.output_tokens;
@@ -8848,7 +8879,9 @@ function gauges(sessions) {
         el("span", { class: tone }, words)),
       el("div", { class: "track", role: "meter", "aria-label": `Window of ${short(one.session)}`,
         "aria-valuemin": "0", "aria-valuemax": String(one.window || one.used),
-        "aria-valuenow": String(one.used), "aria-valuetext": words }, bar));
+        "aria-valuenow": String(one.used), "aria-valuetext": words }, bar),
+      one.left_out.length ? el("p", { class: "muted" }, "Not shown to the model: "
+        + one.left_out.join(", ")) : "");
   });
 }
 
@@ -8929,7 +8962,8 @@ function errorRows(turns) {
 }
 
 function counters(data) {
-  const pairs = (title, values) => Object.entries(values).map(([name, n]) => [title + name, n]);
+  const pairs = (title, values) => Object.entries(values).map(([name, n]) =>
+    [title + name.replaceAll("_", " "), n]);
   const tokens = data.tokens;
   return lists([...pairs("Requests: ", data.requests), ...pairs("Rescues: ", data.rescues),
     ...pairs("Failures of Ollama: ", data.upstream_errors),
@@ -9031,7 +9065,7 @@ poll();
 # The hashes let the page forbid every other script, style and host to itself. They are
 # written down, not computed, to spare the start-up; tests/test_status.py checks them.
 STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
-STATUS_SCRIPT_HASH = "sha256-HgbvhfrxeNb9z9qPyEscg/ikXe6/zCstmY6xYueX+LA="
+STATUS_SCRIPT_HASH = "sha256-rZnYDTHx0hU7s9MAPXHsAgLnAxSV6PKBdgANgdEPVhc="
 
 STATUS_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
@@ -9868,6 +9902,9 @@ class Session:
         self._slimmed: Tuple[Tool, ...] = ()
         self.tools_json = ""
         self._renderer: Optional[str] = None
+        self.tool_segments: List[Segment] = []
+        self.message_segments: List[Segment] = []
+        self.segments: List[Segment] = []  # of the last turn's whole prompt
 
     def table(self, request: Request, limit: int) -> ToolTable:
         """Choose the tools, the same as in the last turn while the client's are the same."""
@@ -9886,7 +9923,11 @@ class Session:
         if table.sent != self._tools or self._renderer != facts.renderer:
             self._tools, self._renderer = table.sent, facts.renderer
             self._slimmed = tuple(map(slim_tool, table.sent)) if slim else table.sent
-            self.tools_json = to_json([tool_json(t, facts.renderer) for t in self._slimmed])
+            each = [to_json(tool_json(tool, facts.renderer)) for tool in self._slimmed]
+            self.tools_json = f"[{','.join(each)}]"
+            self.tool_segments = [
+                Segment(f"tools changed at {tool.name}", text, estimate_tokens(text))
+                for tool, text in zip(self._slimmed, each)]
         in_text = facts.tools_in_text or not self._slimmed
         return self._slimmed, "" if in_text else self.tools_json
 
@@ -10087,6 +10128,7 @@ class Exchange:
         self.way, self.model, self.window = "chat", self.config.model, 0
         self.turn: Optional[Turn] = None
         self.notes: List[str] = []
+        self.left_out: Tuple[str, ...] = ()
         self.key = handler.join_key
         self.audience = Audience(self.link)
 
@@ -10164,7 +10206,7 @@ class Exchange:
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
             error=failure.message if failure else "", cure=cure_of(failure) if failure else "",
-            notes=tuple(self.notes))
+            notes=tuple(self.notes), left_out=self.left_out)
         self.server.stats.end(self, record)
         self.server.log.turn(record)
 
@@ -10309,6 +10351,8 @@ class Exchange:
             messages = chat_messages(request, tools, facts, self.server.raw_turns.recall,
                                      lambda text: self._slim(text, names))
             messages_json, same = session.written.write(messages)
+            self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
+            self._note_break(messages, same)
         texts = [tools_json, *map(message_text, messages)]
         count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
         self.estimate = count.tokens
@@ -10316,10 +10360,27 @@ class Exchange:
         shared = int(sum(sum(counter.sizes_of(text)[1]) for text in known))
         return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
 
+    def _note_break(self, messages: List[ChatMessage], same: int) -> None:
+        """Compare the prompt with the session's last one, of which it has same messages."""
+        session = self.session
+        now = session.message_segments[:same]
+        for place, message in enumerate(messages[len(now):], len(now)):
+            tokens = int(sum(self.server.counter.sizes_of(message_text(message))[1]))
+            name = "system text" if message.role == "system" and not place else \
+                f"message {place} ({message.role})"
+            now.append(Segment(f"{name} changed", object(), tokens))
+        tools = session.tool_segments
+        broken = prefix_break(session.segments, [*tools, *now]) if self.session_id else ""
+        session.message_segments, session.segments = now, [*tools, *now]
+        if broken:
+            self.notes.append(broken)
+
     def _slim(self, text: str, names: Sequence[str]) -> str:
         if self.config.prompt == "full":
             return text
         text, left_out = slim_text(text, names)
+        if left_out:
+            self.left_out += tuple(left_out)
         if left_out and self.server.log.on("debug"):
             self.server.log.write("debug", f"left out of the prompt: {', '.join(left_out)}")
         return text
@@ -11371,7 +11432,9 @@ def claude_settings(env: Mapping[str, str]) -> Json:
                  *(os.path.join(".claude", name) for name in ("settings.json",
                                                               "settings.local.json"))):
         with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            merged.update(_mapping(json.load(file)))
+            for name, value in _mapping(json.load(file)).items():
+                both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+                merged[name] = {**merged[name], **value} if both else value
     return merged
 
 
@@ -11528,7 +11591,8 @@ def export_lines(made: Mapping[str, str], shell: str) -> List[str]:
 def run_env(args: Any, env: Mapping[str, str]) -> int:
     """Print the variables for a shell: eval "$(python qwencode.py env)"."""
     config = load_config(vars(args), env)
-    shell = args.shell or ("powershell" if os.name == "nt" else
+    windows = os.name == "nt" and not env.get("MSYSTEM")  # set in Git Bash
+    shell = args.shell or ("powershell" if windows else
                            "fish" if env.get("SHELL", "").endswith("fish") else "bash")
     url = local_url(config)
     window = window_of(ask_shim(url, "/health", config)) or planned_window(config)
@@ -11877,8 +11941,12 @@ class Doctor:
                 "keep_alive": keep_alive_value(self.config.keep_alive),
                 "options": {**load_options(self.model.num_ctx), **limit}, **fields}
 
-    def chat(self, messages: List[Json], tokens: int, what: str) -> Answer:
-        return self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
+    def chat(self, messages: List[Json], tokens: int, what: str) -> Json:
+        """Ask the model; raise a ShimError where that fails."""
+        answer = self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
+        if answer.status != 200:
+            raise upstream_error(answer.status, answer.text, self.config.model)
+        return _mapping(answer.body)
 
     def learn(self) -> None:
         """Ask what the model is; raise ModelMissingError where it is not there."""
@@ -11911,6 +11979,7 @@ class Doctor:
         asking = Upstream(self.config._replace(base_url=self.server.url,
                                                auth_token=self.config.api_key))
         body = to_json({"model": self.config.model, "max_tokens": 300, "system": system,
+                        "thinking": {"type": "disabled"},
                         "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
         try:
             with ticking(what) as ticker:
@@ -11945,9 +12014,12 @@ def check_capabilities(doctor: Doctor) -> Finding:
     return verdict_capabilities(tuple(sorted(doctor.model.facts.capabilities or ())))
 
 
+def check_load(doctor: Doctor) -> Finding:
+    return Finding("ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}")
+
+
 def check_window(doctor: Doctor) -> Finding:
-    loaded = doctor.look() if doctor.quick else doctor.load()
-    facts = doctor.model.facts
+    loaded, facts = doctor.look(), doctor.model.facts
     return verdict_window(facts.trained or 0, doctor.model.num_ctx or facts.num_ctx or 0,
                           loaded.window)
 
@@ -11980,8 +12052,8 @@ def check_rescue(doctor: Doctor) -> Finding:
 
 def check_truncation(doctor: Doctor) -> Finding:
     window = doctor.loaded.window or doctor.model.window or SERVING_WINDOW
-    answer = doctor.chat([{"role": "user", "content": "7 " * 2 * window}], 1,
-                         "a prompt that is too long")
+    body = doctor.body(1, messages=[{"role": "user", "content": "7 " * 2 * window}])
+    answer = doctor.ask("/api/chat", body, "a prompt that is too long")
     return verdict_truncation(answer.status, window)
 
 
@@ -11990,14 +12062,13 @@ def check_reuse(doctor: Doctor) -> Finding:
     cold = [{"role": "user", "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}]
     answers = [doctor.chat(cold, 64, "reading 3,000 tokens")]
     reply = {"role": "assistant", "content": str(
-        _mapping(_mapping(answers[0].body).get("message")).get("content") or "")}
+        _mapping(answers[0].get("message")).get("content") or "")}
     answers.append(doctor.chat([*cold, reply, {"role": "user", "content": "Go on."}], 8,
                                "reading them again"))
-    ends = [_finish(_mapping(answer.body)) for answer in answers]
-    first = ends[0]
+    first, second = map(_finish, answers)
     doctor.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
                     (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
-    return verdict_reuse(first.prompt_s, ends[1].prompt_s, first.prompt_tokens or 0)
+    return verdict_reuse(first.prompt_s, second.prompt_s, first.prompt_tokens or 0)
 
 
 def check_cancel(doctor: Doctor) -> Finding:
@@ -12017,14 +12088,23 @@ def check_speed(doctor: Doctor) -> Finding:
     return verdict_speed(*doctor.speed)
 
 
+def find_bash(env: Mapping[str, str]) -> str:
+    """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
+    which, path = late("shutil").which, env.get("PATH")
+    if os.name != "nt":
+        return which("bash", path=path) or ""
+    git = which("git", path=path) or r"C:\Program Files\Git\cmd\git.exe"
+    folder = os.path.dirname(os.path.dirname(git))
+    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), os.path.join(folder, "bin", "bash.exe"))
+    return next(filter(os.path.isfile, places), "")
+
+
 def check_bash(doctor: Doctor) -> Finding:
-    which, windows = late("shutil").which, os.name == "nt"
-    path = doctor.env.get("CLAUDE_CODE_GIT_BASH_PATH", "") if windows else ""
-    path = path or which("bash", path=doctor.env.get("PATH")) or ""
+    path = find_bash(doctor.env)
     missing = "".join(output_of([path, "-c", "for p in " + " ".join(SHELL_PROGRAMS)
                                  + '; do type "$p" >/dev/null 2>&1 || echo "$p"; done'],
                                 doctor.env)).split() if path else ()
-    return verdict_bash(path, missing, windows)
+    return verdict_bash(path, missing, os.name == "nt")
 
 
 def check_claude(doctor: Doctor) -> Finding:
@@ -12074,15 +12154,16 @@ CHECKS: Tuple[Check, ...] = (
     Check("ollama", check_ollama),
     Check("model", check_model, "ollama"),
     Check("capabilities", check_capabilities, "model"),
+    Check("load", check_load, "model", True),
     Check("window", check_window, "model"),
-    Check("memory", check_memory, "model", True),
-    Check("template", check_template, "model", True),
-    Check("tool call", check_call, "model", True),
-    Check("rescue", check_rescue, "model", True),
-    Check("truncation", check_truncation, "model", True),
-    Check("reuse", check_reuse, "model", True),
-    Check("cancel", check_cancel, "model", True),
-    Check("speed", check_speed, "model", True),
+    Check("memory", check_memory, "load", True),
+    Check("template", check_template, "load", True),
+    Check("tool call", check_call, "load", True),
+    Check("rescue", check_rescue, "load", True),
+    Check("truncation", check_truncation, "load", True),
+    Check("reuse", check_reuse, "load", True),
+    Check("cancel", check_cancel, "load", True),
+    Check("speed", check_speed, "load", True),
     Check("bash", check_bash),
     Check("claude", check_claude),
     Check("port", check_port),
@@ -12176,25 +12257,26 @@ def run_claude(args: Any, env: Mapping[str, str]) -> int:
         return run_child(*claude_command(made, args.passed, env))
     # Claude Code draws on this terminal: the shim's log would spoil it.
     terminal, (handle, path) = sys.stderr, late("tempfile").mkstemp(".log", "qwencode-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file, contextlib.redirect_stderr(file), \
-            running_server(config) as server:
-        with contextlib.redirect_stderr(terminal):
-            made = wait_for_model(Doctor(config, env, server), path)
-            if not made:
-                return 1
-            command = claude_command(made, args.passed, env)
-        return run_child(*command)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file, contextlib.redirect_stderr(file), \
+                running_server(config) as server:
+            with contextlib.redirect_stderr(terminal):
+                made = wait_for_model(Doctor(config, env, server), path)
+                command = claude_command(made, args.passed, env)
+            return run_child(*command)
+    except ShimError as error:
+        tell(redact(error.message, secrets_of(config)))
+        return 1
+    finally:
+        if not os.path.getsize(path):
+            os.remove(path)
 
 
 def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
-    """Load the model and say what came of it; {} where it failed."""
+    """Load the model, say what came of it, and make Claude Code's variables."""
     config = doctor.config
-    try:
-        doctor.learn()
-        loaded = doctor.load()
-    except ShimError as error:
-        tell(redact(error.message, secrets_of(config)))
-        return {}
+    doctor.learn()
+    loaded = doctor.load()
     share = f", {100 * loaded.size_vram // loaded.size} % in graphics memory" if loaded.size else ""
     tell(f"{config.model} is ready after {loaded.seconds:.0f} s{share}; {doctor.model.reason}\n"
          f"Status page {doctor.server.url}/  log {log}")

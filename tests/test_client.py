@@ -3,22 +3,29 @@ import contextlib
 import io
 import json
 import os
-import pty
+import re
 import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+fcntl, pty, termios = (pytest.importorskip(name, reason="the fake claude needs Unix")
+                       for name in ("fcntl", "pty", "termios"))
+
 import qwencode as q
 from helpers import running_shim
 from mock_ollama import MockOllama, text
+from test_claude_code import VERSIONS, program_of
 
 PROGRAM = Path(q.__file__).resolve()
+ESCAPES = re.compile(r"\x1b(?:\[[0-9;?<>=]*[a-zA-Z]|\][^\x07]*\x07|[=>78])|\s")
 # What a claude would see: its arguments, its environment, and whether the shim answers.
 FAKE = """#!{python}
 import json, os, signal, sys, time, urllib.request
@@ -153,6 +160,21 @@ MODES = [
                          ids=[row[0] for row in MODES])
 def test_the_permission_mode_is_default_unless_the_user_named_one(passed, found, wanted):
     assert q.claude_arguments(passed, found) == wanted
+
+
+def test_settings_of_user_and_project_are_laid_over_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, name, content in (
+            ("home/.claude", "settings.json", {"env": {"A": "1", "B": "1"}, "model": "m"}),
+            (".claude", "settings.json", {"env": {"B": "2"}, "permissions": {"allow": []}}),
+            (".claude", "settings.local.json", {"permissions": {"defaultMode": "plan"}})):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_text(json.dumps(content))
+    assert q.claude_settings({"HOME": str(tmp_path / "home")}) == {
+        "env": {"A": "1", "B": "2"}, "model": "m",
+        "permissions": {"allow": [], "defaultMode": "plan"}}
+    assert q.claude_settings({"HOME": "/nowhere", "CLAUDE_CONFIG_DIR": str(
+        tmp_path / "home" / ".claude")})["model"] == "m"
 
 
 ODD = "it's \\ \"odd\" $HOME `x`; ünï"
@@ -301,25 +323,34 @@ def test_claude_without_ollama_or_model_says_what_to_do(place):
 def in_terminal(place, *arguments, **env):
     """Start the program on a pseudo-terminal; return the process and the terminal."""
     outside, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     process = subprocess.Popen(
         [sys.executable, str(PROGRAM), *arguments], cwd=place / "my project",
         env=settings(place, TERM="xterm", **env), stdin=inside, stdout=inside, stderr=inside,
-        start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0))
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(inside)
     return process, outside
 
 
 def read_until(terminal, words, seconds=20):
-    """Read the terminal until it showed words; return all that it showed."""
+    """Read the terminal until it showed words; return all, without spaces and colours."""
     shown, end = "", time.monotonic() + seconds
-    while words not in shown and time.monotonic() < end:
+    while words not in ESCAPES.sub("", shown) and time.monotonic() < end:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
                 shown += os.read(terminal, 65536).decode("utf-8", "replace")
             except OSError:
                 break
-    assert words in shown, shown
-    return shown
+    assert words in ESCAPES.sub("", shown), shown
+    return ESCAPES.sub("", shown)
+
+
+def until_quiet(terminal):
+    """Read the terminal until it shows nothing new for half a second."""
+    shown = ""
+    while select.select([terminal], [], [], 0.5)[0]:
+        shown += os.read(terminal, 65536).decode("utf-8", "replace")
+    return ESCAPES.sub("", shown)
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's TIOCSCTTY")
@@ -346,7 +377,7 @@ def test_a_slow_load_shows_its_seconds_and_ctrl_c_ends_it(place):
     with MockOllama(text("ok"), model="qwen3:8b", load_delay=30) as ollama:
         process, terminal = in_terminal(
             place, "claude", OLLAMA_BASE_URL=ollama.url, OLLAMA_MODEL="qwen3:8b")
-        shown = read_until(terminal, "loading qwen3:8b ... 2 s")
+        shown = read_until(terminal, "loadingqwen3:8b...2s")
         os.write(terminal, b"\x03")
         assert process.wait(10) == 130
     os.close(terminal)
@@ -464,36 +495,62 @@ def test_the_version(capsys):
 
 # ------------------------------ the real Claude Code ------------------------------
 
-CLAUDE = shutil.which("claude")
-real = pytest.mark.skipif(CLAUDE is None, reason="Claude Code is not installed here")
-
-
-@real
-def test_the_real_claude_code_answers_with_one_command(place):
+@pytest.fixture(params=VERSIONS)
+def claude_code(request, place):
+    """The real Claude Code in the place of the one that only looks."""
     (place / "bin" / "claude").unlink()
-    (place / "bin" / "claude").symlink_to(CLAUDE)
+    (place / "bin" / "claude").symlink_to(os.path.realpath(program_of(request.param)))
+    return place
+
+
+def test_the_real_claude_code_answers_with_one_command(claude_code):
     with MockOllama(text("Hello from the model."), model="qwen3:8b") as ollama:
-        done = run(place, "claude", "--", "-p", "say hello", OLLAMA_BASE_URL=ollama.url,
+        done = run(claude_code, "claude", "--", "-p", "say hello", OLLAMA_BASE_URL=ollama.url,
                    OLLAMA_MODEL="qwen3:8b", IS_SANDBOX="1", TERM="xterm")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "Hello from the model."
 
 
-@real
 @linux_only
-def test_the_real_claude_code_starts_in_a_terminal_and_leaves_at_ctrl_c(place):
-    (place / "bin" / "claude").unlink()
-    (place / "bin" / "claude").symlink_to(CLAUDE)
-    with MockOllama(text("Hello."), model="qwen3:8b") as ollama:
+def test_a_first_run_without_network_goes_from_trust_to_answer_to_ctrl_c(claude_code):
+    """No welcome and no key dialog; only the question that is the user's to answer."""
+    with MockOllama(text("Hello from the model."), model="qwen3:8b") as ollama:
         process, terminal = in_terminal(
-            place, "claude", OLLAMA_BASE_URL=ollama.url, OLLAMA_MODEL="qwen3:8b", IS_SANDBOX="1")
+            claude_code, "claude", OLLAMA_BASE_URL=ollama.url, OLLAMA_MODEL="qwen3:8b",
+            IS_SANDBOX="1")
         try:
-            read_until(terminal, "trust", 40)
+            asked = read_until(terminal, "Entertoconfirm", 40) + until_quiet(terminal)
+            chosen = asked.rpartition("\u276f")[2]
+            for _ in range(10):
+                if "Yes" in chosen[:6]:
+                    break
+                os.write(terminal, b"\x1b[B")
+                chosen = until_quiet(terminal).rpartition("\u276f")[2] or chosen
+            os.write(terminal, b"\r")
+            read_until(terminal, "forshortcuts", 40)
+            os.write(terminal, b"say hello please")
+            read_until(terminal, "please")
+            os.write(terminal, b"\r")
+            read_until(terminal, "Hellofromthemodel.", 40)
             os.write(terminal, b"\x03")
-            time.sleep(0.3)
+            read_until(terminal, "again")
             os.write(terminal, b"\x03")
-            assert process.wait(20) is not None
+            assert process.wait(20) == 0
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             os.close(terminal)
+    assert "customAPIkey" not in asked
+
+
+@linux_only
+def test_doctor_in_a_terminal_is_coloured_and_finds_the_real_claude_code(claude_code):
+    with MockOllama(text("no"), model="qwen3:8b") as ollama:
+        process, terminal = in_terminal(
+            claude_code, "doctor", OLLAMA_BASE_URL=ollama.url, OLLAMA_MODEL="qwen3:8b", PORT="0")
+        shown = read_until(terminal, "sendspromptselsewhere", 60)
+        assert process.wait(20) == 1
+    os.close(terminal)
+    assert "claude2.1." in shown
+    assert "wrotewords" in shown

@@ -179,6 +179,8 @@ FAULTS = [
     ("an old Ollama", "ollama", {"version": "0.24.0"}, {}, "warn", "Update Ollama"),
     ("a missing model", "model", {}, {"OLLAMA_MODEL": "gone:1b"}, "bad", "ollama pull gone:1b"),
     ("no tool support", "capabilities", {"model": "plain"}, {}, "warn", "no tool support"),
+    ("a model that cannot be loaded", "load", {"routes": "out of memory"}, {}, "bad",
+     "out of memory"),
     ("a small window", "window", {}, {"OLLAMA_NUM_CTX": "4096"}, "bad", "OLLAMA_NUM_CTX="),
     ("spilled from the GPU", "memory",
      {"model": Model("qwen3-coder:30b", size=10**10, size_vram=4 * 10**9)}, {}, "warn",
@@ -202,7 +204,11 @@ FAULTS = [
                          ids=[row[0] for row in FAULTS])
 def test_each_fault_is_found_and_cured(place, check, settings, env, ok, said):
     settings = {"model": "qwen3-coder:30b", "replies": answer, **settings}
+    broken = settings.pop("routes", "")
     with MockOllama(**settings) as ollama:
+        if broken:
+            ollama.routes["POST", "/api/generate"] = lambda reply, _: reply.json(
+                500, {"error": broken})
         code, found = doctor(place, ollama.url, **{"OLLAMA_MODEL": ollama.model, **env})
     assert found[check][0] == ok
     assert said in " ".join(found[check][1:])

@@ -7,6 +7,8 @@ import threading
 
 import pytest
 import qwencode as q
+from helpers import running_shim, tool
+from mock_ollama import MockOllama, model_text, text
 
 
 def config(**variables):
@@ -105,6 +107,32 @@ def test_secrets_are_in_no_output():
         assert not re.search("sk-1|tok-2|p4ss", text)
 
 
+def segments(*rows):
+    return [q.Segment(name, key, tokens) for name, key, tokens in rows]
+
+
+BEFORE = segments(("tools changed at Bash", "b", 400), ("system text changed", "s", 9000),
+                  ("message 1 (user) changed", "u", 9000))
+BREAKS = [
+    ("the first turn", [], BEFORE, ""),
+    ("the same again", BEFORE, BEFORE, ""),
+    ("it only grew", BEFORE, BEFORE + segments(("message 2 (assistant) changed", "a", 5000)), ""),
+    ("a tool changed", BEFORE, segments(("tools changed at Bash", "x", 400)) + BEFORE[1:],
+     "tools changed at Bash: 18,400 tokens read again"),
+    ("the history changed", BEFORE, BEFORE[:2] + segments(("message 1 (user) changed", "v", 700)),
+     "message 1 (user) changed: 700 tokens read again"),
+    ("a small change", BEFORE, BEFORE[:2] + segments(("message 1 (user) changed", "v", 70)), ""),
+    ("the history was cut", BEFORE, BEFORE[:2], ""),
+    ("nothing is left", BEFORE, [], ""),
+]
+
+
+@pytest.mark.parametrize(("before", "now", "said"), [row[1:] for row in BREAKS],
+                         ids=[row[0] for row in BREAKS])
+def test_what_broke_the_prefix_is_named_with_its_cost(before, now, said):
+    assert q.prefix_break(before, now) == said
+
+
 # ------------------------------ counting ------------------------------
 
 
@@ -147,10 +175,11 @@ def test_a_session_shows_what_its_last_turn_left():
     stats = q.Stats()
     stats.end(1, TURN)
     stats.end(2, TURN._replace(session="s2", window=0))
-    stats.end(3, TURN._replace(session="s1", turn=5, prompt_tokens=70_000))
+    stats.end(3, TURN._replace(session="s1", turn=5, prompt_tokens=70_000, left_out=("Skill",)))
     stats.end(4, TURN._replace(session="s1", way="local", prompt_tokens=10))
-    stats.end(5, TURN._replace(session="s1", prompt_tokens=0))
+    stats.end(5, TURN._replace(session="s1", prompt_tokens=0, left_out=("Agent",)))
     shown = q.status_json(stats, config(), {}, 0.0)["sessions"]
+    assert [one["left_out"] for one in shown] == [["Skill"], []]
     assert [(one["session"], one["turn"], one["used"], one["window"], one["left"])
             for one in shown] == [("s1", 5, 70_400, 65536, 0), ("s2", 4, 41_200, 0, None)]
 
@@ -313,3 +342,51 @@ def test_colours_are_readable(scheme):
         assert contrast(text, "bg") >= 4.5
     for bar in ("accent", "warn", "bad"):
         assert contrast(bar, "track") >= 3
+
+
+# ------------------------------ in the server ------------------------------
+
+
+def ask(shim, messages, description):
+    tools = [{"name": name, "description": description, "input_schema": {"type": "object"}}
+             for name in ("Alpha", "Beta")]
+    answer = shim.request("POST", "/v1/messages", {
+        "model": "m", "max_tokens": 50, "messages": messages, "tools": tools},
+        {"x-claude-code-session-id": "s1"})
+    assert answer.status == 200
+
+
+def test_a_turn_says_what_broke_the_prefix_and_what_was_left_out():
+    with MockOllama(text("ok"), model="qwen3-coder:30b") as ollama, running_shim(
+            ollama.url, model=ollama.model, max_tools="1", verbatim="off") as shim:
+        first = [{"role": "user", "content": "hello " * 900}]
+        later = [*first, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "on"}]
+        ask(shim, first, "one " * 200)
+        ask(shim, later, "one " * 200)
+        ask(shim, later, "two " * 200)
+        status = shim.request("GET", "/status").json
+        metrics = read_metrics(shim.request("GET", "/metrics").data.decode())
+    notes = [turn["notes"] for turn in status["turns"]]
+    assert re.fullmatch(r"tools changed at Alpha: 1,\d\d\d tokens read again", notes[0][0])
+    assert notes[1:] == [[], []]
+    assert status["sessions"][0]["left_out"] == ["Beta"]
+    assert status["sessions"][0]["turn"] == 3
+    assert metrics["qwencode_requests_total"][1] == {'qwencode_requests_total{outcome="ok"}': 3.0}
+
+
+def test_a_rescue_is_followed_to_its_result():
+    leaked = model_text('{"name": "Bash", "arguments": {"command": "ls"}}')
+    body = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "list"}],
+            "tools": [tool("Bash", command="string")]}
+    headers = {"x-claude-code-session-id": "s1"}
+    with MockOllama([leaked, text("done")], model="qwen3-coder:30b") as ollama, running_shim(
+            ollama.url, model=ollama.model) as shim:
+        content = shim.request("POST", "/v1/messages", body, headers).json["content"]
+        call = next(block for block in content if block["type"] == "tool_use")
+        body["messages"] += [{"role": "assistant", "content": content}, {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": call["id"], "content": "a.py"}]}]
+        assert shim.request("GET", "/status").json["rescues"][0]["rescue_outcome"] == ""
+        shim.request("POST", "/v1/messages", body, headers)
+        rescue = shim.request("GET", "/status").json["rescues"][0]
+    assert rescue["tools"] == ["Bash"]
+    assert rescue["rescue_outcome"] == "worked"

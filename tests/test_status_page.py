@@ -81,7 +81,7 @@ def busy(site):
         site.stats.end(turn, TURN._replace(
             turn=turn, started=NOW - 100 + turn, prompt_tokens=8_000 * turn, rescue=""))
     site.stats.end(7, TURN._replace(turn=7, started=NOW - 9, rescue_outcome="worked",
-                                    prompt_tokens=55_000))
+                                    prompt_tokens=55_000, left_out=("Agent", "skills list")))
     site.stats.end(8, FAILED._replace(session="s1", turn=8, started=NOW - 5))
     site.stats.begin(9, "s1", "qwen3", NOW - 3)
 
@@ -101,6 +101,7 @@ def test_it_shows_windows_turns_rescues_errors_and_counters(browser, site):
     busy(site)
     open_page(browser, site)
     assert "55.4k of 64k used (85 %), 10.1k left" in text_of(browser, "sessions")
+    assert "Not shown to the model: Agent, skills list" in text_of(browser, "sessions")
     assert "prefill 3.0 s" in text_of(browser, "running")
     assert "Write via rescue:hermes" in text_of(browser, "turns")
     rescue = text_of(browser, "rescues")
@@ -109,7 +110,7 @@ def test_it_shows_windows_turns_rescues_errors_and_counters(browser, site):
     error = text_of(browser, "errors")
     assert "Ollama sent nothing for 120 s." in error
     assert "See `ollama ps`." in error
-    assert "Failures of Ollama: upstream_timeout" in text_of(browser, "counters")
+    assert "Failures of Ollama: upstream timeout" in text_of(browser, "counters")
     assert "0.33.0 at http://ollama:1" in text_of(browser, "model")
     assert browser.run("document.querySelectorAll('#speeds rect').length") == 7
     assert browser.run("document.querySelector('#contexts polyline').points.length") == 7
