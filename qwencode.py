@@ -3697,7 +3697,7 @@ INPUT_WORDS = ("action input:", "action_input:", "**action input:**", "âœ¿argsâœ
 CUT_SEPARATORS = (*INPUT_WORDS, "```", "[args]", "[call_id]")
 FILLERS = word_set("function commentary analysis final assistant json code")
 CALL_TAGS = frozenset(tag for row in TOOL_FORMATS for tag in row.tags.split())
-RULES = {opener: row.rule for row in TOOL_FORMATS for opener in (*row.tags.split(), *row.words)}
+CALL_RULES = {opener: row.rule for row in TOOL_FORMATS for opener in (*row.tags.split(), *row.words)}
 OPENING_WORDS = tuple(sorted((word for row in TOOL_FORMATS for word in row.words),
                              key=len, reverse=True))
 OPENING_LETTERS = frozenset(word[0] for word in OPENING_WORDS)
@@ -4350,7 +4350,7 @@ def read_opening(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]
     for word in OPENING_WORDS if begin[0] in OPENING_LETTERS else ():
         if line_start or word[0] == "[":
             if begin.startswith(word):
-                return HeadScan(text, at + len(word), RULES[word], tools).run()
+                return HeadScan(text, at + len(word), CALL_RULES[word], tools).run()
             if word.startswith(begin):
                 return MORE
     if line_start and begin[0] in "{[":
@@ -4434,13 +4434,13 @@ class HeadScan:
         self._openers += label in CALL_TAGS
         if not known or self._openers > MAX_OPENERS:
             return None
-        self._rule = self._rule or RULES[label]
+        self._rule = self._rule or CALL_RULES[label]
         self._at, self._line = tag.end(), label in ("tool_input", "input")
         return READ_ON
 
     def _tagged(self, tag: re.Match[str], label: str, name: str) -> Verdict:
         """Read behind a tag that names the tool."""
-        rule = self._rule if self._rule not in ("", "tool_call") else RULES.get(label, "tag_name")
+        rule = self._rule if self._rule not in ("", "tool_call") else CALL_RULES.get(label, "tag_name")
         at = skip_blank(self._text, tag.end())
         begin = self._text[at:at + 1]
         if not begin:
@@ -6704,7 +6704,7 @@ class Asked(NamedTuple):
     cut: bool = False
 
 
-class Found(NamedTuple):
+class Reading(NamedTuple):
     """A match of a rule in a masked text, with what decides how it is read."""
 
     match: re.Match[str]
@@ -6723,7 +6723,7 @@ class Found(NamedTuple):
         return self.masked.value(token) if PRIVATE_USE.fullmatch(token) else None
 
 
-def _one_path(found: Found, token: str, marks: str, folder: bool) -> str:
+def _one_path(found: Reading, token: str, marks: str, folder: bool) -> str:
     """Return the safe path of a token, or "" when it is none."""
     quoted = PRIVATE_USE.fullmatch(token) is not None
     raw = found.masked.value(token) if quoted else token.rstrip(".")
@@ -6738,12 +6738,12 @@ def _one_path(found: Found, token: str, marks: str, folder: bool) -> str:
     return _safe_path(raw, found.scope) if fits else ""
 
 
-def _path(found: Found, name: str = "file", folder: bool = False) -> str:
+def _path(found: Reading, name: str = "file", folder: bool = False) -> str:
     marks = found.group(name + "_marks") + " " + found.group(name + "_noun")
     return _one_path(found, found.group(name), marks, folder)
 
 
-def _paths(found: Found, name: str, folder: bool = False) -> Tuple[str, ...]:
+def _paths(found: Reading, name: str, folder: bool = False) -> Tuple[str, ...]:
     """Return every path of a list such as "a, b and c"; () when one is none."""
     tokens = [PATH_FILLER.sub("", token, count=1) if " " in token else token
               for token in PATH_SEPARATOR.split(found.group(name))]
@@ -6752,7 +6752,7 @@ def _paths(found: Found, name: str, folder: bool = False) -> Tuple[str, ...]:
     return paths if all(paths) else ()
 
 
-def _text(found: Found) -> Optional[str]:
+def _text(found: Reading) -> Optional[str]:
     """Return the literal text that a request gives; None where it only describes one."""
     quoted = found.value("text")
     if quoted is not None:
@@ -6771,7 +6771,7 @@ def _text(found: Found) -> Optional[str]:
     return bare
 
 
-def _is_loose(found: Found, text: str) -> bool:
+def _is_loose(found: Reading, text: str) -> bool:
     """Tell whether unmarked, unquoted words can only be meant literally."""
     name = found.group("file")
     if IGNORE_FILE.fullmatch(name):
@@ -6780,7 +6780,7 @@ def _is_loose(found: Found, text: str) -> bool:
             and NOT_LOOSE.match(text) is None)
 
 
-def _add_text(found: Found, kind: str) -> Ops:
+def _add_text(found: Reading, kind: str) -> Ops:
     path, text = _path(found), _text(found)
     if not path or text is None:
         return ()
@@ -6797,7 +6797,7 @@ def _add_text(found: Found, kind: str) -> Ops:
     return (FileOp(kind, path, text),) if text or kind in ("create", "write") else ()
 
 
-def _create(found: Found, kind: str) -> Ops:
+def _create(found: Reading, kind: str) -> Ops:
     if found.group("dest"):
         path, text = _path(found, "dest"), found.value("text")
         return (FileOp("create", path, text),) if path and text is not None else ()
@@ -6809,17 +6809,17 @@ def _create(found: Found, kind: str) -> Ops:
     return (op,) if folder and made[0].path[0] not in "/~" else ()
 
 
-def _empty(found: Found, _kind: str) -> Ops:
+def _empty(found: Reading, _kind: str) -> Ops:
     paths = _paths(found, "files") if found.group("files") else (_path(found),)
     return tuple(FileOp("create", path) for path in paths) if all(paths) else ()
 
 
-def _clear(found: Found, _kind: str) -> Ops:
+def _clear(found: Reading, _kind: str) -> Ops:
     path = _path(found)
     return (FileOp("write", path),) if path else ()
 
 
-def _word(found: Found, name: str) -> Optional[str]:
+def _word(found: Reading, name: str) -> Optional[str]:
     """Return the old or new text of a replacement: quoted, or one plain word."""
     quoted = found.value(name)
     if quoted is not None:
@@ -6835,7 +6835,7 @@ def _word(found: Found, name: str) -> Optional[str]:
     return word if fits else None
 
 
-def _replace(found: Found, kind: str) -> Ops:
+def _replace(found: Reading, kind: str) -> Ops:
     path, old = _path(found), _word(found, "old")
     new = "" if kind == "remove" else _word(found, "new")
     bare_removal = kind == "remove" and found.value("old") is None and not found.group("old_noun")
@@ -6849,7 +6849,7 @@ def _replace(found: Found, kind: str) -> Ops:
     return (FileOp("replace", path, new, old),)
 
 
-def _insert(found: Found, _kind: str) -> Ops:
+def _insert(found: Reading, _kind: str) -> Ops:
     path, text, anchor = _path(found), _text(found), found.value("anchor")
     if not path or not text or not anchor or found.group("loose"):
         return ()
@@ -6860,7 +6860,7 @@ def _insert(found: Found, _kind: str) -> Ops:
     return (FileOp(INSERT_KINDS[where], path, text, anchor),)
 
 
-def _move(found: Found, kind: str) -> Ops:
+def _move(found: Reading, kind: str) -> Ops:
     marks = found.group("file_marks").lower()
     path = _path(found, folder=kind == "rename")
     raw = found.masked.value(found.group("dest")) if found.value("dest") else found.group("dest")
@@ -6878,7 +6878,7 @@ def _joined(folder: str, path: str) -> str:
     return f"{folder}/{path.rsplit('/', 1)[-1]}" if folder and path else ""
 
 
-def _into(found: Found, kind: str) -> Ops:
+def _into(found: Reading, kind: str) -> Ops:
     """Move or copy into a folder, which is named as one or stands after "into"."""
     path = _path(found)
     word = " ".join(found.match.string[found.match.end("file"):].lower().split())
@@ -6891,11 +6891,11 @@ def _into(found: Found, kind: str) -> Ops:
     return (op,) if path and folder and op.other != path else ()
 
 
-def _delete(found: Found, _kind: str) -> Ops:
+def _delete(found: Reading, _kind: str) -> Ops:
     return tuple(FileOp("delete", path) for path in _paths(found, "files"))
 
 
-def _subfolder(found: Found, _kind: str) -> Ops:
+def _subfolder(found: Reading, _kind: str) -> Ops:
     marks = found.group("folder_marks") + found.group("folder_noun")
     if not FOLDER_NOUN.search(marks):
         return ()
@@ -6904,7 +6904,7 @@ def _subfolder(found: Found, _kind: str) -> Ops:
     return (FileOp("mkdir", f"{parent}/{folder}"),) if parent and folder else ()
 
 
-def _mkdir(found: Found, _kind: str) -> Ops:
+def _mkdir(found: Reading, _kind: str) -> Ops:
     marks = found.group("folders_marks") + found.group("folders_noun")
     named = FOLDER_NOUN.search(marks) or found.match.string[:5].lower() == "mkdir"
     if not named:
@@ -6915,18 +6915,18 @@ def _mkdir(found: Found, _kind: str) -> Ops:
     return tuple(FileOp("mkdir", path) for path in paths) if all(paths) else ()
 
 
-def _tail_is_harmless(found: Found) -> bool:
+def _tail_is_harmless(found: Reading) -> bool:
     tail = found.group("tail")
     return not tail or found.scope.told or (INFORMATION.fullmatch(tail) is not None and not ACTION.search(tail))
 
 
-def _read(found: Found, _kind: str) -> Ops:
+def _read(found: Reading, _kind: str) -> Ops:
     if not _tail_is_harmless(found):
         return ()
     return tuple(FileOp("read", path) for path in _paths(found, "files"))
 
 
-def _list(found: Found, _kind: str) -> Ops:
+def _list(found: Reading, _kind: str) -> Ops:
     folder = found.group("folder")
     if not _tail_is_harmless(found):
         return ()
@@ -6947,7 +6947,7 @@ def _list(found: Found, _kind: str) -> Ops:
 ALONE = ("ls", "pwd", "date", "whoami", "uname", "tree", "df", "du")
 
 
-def _run(found: Found, _kind: str) -> Ops:
+def _run(found: Reading, _kind: str) -> Ops:
     line, tail = found.value("command"), " ".join(found.group("tail").lower().split())
     if line is None and tail.startswith(("to ", "for ", "in ")) and not tail.startswith("for me"):
         return ()
@@ -6966,7 +6966,7 @@ NOT_A_NAME = Pattern(
     r"file|files|project|repo|everything|something|anything|nothing|which|where|what|structure|"
     r"called|named|for|like|using|inside|under|listing|tree|layout|hierarchy|browser|"
     r"watcher|scanner|walker|picker|names|paths)", re.IGNORECASE)
-BUILDERS: Dict[str, Callable[[Found, str], Ops]] = {
+BUILDERS: Dict[str, Callable[[Reading, str], Ops]] = {
     "append": _add_text, "append_line": _add_text, "prepend": _add_text, "write": _add_text,
     "create": _create, "empty": _empty, "named": _empty, "clear": _clear, "remove": _replace,
     "replace": _replace, "insert": _insert, "rename": _move, "copy": _move, "into": _into,
@@ -6991,7 +6991,7 @@ MAX_SCRIPT_WORDS = 200
 SHELL_INFO = ("bash", "sh", "shell", "zsh", "console", "terminal")
 
 
-class Command(NamedTuple):
+class ScriptLine(NamedTuple):
     """One command of a script: its words, its redirect and its here-document."""
 
     words: Tuple[str, ...]
@@ -7009,14 +7009,14 @@ class ScriptReader:
 
     def __init__(self, text: str) -> None:
         self.text, self.position, self.readable = text, 0, True
-        self.commands: List[Command] = []
+        self.commands: List[ScriptLine] = []
         self.words: List[str] = []
         self.parts: List[Tuple[str, ...]] = []
         self.mode, self.target, self.wants_target = "", "", False
         self.here: Optional[str] = None
         self.pending: Optional[re.Match[str]] = None
 
-    def read(self) -> Tuple[Command, ...]:
+    def read(self) -> Tuple[ScriptLine, ...]:
         """Return the commands; () when the script is not a plain one."""
         while self.readable and self.position < len(self.text):
             match = SHELL_TOKEN.match(self.text, self.position)
@@ -7088,21 +7088,21 @@ class ScriptReader:
     def _end_command(self) -> None:
         self._end_word()
         if self.words:
-            self.commands.append(Command(tuple(self.words), self.mode, self.target, self.here))
+            self.commands.append(ScriptLine(tuple(self.words), self.mode, self.target, self.here))
         elif self.mode or self.here is not None:
             self.readable = False
         self.readable = self.readable and not self.wants_target
         self.words, self.mode, self.target, self.here = [], "", "", None
 
 
-def _written(command: Command, text: str) -> Optional[Ops]:
+def _written(command: ScriptLine, text: str) -> Optional[Ops]:
     """Return the write or append that a redirected output amounts to."""
     if not command.mode:
         return ()
     return (FileOp("append" if command.mode == ">>" else "write", command.target, text),)
 
 
-def _echo(command: Command) -> Optional[Ops]:
+def _echo(command: ScriptLine) -> Optional[Ops]:
     words = command.words[1:]
     newline = "" if words[:1] == ("-n",) else "\n"
     text = " ".join(words if newline else words[1:])
@@ -7111,7 +7111,7 @@ def _echo(command: Command) -> Optional[Ops]:
     return _written(command, text + newline)
 
 
-def _printf(command: Command) -> Optional[Ops]:
+def _printf(command: ScriptLine) -> Optional[Ops]:
     values = list(command.words[2:])
     if len(command.words) < 2 or command.here is not None:
         return None
@@ -7142,12 +7142,12 @@ def _formatted(parts: Sequence[re.Match[str]], values: List[str]) -> str:
             return "".join(written)
 
 
-def _cat(command: Command) -> Optional[Ops]:
+def _cat(command: ScriptLine) -> Optional[Ops]:
     plain = command.words[1:] in ((), ("-",)) and command.mode
     return _written(command, command.here) if plain and command.here is not None else None
 
 
-def _tee(command: Command) -> Optional[Ops]:
+def _tee(command: ScriptLine) -> Optional[Ops]:
     append = command.words[1:2] == ("-a",)
     files = command.words[2:] if append else command.words[1:]
     quiet = command.target in ("", "/dev/null")
@@ -7156,8 +7156,8 @@ def _tee(command: Command) -> Optional[Ops]:
     return (FileOp("append" if append else "write", files[0], command.here),)
 
 
-def _made(kind: str, flags: Tuple[str, ...]) -> Callable[[Command], Optional[Ops]]:
-    def made(command: Command) -> Optional[Ops]:
+def _made(kind: str, flags: Tuple[str, ...]) -> Callable[[ScriptLine], Optional[Ops]]:
+    def made(command: ScriptLine) -> Optional[Ops]:
         names = [word for word in command.words[1:] if word not in flags]
         if not names or command.mode or command.here is not None:
             return None
@@ -7165,8 +7165,8 @@ def _made(kind: str, flags: Tuple[str, ...]) -> Callable[[Command], Optional[Ops
     return made
 
 
-def _relocated(kind: str) -> Callable[[Command], Optional[Ops]]:
-    def relocated(command: Command) -> Optional[Ops]:
+def _relocated(kind: str) -> Callable[[ScriptLine], Optional[Ops]]:
+    def relocated(command: ScriptLine) -> Optional[Ops]:
         names = [word for word in command.words[1:] if word not in ("-n", "-v", "-i")]
         if len(names) != 2 or command.mode or command.here is not None:
             return None
@@ -7174,7 +7174,7 @@ def _relocated(kind: str) -> Callable[[Command], Optional[Ops]]:
     return relocated
 
 
-SCAFFOLDS: Dict[str, Callable[[Command], Optional[Ops]]] = {
+SCAFFOLDS: Dict[str, Callable[[ScriptLine], Optional[Ops]]] = {
     "mkdir": _made("mkdir", ("-p", "-v", "-pv", "--parents")), "touch": _made("create", ()),
     "echo": _echo, "printf": _printf, "cat": _cat, "tee": _tee,
     "cp": _relocated("copy"), "mv": _relocated("rename"),
@@ -7375,7 +7375,7 @@ def _matched(rules: Sequence[Rule], masked: Masked, asked: Asked, scope: Scope) 
         match = _shape(rule.shape).fullmatch(asked.core)
         if match is None:
             continue
-        found = Found(match, masked, scope, asked)
+        found = Reading(match, masked, scope, asked)
         ops = BUILDERS[rule.kind](found, rule.kind)
         if ops and all(op.path or op.words for op in ops):
             if asked.newline:
@@ -7463,7 +7463,7 @@ SHELL_WANTED = Pattern(
     r"\.(?:sh|bash)\b", re.IGNORECASE)
 OVERWRITE = Pattern(r"\b(?:overwrite|rewrite|regenerate)\b|"
                     r"\breplace the (?:whole |entire )?(?:contents?|file)\b", re.IGNORECASE)
-FIRST_PERSON = Pattern(
+MODEL_SPEAKS = Pattern(
     r"\s*(?:[-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?"
     r"(?:(?:sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|"
     r"finally|so|and|also|no problem|absolutely|got it|understood|yes|to do (?:this|that|so))"
@@ -7473,7 +7473,7 @@ FIRST_PERSON = Pattern(
     r"(?=(?:created|renamed|moved|deleted|removed|appended|added|replaced|inserted|wrote|copied|"
     r"changed|reading|listing|checking|opening|renaming|creating|deleting|appending|replacing|"
     r"moving|inserting)\b))", re.IGNORECASE)
-SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n+")
+SENTENCE_STOP = Pattern(r"(?<=[.!?])\s+|\n+")
 FENCE_AFTER_COLON = Pattern("[:.][ \t\r\n]+(?=[\uf000-\uf8ff])")
 ONE_FENCE = Pattern("[\uf000-\uf8ff]")
 ELIDED = Pattern(
@@ -7648,8 +7648,8 @@ def _sentences(masked: Masked) -> List[str]:
     """Return the sentences of an answer in which the model says what it does."""
     text = FENCE_AFTER_COLON.sub(": ", masked.text.replace("**", ""))
     found: List[str] = []
-    for sentence in SENTENCE_END.split(text):
-        lead = FIRST_PERSON.match(sentence)
+    for sentence in SENTENCE_STOP.split(text):
+        lead = MODEL_SPEAKS.match(sentence)
         if lead is not None and len(found) < MAX_SENTENCES:
             found.append(sentence[lead.end():])
     return found
@@ -11266,7 +11266,7 @@ def run_demo(args: Any, env: Mapping[str, str]) -> int:
             late("tempfile").TemporaryDirectory() as folder:
         threading.Thread(target=model.serve_forever, daemon=True).start()
         config = load_config({"port": "0", "base_url": f"http://127.0.0.1:{model.server_port}",
-                              "model": "demo", "verbatim": "off", "warm": "off",
+                              "model": "demo", "verbatim": "off", "warm": "off", "log": "error",
                               "rescue": "text,intent"}, {})
         server = open_server(config)
         threading.Thread(target=server.serve_forever, daemon=True).start()
