@@ -157,7 +157,6 @@ FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
 MAX_MODELS = 64  # models whose facts are remembered
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
-TRIM_AFTER_S = 0.3  # once the first question is answered
 BASH_CHECK_S = 2.0
 MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
 MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
@@ -11180,15 +11179,6 @@ def open_server(config: Config) -> ShimServer:
                           f" ({problem.strerror or problem})") from None
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system where the C library can.
-
-    Compiling this file leaves 28 MB of holes behind in glibc's heap: 51 MB become 23.
-    """
-    with contextlib.suppress(OSError, AttributeError, ImportError):
-        late("ctypes").CDLL(None).malloc_trim(0)
-
-
 def run_serve(args: Any, env: Mapping[str, str]) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 and 130."""
     signal = late("signal")
@@ -11207,9 +11197,6 @@ def run_serve(args: Any, env: Mapping[str, str]) -> int:
             signal.signal(getattr(signal, name), on_signal)
     say(f"qwencode {__version__} on {server.url} -> {server.upstream.url} model {config.model}")
     server.warmer.start()
-    trim = threading.Timer(TRIM_AFTER_S, give_back_memory)
-    trim.daemon = True
-    trim.start()
     server.serve_forever()
     server.finish()
     return 130 if signal.SIGINT in ended else 0
