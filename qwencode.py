@@ -3661,6 +3661,9 @@ TOOL_FORMATS: Tuple[ToolFormat, ...] = (
     ToolFormat("harmony", "channel recipient", (),
                "<|channel|>commentary to=functions.Read <|constrain|>json<|message|>"
                '{"file_path": "a.py"}<|call|>', "gpt-oss; Functionary 2"),
+    ToolFormat("wrapped", "json response answer", (),
+               '<response>\n{"name": "Read", "arguments": {"file_path": "a.py"}}\n</response>',
+               "seen from small models"),
     ToolFormat("xml_agent", "tool", (),
                "<tool>Read</tool><tool_input>a.py</tool_input>", "LangChain's XML agent"),
     ToolFormat("mistral", "", ("[tool_calls]", "[tool_call]", "[function_call]"),
@@ -3704,8 +3707,9 @@ OPENING_LETTERS = frozenset(word[0] for word in OPENING_WORDS)
 END_TAGS = word_set("call return eom_id eot_id im_end endoftext bot_end escape tools_suffix "
                      "tool_call tool_calls end eos s python_end")
 
-MARKUP_TAG = Pattern(r"<(/?)([^\s<>=/\"'`(){}]{1,48})((?:\s|=|/)[^<>]{0,300})?>")
-TAG_START = Pattern(r"</?[^\s<>=/\"'`(){}]{0,48}(?:(?:\s|=|/)[^<>]{0,300})?\Z")
+MARKUP_TAG = Pattern(
+    r"<(/?)([^\s<>=/\"'`(){}]{1,48})((?:\s|=|/)[^<>]{0,300}?)?(?:>|(?=\s<parameter))")
+TAG_START = Pattern(r"</?[^\s<>=/\"'`(){}]{0,48}(?:(?:\s|=|/)[^<>]{0,300}(?:<[a-z]{0,9})?)?\Z")
 TAG_NAMESPACE = Pattern(r"^(?:antml|minimax|seed|steptml|dsml)[:｜|]")
 TAG_NAMESPACES = ("antml:", "minimax:", "seed:", "steptml:", "dsml｜", "dsml|")
 TAG_VALUE = Pattern(
@@ -3749,7 +3753,7 @@ CLOSERS = Pattern(r"[}\])]")
 TAG_END = Pattern(r">")
 INPUT_LINE = Pattern(r"[^\n<]{1,4000}")
 SENTENCE_MARKS = ".!?:;…)*>。！？："
-BARE_RULES = ("json", "named", "pythonic")
+BARE_RULES = ("json", "named", "pythonic", "wrapped")
 # Characters of prose before a call in which its announcement is looked for.
 MAX_CONTEXT_CHARS = 1000
 # Characters of thought kept in case that a call inside it is all that comes.
@@ -4520,7 +4524,7 @@ NO_CALL_BEFORE = Pattern(
     r"has to|have to|will))\b|\b(?:I|we|it|this|that|which|call|one)(?:.d| would)\b(?! like)|"
     r"\bwould (?:look|be|have)\b|\b(?:don.t|do not|does(?: not|n.t)|never|avoid|cannot|can.t|"
     r"won.t|will not|wouldn.t|should(?: not|n.t)|must(?: not|n.t)|unable|refus\w+|not (?:going|"
-    r"allowed|able|permitted) to|rather than|beware|warning|forbidden|declin\w+|instead of|"
+    r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|unsafe|beware|warning|forbidden|declin\w+|instead of|"
     r"didn.t|did not)\b",
     re.I)
 # Words that make it no call where nobody says "I will" in the same sentence.
@@ -4535,10 +4539,10 @@ DOUBT_BEFORE = Pattern(
     r"other \w+)\s+(?:\w+ly |just |then |has |had |have )?(?:called|ran|sent|used|made|wrote|"
     r"said|replied|answered|returned|emitted|produced|tried|got|received|printed|posted|outputs?|"
     r"returns?|sends?|emits?|produces?|writes?|says?|prints?|responds?|asked for|pasted|"
-    r"in_quotes)\b|\b(?:contents?|contains?|data|config(?:uration)?|json|payload|object|record|"
+    r"quoted)\b|\b(?:contents?|contains?|data|config(?:uration)?|json|payload|object|record|"
     r"entry|entries|snippet|response|result|output|answer|documentation|docs|readme|manual|"
     r"definition|message|block|quote|values?|row|document)\b(?: (?:of|from|in|for|at|is|was|are|"
-    r"were|says?|shows?|reads?|holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b", re.I)
+    r"were|says?|shows?|reads?|holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z", re.I)
 # Words behind it that take it back, looked for in the first sentences.
 NO_CALL_AFTER = Pattern(
     r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|"
@@ -4558,6 +4562,7 @@ NO_CALL_AFTER = Pattern(
     r"\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|could|would|"
     r"should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|adapt|replace|"
     r"copy|paste|invoke)", re.I)
+LIKENESS = Pattern(r"\blooks? like\b|\bexamples?\b (?:of|for)\b", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
 THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
@@ -4605,7 +4610,7 @@ def ruled_out_before(before: str) -> bool:
     doubts = [match.start() for match in NO_CALL_BEFORE.finditer(sentence)]
     if doubts:
         return not spoken or doubts[-1] >= spoken[-1]
-    return not spoken and bool(DOUBT_BEFORE.search(sentence))
+    return not spoken and bool(DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
 
 
 def well_placed(line: str) -> bool:
@@ -4705,9 +4710,10 @@ class ToolTextParser:
         return [ThinkingDelta(text)]
 
     def close(self, reason: str) -> List[Delta]:
-        """End the answer; reason is Ollama's done_reason."""
-        result = self._finish(reason == "length")
-        if self._thought.strip() and reason != "length" and self._enabled and not self._known:
+        """End the answer; reason is Ollama's done_reason, or error."""
+        cut = reason in ("length", "error")
+        result = self._finish(cut)
+        if self._thought.strip() and not cut and self._enabled and not self._known:
             inner = ToolTextParser(self._tools)
             deltas = inner.feed(self._thought) + inner.close(reason)
             calls = [delta for delta in deltas if isinstance(delta, Call)]
@@ -5002,12 +5008,13 @@ class ToolTextParser:
         self._wake = TAG_END
         if not reader.done:
             return False
-        text = "".join(self._pieces)
+        text, unclosed = "".join(self._pieces), reader.cut and (
+            self._cut or self._head.body.startswith("raw:"))
         if isinstance(reader, TaggedInput) and reader.lost:
             reader = reader.again(text[self._head.at:])
         values = tagged_values(reader.events)
         call = make_call(self._head.name, values, self._tools, self._head.rule)
-        if call is None or (reader.cut and self._cut):
+        if call is None or unclosed:
             return self._reject(text, final)
         return self._accept([call], text, len(text) - len(reader.rest))
 
