@@ -6242,7 +6242,7 @@ def _unquote(opening: str, content: str) -> str:
         return content.replace("\\" + opening, opening)
     if opening == "\u00ab":
         return content.strip(" \u00a0\u202f")
-    if opening.startswith("``") and content[:1] == content[-1:] == " " and content.strip():
+    if opening.startswith("``") and "`" in content and content[:1] == content[-1:] == " ":
         return content[1:-1]
     return content
 
@@ -6293,7 +6293,7 @@ def _mask_block(text: str) -> Optional[Masked]:
     if masked is None or (gap and SECOND_WISH.match(lines[gap])):
         return None
     return masked._replace(text=masked.text + "\n" + chr(QUOTE_BASE + len(masked.quotes)),
-                           quotes=(*masked.quotes, match.group(2)))
+                           quotes=(*masked.quotes, match.group(2).lstrip("\r\n")))
 
 
 def _readings(words: str) -> Iterator[Masked]:
@@ -6367,7 +6367,8 @@ SLOTS: Dict[str, str] = {
     "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|folder|"
                     r"directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|"
                     r"directories|called|named|at|path) )*",
-    "filenoun": r"(?: (?:file|document|script)(?:'s)?)?",
+    "filenoun": r"(?: (?:file|document|script)(?:'s)?)?"
+                r"(?:,? in (?:this|the current) (?:folder|directory|project))?",
     "foldernoun": r"(?: (?:folder|directory|dir|subfolder|subdirectory)s?)?",
     "file": r"(?P<file_marks>{fill})(?P<file>(?:(?<=called\s)|(?<=named\s))"
               r"(?:[\w-]+ ){1,4}[\w-]+\.[\w-]+|{token}){filenoun}",
@@ -6382,7 +6383,7 @@ SLOTS: Dict[str, str] = {
     "say": r"(?: ?(?:(?:saying|that (?:says|reads|contains|is)|which (?:says|reads)|containing|"
              r"with|reading|consisting of|as|being)\b)?(?: (?:just|only|exactly))?"
              r"(?: the (?:exact |literal |following )?(?:text|words?|string|contents?))?:?)",
-    "noun": r"(?:(?:(?:the|this|these|a|an|its) )?(?:(?:following|exact|literal|exactly|new|"
+    "noun": r"(?:(?:(?:the|this|these|a|an|its|another|one more) )?(?:(?:following|exact|literal|exactly|new|"
               r"single|only|just|plain|simple|short|extra|additional|final|last|entire|full|"
               r"two|three) )*(?P<line>(?:lines?|row|entry|item|bullet(?: point)?|list item|"
               r"import|record)\b)?(?:text|strings?|words?|phrase|sentence|contents?|characters?|"
@@ -6504,7 +6505,7 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("append_line", "{add} {text} (?:to|at|on) {bottom} {file}"),
     ("append_line", "{add} (?:{this} )?(?:to|at) {bottom} {file}{later}"),
     ("append_line", "(?:in|to) {file},? {add} {quoted} (?:to|at) (?:the )?bottom"),
-    ("append_line", "(?:append|add) (?:a|one|another)(?: new| single| final| last)* line"
+    ("append_line", "(?:append|add) (?:a|one|another|one more)(?: new| single| final| last)* line"
                     " (?:to|in|at) (?:(?:{end}|the bottom of) )?{file}"
                     "(?:{say}| and (?:write|put)|:)? (?P<text>{q})"),
     ("append", "add {text} (?:to|into) {file}{newline}?"),
@@ -6532,7 +6533,7 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("create", "(?:save|put|store|place) {text} (?:to|into|in|inside|as) {file}"),
     ("create", "(?:save|put|store) (?:{this} )?(?:to|into|in|as) {file}{later}"),
     ("empty", "{create} (?:(?:an?|the|two|three|some) )?(?:new )?(?:empty|blank)"
-              "(?: new)?(?: text| python| markdown)*(?: files?)?(?: called| named| at)? {files}"),
+              "(?: new)?(?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}"),
     ("empty", "{create} {file},? (?:as an empty file|with no contents?|that is empty|empty|"
               "(?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)"),
     ("empty", "touch {files}"),
@@ -6568,6 +6569,9 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
                 "swap) (?:it|them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}"),
     ("replace", "search {file} for {old} and (?:replace|change) (?:it|them) (?:with|to) {new}"),
     ("insert", "{add} {text}{newline}?,? {where} {anchor},? (?:in|inside|of|within|to|into) {file}"),
+    ("insert", "in {file},? {where} {anchor},? {add} {text}"),
+    ("insert", "{where} {anchor},? (?:in|of|inside) {file},? {add} {text}"),
+    ("insert", "{add} {where} {anchor} (?:in|of|inside) {file}{later}"),
     ("insert", "(?:in|inside|to|into) {file},? {add} {text},? {where} {anchor}"),
     ("insert", "{add} {text} (?:in|into|to|inside) {file},? {where} {anchor}"),
     ("rename", "rename {file} (?:to|as|into|->|=>) (?:be )?{dest}"),
@@ -6622,6 +6626,8 @@ QUESTIONS: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
              "kind of files) ?(?:are |is |exist |do (?:I|we) have |live |exists )?"
              "(?:there )?(?:are )?(?:{here}|(?:in|inside|under|within) {folder})"),
     ("list", "what(?:'s| is)(?: there)?(?: in| inside)? (?:{here}|(?:in )?{folder})"),
+    ("list", "what(?:'s| are)(?: all)? the (?:contents|files)(?: of| in| inside) "
+             "(?:{here}|{folder})"),
     ("list", "what (?:does|do) (?:{here}|{folder}) (?:contain|hold|have in it)"),
 ))
 
@@ -6635,7 +6641,10 @@ NOT_LITERAL = Pattern(
     r"(?:of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
     r"as|to|is|it|representing|version|representation|[\w-]+ of)\b|"
     r".*(?:\b(?:then|if|unless|otherwise|don't|do not|and also|as well as|instead of|except|"
-    r"when|because|so that|whichever|whatever)\b|\band (?:a|an|another|the|then|put|write|add|"
+    r"when|because|so that|whichever|whatever|times|twice|repeated|uppercase|lowercase|reversed|"
+    r"backwards|translated|encoded|(?:in|into) (?:all |upper|lower|french|german|spanish|italian|"
+    r"chinese|japanese|python|json|yaml|html|markdown|bold|caps|reverse|each|every)|"
+    r"on (?:each|every|separate))\b|\band (?:a|an|another|the|then|put|write|add|"
     r"append|create|delete|remove|rename|move|save|run|show|read|tell|make|replace|insert)\b|"
     r"[.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*(?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|"
     r"html|css|sh|cfg|ini|csv|log)\b", re.IGNORECASE | re.DOTALL)
@@ -6649,13 +6658,15 @@ NOT_LOOSE = Pattern(
     r"function|class|method|module|test|note|entry|header|footer|licen[sc]e|date|time|timestamp|"
     r"name|title|config|json|yaml|html|csv|xml|markdown|lorem|ipsum|output|result|readme|support|"
     r"documentation|description|usage|help|boilerplate|whitespace|newline|error|debug|hex|base64|"
-    r"sql|api|auth|async|type|version|dependency|and|or|with|by|\w+(?:s|tion|ing|ment|ness|"
+    r"sql|api|auth|async|type|version|dependency|and|or|with|by|in|on|of|feedback|progress|"
+    r"\w+(?:s|tion|ing|ment|ness|"
     r"ity|ance|ence))(?:'s|\s|[,.]|\Z)", re.IGNORECASE | re.DOTALL)
 PROSE_FILE = Pattern(r".*\.(?:txt|md|log|text|rst|markdown)", re.IGNORECASE)
 IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
 # Files in which text without a named place would break the structure.
 STRUCTURED_FILE = Pattern(r".*\.(?:json|html?|xml|svg|ipynb|vue|jsx|tsx)", re.IGNORECASE)
 END_NAMED = Pattern(r"\bend\b", re.IGNORECASE)
+DIRECT_QUOTE = Pattern("\\w+\\s+[\ue000-\uefff]")
 LITERAL_WORD = Pattern(r"[\w=./:+@#%-]+(?:\(\))?")
 # Words that mean characters or code rather than themselves in "replace X with Y".
 NOT_WORDS = Pattern(
@@ -6674,11 +6685,15 @@ INFORMATION = Pattern(
     r"(?:summari[sz]e|explain|tell|describe|show me|give me|list|count|report|say|answer|"
     r"analy[sz]e|identify|let me know|find|see|look|point|outline|what|how|know|understand|"
     r"check|me|us|in full|first|i want|for me|here|the|this)\b.*", re.IGNORECASE | re.DOTALL)
-ACTION = Pattern(
-    r"\b(?:create|write|append|replace|delete|remove|rename|move|insert|add|save|change|update|"
-    r"edit|modify|fix|run|execute|put|make|overwrite|copy|commit|push|install|refactor|rewrite|"
-    r"if|don't|do not|not|without|unless|how to|recursively|sorted|largest|modified|only|named|"
-    r"containing|ending|matching)\b", re.IGNORECASE)
+VERB_AFTER = Pattern(
+    r"(?:\b(?:and|then|also)|[,;.])\s+(?:(?:then|also|please|and)\s+)*(?:create|write|append|"
+    r"replace|delete|remove|rename|move|insert|add|save|change|update|edit|modify|fix|run|execute|"
+    r"put|make|overwrite|copy|commit|push|install|refactor|rewrite|set|apply|convert|correct|use|"
+    r"do|send|open|download|start|build|test|print to|store|clean|improve|implement)\b|"
+    r"\b(?:don't|do not|without|unless)\b", re.IGNORECASE)
+# Limits that a plain listing does not know.
+LIMITED = Pattern(r"\b(?:recursive\w*|sorted|largest|smallest|newest|modified|only|named|containing|"
+                  r"ending|matching|that|which|if|subfolders|hidden|starting|by)\b", re.IGNORECASE)
 INSERT_KINDS = {"after": "insert_after", "below": "insert_after", "under": "insert_after",
                 "underneath": "insert_after", "beneath": "insert_after",
                 "behind": "insert_after", "following": "insert_after",
@@ -6709,6 +6724,10 @@ class Asked(NamedTuple):
     polite: bool = False
     newline: bool = False
     cut: bool = False
+
+
+def _only_looks(ops: Ops) -> bool:
+    return all(op.kind in ("read", "list", "run") for op in ops)
 
 
 class Reading(NamedTuple):
@@ -6787,6 +6806,13 @@ def _is_loose(found: Reading, text: str) -> bool:
             and NOT_LOOSE.match(text) is None)
 
 
+def _is_file_itself(found: Reading, text: str) -> bool:
+    """Tell whether a text such as in "append 'b.txt' to a.txt" may mean the file's content."""
+    return (DIRECT_QUOTE.match(found.match.string) is not None and " " not in text
+            and FILE_NAME.fullmatch(text) is not None and not NOT_FILES.fullmatch(text)
+            and not IGNORE_FILE.fullmatch(found.group("file")))
+
+
 def _add_text(found: Reading, kind: str) -> Ops:
     path, text = _path(found), _text(found)
     if not path or text is None:
@@ -6794,6 +6820,8 @@ def _add_text(found: Reading, kind: str) -> Ops:
     line = found.group("line") or found.group("bare_line") or found.group("own_line")
     if IGNORE_FILE.fullmatch(path) and kind == "append" and found.group("loose"):
         line = line or "line"
+    if _is_file_itself(found, text):
+        return ()
     vague = found.match.string[:4].lower() == "add " and STRUCTURED_FILE.fullmatch(path)
     if kind == "append" and vague and not END_NAMED.search(found.match.string):
         return ()
@@ -6924,7 +6952,7 @@ def _mkdir(found: Reading, _kind: str) -> Ops:
 
 def _tail_is_harmless(found: Reading) -> bool:
     tail = found.group("tail")
-    return not tail or found.scope.told or (INFORMATION.fullmatch(tail) is not None and not ACTION.search(tail))
+    return not tail or found.scope.told or (INFORMATION.fullmatch(tail) is not None and not VERB_AFTER.search(tail))
 
 
 def _read(found: Reading, _kind: str) -> Ops:
@@ -6935,7 +6963,7 @@ def _read(found: Reading, _kind: str) -> Ops:
 
 def _list(found: Reading, _kind: str) -> Ops:
     folder = found.group("folder")
-    if not _tail_is_harmless(found):
+    if not _tail_is_harmless(found) or LIMITED.search(found.group("tail").split(" and ")[0]):
         return ()
     if not folder or HERE.fullmatch(folder):
         return (FileOp("list", "."),)
@@ -7098,7 +7126,8 @@ class ScriptReader:
             self.commands.append(ScriptLine(tuple(self.words), self.mode, self.target, self.here))
         elif self.mode or self.here is not None:
             self.readable = False
-        self.readable = self.readable and not self.wants_target
+        self.readable = (self.readable and not self.wants_target
+                         and len(self.commands) <= MAX_SCRIPT_WORDS)
         self.words, self.mode, self.target, self.here = [], "", "", None
 
 
@@ -7240,7 +7269,7 @@ GIT_LOOKS = Pattern(
 VERSION_QUESTION = Pattern(r"(?:python3?|node|npm|git|ruby|go|java|gcc|cargo|rustc|pip3?) "
                            r"(?:--version|-V|version)")
 PROSE_ARGUMENT = Pattern(r"(?:in|on|the|for|to|of|and|or|all|my|it|with|from|over|against|this|"
-                         r"that|a|an|is|are|bugs?|me)", re.IGNORECASE)
+                         r"that|a|an|is|are|bugs?|me|everything|files?|folders?|here)", re.IGNORECASE)
 
 
 def _read_only(line: str, typed: bool = False) -> Tuple[str, ...]:
@@ -7285,6 +7314,7 @@ LEAD = Pattern(
     r"using (?:the |your )?(?:bash|shell|write|file|edit)? ?tools?,\s+|use (?:the |your )?"
     r"(?:bash|shell|write|file|edit)? ?tools? (?:and|to)\s+|could i ask you to\s+|"
     r"(?:let me|(?:can|could|may) i)\s+(?=(?:see|view|look at|have a look)\b))", re.IGNORECASE)
+PLEASE_INSIDE = Pattern(r"\A((?:in|inside|from|to|at) [^,]{1,80},)\s+please\s+", re.IGNORECASE)
 NEEDED = Pattern(r"(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|"
                  r"empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)", re.IGNORECASE)
 POLITE_QUESTION = Pattern(r"\s*(?:\w+[,!.]?\s+){0,4}?(?:can|could|would|will|do) you\b|.*\bmind\b",
@@ -7306,6 +7336,8 @@ TRAILER = Pattern(
     r"using (?:the |your )?(?:bash|shell|write|edit|file)? ?tools?|"
     r"(?:with(?:out)?|no|and no) (?:a |any )?(?:trailing|final|ending) (?:newline|line break)|"
     r"exactly (?:as|like) (?:is|written|shown|that)|verbatim|i'll do the rest|"
+    r"(?:no|without) (?:any )?explanations?(?: needed| necessary)?|(?:and )?don't explain(?: it| "
+    r"anything)?|just do it|do it now|only that|and nothing else|don't ask(?: me)?(?: anything)?|"
     r"it's (?:important|urgent)|and (?:that's|that is) it)\s*[.!?]*\Z", re.IGNORECASE)
 PLACE = Pattern(r"\s+(?:here|in (?:the|this|my|our) (?:(?:current|working|project|root) )?"
                 r"(?:folder|directory|project|repo|dir|root))[.!]*\Z", re.IGNORECASE)
@@ -7364,6 +7396,7 @@ def _freed(text: str) -> Asked:
         if lead is None:
             break
         core = core[lead.end():]
+    core = PLEASE_INSIDE.sub(r"\1 ", core, count=1)
     core = NEEDED.sub("create ", core, count=1) if NEEDED.match(core) else core
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
     core = core[:newline.start()] if newline else core
@@ -7384,7 +7417,9 @@ def _matched(rules: Sequence[Rule], masked: Masked, asked: Asked, scope: Scope) 
             continue
         found = Reading(match, masked, scope, asked)
         ops = BUILDERS[rule.kind](found, rule.kind)
-        if ops and all(op.path or op.words for op in ops):
+        doubt = (asked.ending.startswith("?") and not asked.polite and not found.group("bare")
+                 and not _only_looks(ops))
+        if ops and not doubt and all(op.path or op.words for op in ops):
             if asked.newline:
                 ops = tuple(op._replace(text=op.text + "\n") if op.text else op for op in ops)
             return rule.kind, ops
@@ -7466,8 +7501,19 @@ CONDITION = Pattern(
     r"\bunless\b", re.IGNORECASE)
 SHELL_WANTED = Pattern(
     r"\b(?:bash|shell|sh|zsh|terminal|install(?:ation)?|setup|deploy\w*|build)\s+(?:script|"
-    r"commands?)\b|\b(?:the|a|some|which|what) commands?\b|\bcommands? (?:to|for|that|i)\b|"
+    r"commands?)\b|(?<!python )(?<!node )(?<!js )(?<!javascript )(?<!ruby )(?<!perl )(?<!php )"
+    r"\bscripts?\b|\b(?:the|a|some|which|what) commands?\b|\bcommands? (?:to|for|that|i)\b|"
     r"\.(?:sh|bash)\b", re.IGNORECASE)
+# A description of several ways to do it is not one plan.
+ALTERNATIVES = Pattern(r"\b(?:option|alternative|approach|method|variant) (?:#?[12ab]|one|two)\b|"
+                       r"\balternatively\b|\bor,? you (?:can|could)\b|\btwo (?:ways|options)\b",
+                       re.IGNORECASE)
+EDITING = Pattern(
+    r"(?:fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|extend|"
+    r"add\b.*\b(?:to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|replace|rename|make)\b",
+    re.IGNORECASE)
+NEW_FILE = Pattern(r"\b(?:create|new|called|named|generate|scaffold)\b|\ba \S+ file\b",
+                   re.IGNORECASE)
 OVERWRITE = Pattern(r"\b(?:overwrite|rewrite|regenerate)\b|"
                     r"\breplace the (?:whole |entire )?(?:contents?|file)\b", re.IGNORECASE)
 MODEL_SPEAKS = Pattern(
@@ -7539,6 +7585,7 @@ class Wishes(NamedTuple):
     look: bool
     overwrite: bool
     shell: bool
+    edit: bool
 
 
 def _wishes(words: str) -> Wishes:
@@ -7549,7 +7596,8 @@ def _wishes(words: str) -> Wishes:
     change = (not how_to and WANTS_ANSWER.match(text) is None
               and CONDITION.search(text) is None and WANTS_CHANGE.search(text) is not None)
     return Wishes(words, change, not how_to, OVERWRITE.search(text) is not None,
-                  SHELL_WANTED.search(text) is not None)
+                  SHELL_WANTED.search(text) is not None,
+                  EDITING.match(text) is not None and NEW_FILE.search(text) is None)
 
 
 def _names(words: str, path: str) -> bool:
@@ -7625,7 +7673,8 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
         if shell:
             ops = _scaffold_ops(fence.text, scope, False)
             folders += [op for op in ops if op.kind == "mkdir"]
-        elif path and (not _file_text(fence) or path in found):
+        elif path and (not _file_text(fence) or path in found
+                       or (wishes.edit and _names(wishes.words, path))):
             return ()
         elif path:
             found[path] = FileOp("write" if wishes.overwrite else "create", path, fence.text)
@@ -7733,6 +7782,8 @@ MAX_SENTENCES = 40
 def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the model described instead of calling a tool."""
     wishes = _wishes(words)
+    if ALTERNATIVES.search(masked.text):
+        return None
     sources: List[Tuple[str, Callable[[], Ops]]] = []
     if wishes.change:
         sources.append(("files", lambda: _shown_files(masked, wishes, scope)))
@@ -7771,13 +7822,9 @@ def find_rescue(
     rescue = _asked_for(words, masked, Scope(home_ok, cwd))
     if rescue is None and PRIVATE_USE.search(answer) is None:
         rescue = _told(words, masked, Scope(False, cwd, True))
-    if rescue is None or (_served(turns, _request_of(turns)) and not _only_looks(rescue)):
+    if rescue is None or (_served(turns, _request_of(turns)) and not _only_looks(rescue.ops)):
         return None
     return rescue
-
-
-def _only_looks(rescue: Rescue) -> bool:
-    return all(op.kind in ("read", "list", "run") for op in rescue.ops)
 
 
 # ============================== 12. REPLIES ==============================
