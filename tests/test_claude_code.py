@@ -119,7 +119,8 @@ class Place:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "qwencode.py"), "--port", "0"], stdout=subprocess.PIPE,
             stderr=log, text=True, env={"PATH": os.environ["PATH"], "OLLAMA_MODEL": self.model,
-                                        "OLLAMA_NUM_CTX": "131072", "SHIM_LOG": "debug", **env})
+                                        "OLLAMA_NUM_CTX": "131072", "SHIM_LOG": "debug",
+                                        "SHIM_WARM": "off", **env})
         self.stack.callback(self.end, process)
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:[0-9]+", line)
@@ -536,7 +537,8 @@ def test_a_call_that_was_written_as_text_runs(place, leak, model):
 
 def test_a_call_hidden_in_thinking_runs(place):
     leak = "<tool_call>\n" + json.dumps({"name": "Write", "arguments": WRITE}) + "\n</tool_call>"
-    place.serve([thinking("I write it.\n" + leak), text("Written.")], model="qwen3.5:9b")
+    place.serve([thinking("I should write it now.\n" + leak),
+                 thinking("It is there.") + text("Written.")], model="qwen3.5:9b")
     assert place.ask("write n.txt").out == "Written.\n"
     assert place.read("n.txt") == "a<b=c>\n"
 
