@@ -10251,7 +10251,8 @@ def examine(doctor: Doctor) -> Iterator[Tuple[str, Finding]]:
         try:
             found = check.run(doctor)
         except ShimError as error:
-            found = Finding("bad", error.message)
+            told = isinstance(error, UpstreamRefusedError)  # it says what to do itself
+            found = Finding("bad", error.message, "" if told else SEE_OLLAMA)
         if found.ok == "bad":
             broken.add(check.name)
         yield check.name, found
