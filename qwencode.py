@@ -11921,8 +11921,9 @@ DOCTOR_TOOL = {"name": "doctor_probe", "description": "Report a word.", "input_s
 # Ollama remembers of the last run.
 FILLER = "The quick brown fox jumps over the lazy dog. "
 PREFILL_WORDS = 300  # times FILLER: about 3,000 tokens, which take long enough to time
-SHELL_PROGRAMS = ("base64", "cat", "cmp", "cp", "grep", "head", "ls", "mkdir", "mv", "printf",
-                  "rm", "rmdir", "sed", "tail", "test", "wc")
+# What the commands of section 10 run; a hash program is not needed, only used.
+SHELL_PROGRAMS = tuple("base64 cat cmp cp cut diff grep head ls mkdir mv od printf readlink rm"
+                       " rmdir sed sort tail tr wc xargs".split())
 OLLAMA_ANSWER_S = 5.0
 
 
@@ -12238,7 +12239,8 @@ def examine(doctor: Doctor) -> Iterator[Tuple[str, Finding]]:
         try:
             found = check.run(doctor)
         except ShimError as error:
-            found = Finding("bad", error.message)
+            told = isinstance(error, UpstreamRefusedError)  # it says what to do itself
+            found = Finding("bad", error.message, "" if told else SEE_OLLAMA)
         if found.ok == "bad":
             broken.add(check.name)
         yield check.name, found

@@ -3,8 +3,10 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import stat
+from pathlib import Path
 
 import pytest
 import qwencode as q
@@ -306,3 +308,9 @@ def test_for_people_it_marks_lines_and_puts_cures_below(place, capsys, monkeypat
 ])
 def test_marks(found, colour, unicode, lines):
     assert q.finding_lines(found, colour, unicode) == lines
+
+
+def test_every_program_that_is_asked_for_is_one_that_a_rescue_runs():
+    source = Path(q.__file__).read_text(encoding="utf-8")
+    commands = source.partition(" 10. SHELL COMMANDS =")[2].partition(" 11. RESCUE =")[0]
+    assert [name for name in q.SHELL_PROGRAMS if not re.search(rf"\b{name}\b", commands)] == []
