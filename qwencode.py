@@ -2997,7 +2997,7 @@ def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, 
     return leading, turns
 
 
-def call_markup(name: str, arguments: Json) -> str:
+def call_markup(name: str, arguments: Any) -> str:
     """Write a call as Qwen models do (Hermes form)."""
     return "<tool_call>\n" + json.dumps(
         {"name": name, "arguments": arguments}, ensure_ascii=False) + "\n</tool_call>"
@@ -8216,7 +8216,7 @@ class Turn:
             elif isinstance(part, ThinkingDelta):
                 self._show(self._parser.thought(part.text), events)
             elif isinstance(part, NativeCall):
-                self._show(self._parser.native(part.name, part.arguments), events)
+                self._take_call(part, events)
             elif isinstance(part, Finish):
                 self._end(part, None, events)
             else:
@@ -8224,6 +8224,16 @@ class Turn:
                 self._show(self._parser.close("error"), events)
                 self.error = part.error
         return events
+
+    def _take_call(self, call: NativeCall, events: List[Event]) -> None:
+        """Pass a call on; one of a tool that is not offered is shown as it was meant.
+
+        Ollama's parsers do not look whether a tool exists (OL 8).
+        """
+        if resolve_tool(call.name, self._tools.offered):
+            self._show(self._parser.native(call.name, call.arguments), events)
+        else:
+            self._show(self._parser.feed(call_markup(call.name, call.arguments)), events)
 
     def _take_text(self, text: str, events: List[Event]) -> None:
         text, stop = self._scanner.feed(text)
