@@ -5696,8 +5696,8 @@ def read_step(job: Job) -> Step:
     """Show a file: a binary one is named, a long one cut, each with a notice."""
     file, most = shell_path(usable_path(job.op.path)), job.max_read_bytes
     binary = f"head -c 8000 {file} 2> /dev/null | od -An -v -to1 | grep -qE '{BINARY_OCTAL}'"
-    told = shell_word(f"{job.op.path} is a binary file; its content is not shown")
-    cut = shell_word(f"[truncated: {job.op.path} is longer than {most} bytes]")
+    told = shell_word(f"[shim] Binary file detected: {job.op.path}")
+    cut = shell_word(f"[shim] File truncated to {most} bytes: {job.op.path}")
     lines = [
         f"{binary} && echo {told}",
         f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | grep -q '' && echo {cut}",
