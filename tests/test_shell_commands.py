@@ -514,13 +514,13 @@ READS = {
     "text": (b"a\n b\n", 100, b"a\n b\n"),
     "empty": (b"", 100, b""),
     "at the limit": (b"x" * 100, 100, b"x" * 100),
-    "above the limit": (b"x" * 101, 100, b"[truncated: f is longer than 100 bytes]\n" + b"x" * 100),
-    "cut before a newline": (b"x\n", 1, b"[truncated: f is longer than 1 bytes]\nx"),
+    "above the limit": (b"x" * 101, 100, b"[shim] File truncated to 100 bytes: f\n" + b"x" * 100),
+    "cut before a newline": (b"x\n", 1, b"[shim] File truncated to 1 bytes: f\nx"),
     "latin-1": (b"caf\xe9\n", 100, b"caf\xe9\n"),
     "colours": (b"\x1b[0m\r\n\t\x08", 100, b"\x1b[0m\r\n\t\x08"),
-    "NUL": (b"a\x00b", 100, b"f is a binary file; its content is not shown\n"),
-    "png": (b"\x89PNG\r\n\x1a\n\x00\x00", 100, b"f is a binary file; its content is not shown\n"),
-    "controls": (b"\x01", 100, b"f is a binary file; its content is not shown\n"),
+    "NUL": (b"a\x00b", 100, b"[shim] Binary file detected: f\n"),
+    "png": (b"\x89PNG\r\n\x1a\n\x00\x00", 100, b"[shim] Binary file detected: f\n"),
+    "controls": (b"\x01", 100, b"[shim] Binary file detected: f\n"),
 }
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import json
 import math
 import os
@@ -393,6 +394,7 @@ class Client:
 
     def __init__(self, bench: Bench, address: Tuple[str, int]) -> None:
         self.bench, self.address = bench, address
+        self.session = f"bench-{next(bench.sessions)}"
         self.connection: Optional[Connection] = None
         self.finished = True
 
@@ -414,6 +416,7 @@ class Client:
                 "Content-Type: application/json\r\nAccept: application/json\r\n"
                 "User-Agent: claude-cli/2.1.330 (external, cli)\r\nx-app: cli\r\n"
                 "anthropic-version: 2023-06-01\r\nx-api-key: bench\r\n"
+                f"X-Claude-Code-Session-Id: {self.session}\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n").encode()
         self.sent_at = now()
         self.connection.send(head + body)
@@ -727,6 +730,7 @@ class Bench:
         self.loop = Loop()
         self.upstream = Upstream(self.loop)
         self.bodies = Bodies()
+        self.sessions = itertools.count()
 
     def play(self, *args: Any, **more: Any) -> Script:
         self.upstream.script = Script(*args, **more)
