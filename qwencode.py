@@ -5252,32 +5252,15 @@ class Exit(NamedTuple):
     code: int
 
 
-EXITS: Dict[str, Exit] = {
-    "create": Exit("create", 91),
-    "write": Exit("write", 91),
-    "append": Exit("append", 92),
-    "append_line": Exit("append", 92),
-    "replace_missing": Exit("replace", 93),
-    "replace": Exit("replace", 94),
-    "read": Exit("read", 95),
-    "list": Exit("list", 95),
-    "run": Exit("run", 95),
-    "insert_before": Exit("insert", 96),
-    "insert_after": Exit("insert", 96),
-    "prepend": Exit("insert", 96),
-    "delete": Exit("delete", 97),
-    "rename": Exit("rename", 98),
-    "copy": Exit("copy", 98),
-    "moved": Exit("rename", 99),
-    "mkdir": Exit("mkdir", 100),
-}
+REPLACE_ABSENT = Exit("replace", 93)
+RENAME_KEPT = Exit("rename", 98)
 
 
 # ------------------------------ quoting ------------------------------
 
 # The analyser refuses a backslash before white space even inside quotes ("Contains
 # backslash-escaped whitespace"), so the quotes are closed and opened between the two.
-BACKSLASH_SPACE = Pattern(r"\\(?=[ \t])")
+BACKSLASH_SPACE = Pattern(r"\\(?=[ \t\n])")
 PLAIN_WORD = Pattern(r"[A-Za-z0-9_@%+:,./-]+")
 # Cc, and the lone surrogates that cannot be encoded.
 UNUSABLE_IN_NAME = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -5315,15 +5298,16 @@ def parent_step(path: str) -> str:
 
 # ------------------------------ carrying content ------------------------------
 
-# Characters that a command must not hold: the CLI rejects control characters in every
-# mode (contract/claude-code.md C1), its analyser Unicode white space and zero-width
-# characters ("Contains Unicode whitespace"). printf writes them from octal escapes.
-ESCAPED_RANGES = (
-    "\x00-\x08\x0b-\x1f\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028\u2029\u202f\u205f-\u2064"
-    "\u3000\ufeff"
-)
-ESCAPED = Pattern(f"[{ESCAPED_RANGES}]")
-PRINTF_PIECE = Pattern(f"[\n{ESCAPED_RANGES}]|[^\n{ESCAPED_RANGES}]+")
+# What the analyser refuses even in a quoted heredoc, and so is hidden from it: a brace
+# with a quote after it ("expansion obfuscation"), a backslash before white space, "=" at
+# the start of a word ("zsh =cmd"). The CLI itself rejects control characters (C1).
+CONTROL = Pattern("[\x00-\x08\x0b-\x1f\x7f]")
+WORD_OF_EQUALS = Pattern(r"(?:^|\s)=[A-Za-z_]")
+# Refused too ("Contains Unicode whitespace", control characters); as tr knows only
+# single bytes, a text with one of these is carried in base64.
+WIDE_REFUSED = Pattern("[\x80-\xa0\u1680\u2000-\u200b\u2028\u2029\u202f\u205f\u3000\ufeff]")
+# Stand-ins for hidden characters, the most conspicuous first.
+STAND_INS = "@%+:,^|!?_QZXJKWVYqzxjkwvy0123456789ABCDEFGHILMNOPRSTU"
 
 
 def octal(content: bytes) -> str:
@@ -5331,15 +5315,24 @@ def octal(content: bytes) -> str:
     return "".join(f" {byte:03o}" for byte in content)
 
 
-def fits_heredoc(text: str) -> bool:
-    """Say whether a quoted heredoc carries the text past the analyser.
+def hidden_characters(text: str) -> str:
+    """Return the characters of text that may not stand in a heredoc."""
+    hidden = set(CONTROL.findall(text))
+    parts = text.split("}")
+    parts[-1] += "'" if "{" in parts[-1] else ""  # the command goes on with quotes
+    for part in parts:
+        opened = part.partition("{")[2]
+        if "'" in opened or '"' in opened:
+            hidden.add("{")
+    if BACKSLASH_SPACE.search(text):
+        hidden.add("\\")
+    if WORD_OF_EQUALS.search(text):
+        hidden.add("=")
+    return "".join(sorted(hidden))
 
-    It refuses a brace with a quote after it ("expansion obfuscation"), and what
-    ESCAPED and BACKSLASH_SPACE name.
-    """
-    brace = text.find("{")
-    obscure = brace >= 0 and ("'" in text[brace:] or '"' in text[brace:])
-    return not (obscure or ESCAPED.search(text) or BACKSLASH_SPACE.search(text))
+
+def fits_heredoc(text: str) -> bool:
+    return not (hidden_characters(text) or WIDE_REFUSED.search(text))
 
 
 def heredoc(tool: str, target: str, text: str) -> str:
@@ -5350,32 +5343,6 @@ def heredoc(tool: str, target: str, text: str) -> str:
     return f"{tool} > {target} <<'{tag}'\n{text}{tag}"
 
 
-def printf_parts(text: str) -> Tuple[str, List[str]]:
-    """Split text into a printf format and its words.
-
-    A line is a word of its own: the analyser refuses a newline before # in quotes.
-    """
-    for end, name in (("\r\n", "%s\\r\\n"), ("\n", "%s\\n")):
-        lines = text.split(end)
-        if len(lines) > 1 and not lines[-1] and not any(map(ESCAPED.search, lines)):
-            return name, lines[:-1]
-    form, words = "", []
-    for piece in PRINTF_PIECE.findall(text):
-        if piece == "\n" or ESCAPED.match(piece):
-            form += octal(piece.encode()).replace(" ", "\\")
-        else:
-            form += "%s"
-            words.append(piece)
-    return form, words
-
-
-def printf(target: str, text: str) -> str:
-    """Return a printf that writes any text; what cannot stand plain is escaped."""
-    form, words = printf_parts(text)
-    gap = " \\\n  " if len(words) > 1 else " "
-    return f"printf '{form}'" + "".join(gap + shell_word(word) for word in words) + f" > {target}"
-
-
 def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
     """Return lines that write bytes from base64; macOS up to 12 knows only -D."""
     coded = f"{target}64"
@@ -5384,21 +5351,31 @@ def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
 
 
 def work_copy(text: str, target: str) -> List[str]:
-    """Return lines that write the text to target, as readable as it can be."""
-    if (not text or text.endswith("\n")) and fits_heredoc(text):
-        return [heredoc("cat", target, text)]
-    if len(ESCAPED.findall(text)) > len(text) // 2 + text.count("\r"):
+    """Return lines that write the text to target, as readable as it can be.
+
+    Hidden characters have stand-ins in the heredoc, which tr exchanges. Every heredoc
+    ends with a newline; head leaves away one that the text has not.
+    """
+    hidden = hidden_characters(text)
+    free = "".join(sign for sign in STAND_INS if sign not in text)[:len(hidden)]
+    if WIDE_REFUSED.search(text) or len(free) < len(hidden):
         return from_base64(target, text.encode())
-    return [printf(target, text)]
+    body = text.translate(str.maketrans(hidden, free))
+    tool = f"tr '{free}' '{octal(hidden.encode()).replace(' ', chr(92))}'" if hidden else "cat"
+    if not text or text.endswith("\n"):
+        return [heredoc(tool, target, body)]
+    size = f"head -c {len(text.encode())}"
+    if not hidden:
+        return [heredoc(size, target, body + "\n")]
+    return [heredoc(tool, f"{target}line", body + "\n"), f"{size} {target}line > {target}"]
 
 
 def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]:
     """Return lines that make target only if source holds exactly the text.
 
     A heredoc read by another tool where one carries the text, with its length, since a
-    full disk cuts both copies at one place; else its bytes in octal
-    when they are few, which every system can check; else SHA-256, whose tool macOS
-    has only since version 15.
+    full disk cuts both copies at one place; else its bytes in octal when they are few,
+    which every system can check; else SHA-256, whose tool old versions of macOS lack.
     """
     content = text.encode()
     whole = f"wc -c < {target} | grep -qx ' *{len(content)}' || rm -f -- {target}"
@@ -5488,6 +5465,12 @@ def ending(known: Exit, files: List[str], coded: bool) -> str:
                       f"exit {known.code}" if coded else "[[ failed = done ]]"])
 
 
+def leave(job: Job, say: str, known: Exit, files: List[str]) -> str:
+    """Return what ends a command of style "coded" at once, with a code of its own."""
+    left = [*files, *([job.after] if job.after else [])]
+    return f"{{ {say}\n{ending(known, left, True)}; }}"
+
+
 def exists(path: str) -> str:
     return f"-e {path} || -L {path}"
 
@@ -5551,10 +5534,10 @@ def join_step(job: Job) -> Step:
         return commit(job, lines, "prepended to", new=False, old=True)
     joined, gap = f"cat {first} {base}.text", []
     if job.op.kind == "append_line":
-        # cut ends every line with a newline; od sees whether the last one has it.
+        # cut ends every line with a newline; tail and cmp see whether the last one has it.
         joined = f"cut -b 1- {first} | cat - {base}.text"
-        gap = [f"tail -c 1 {first} | od -An -to1 | grep '[0-7]' | grep -qv 012"
-               f" && echo >> {check}"]
+        gap = [f"tail -c 1 {first} > {base}.last", f"echo > {base}.line",
+               f"[[ -s {base}.last ]] && ! cmp -s {base}.last {base}.line && echo >> {check}"]
     lines += [f"{joined} > {new} || rm -f -- {new}",
               f"tail -c +1 {first} > {check} || rm -f -- {check}", *gap,
               f"tail -c +1 {base}.twin >> {check} || rm -f -- {check}"]
@@ -5612,8 +5595,7 @@ def replace_step(job: Job) -> Step:
     one = " | head -n 1" if first else ""
     absent = "echo " + shell_word(f"the text to look for is not in {job.op.path}") + " >&2"
     if job.coded and not first:
-        left = [file, f"{base}.bytes", *([job.after] if job.after else [])]
-        absent = f"{{ {absent}\n{ending(EXITS['replace_missing'], left, True)}; }}"
+        absent = leave(job, absent, REPLACE_ABSENT, [file, f"{base}.bytes"])
     lines = [
         f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
         f" | grep -oE '{before}| [0-7][0-7][0-7]' > {base}.bytes",
@@ -5672,6 +5654,8 @@ def rename_step(job: Job) -> Step:
         f"if [[ {job.gate}-e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
         f" && {parent_step(new)}mv {source} {target}\nthen {snapshot(target, f'{base}.new')}\nfi",
     ]
+    if job.coded:
+        lines.append(f"{gone} || " + leave(job, "", RENAME_KEPT, [f"{base}.check"]))
     return Step(lines, f"cmp -s {base}.check {base}.new && {gone}", f"renamed {old} to {new}")
 
 
@@ -5707,7 +5691,8 @@ def read_step(job: Job) -> Step:
     cut = shell_word(f"[shim] File truncated to {most} bytes: {job.op.path}")
     lines = [
         f"{binary} && echo {told}",
-        f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | grep -q '' && echo {cut}",
+        f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | od -An -to1"
+        f" | grep -q '[0-7]' && echo {cut}",
         f"{binary} || head -c {most} {file}",
     ]
     return Step(lines, f"[[ -f {file} && -r {file} ]]")
@@ -5727,43 +5712,48 @@ def run_step(job: Job) -> Step:
 TEMPORARY = Pattern(r"\.shim-[0-9a-f]{6}\.[a-z0-9]+")
 # Rejected by the CLI in every mode (C1).
 FORBIDDEN_IN_COMMAND = Pattern("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-COMPARED = "compared byte for byte with a second copy of the content"
+COMPARED = "; a second copy or a hash of the content proves it"
+CHECKED = "; other tools prove the whole result"
+FREE = " if that name is free; its content is compared"
 
 
 class Recipe(NamedTuple):
     """How one kind of FileOp is built, and said in words."""
 
     build: Callable[[Job], Step]
+    exit: Exit
     words: str
 
 
+INSERT = Exit("insert", 96)
 RECIPES: Dict[str, Recipe] = {
-    "create": Recipe(create_step, f"Create {{path}}, {COMPARED}; other content is kept"),
-    "write": Recipe(create_step, f"Write {{path}}, {COMPARED}"),
-    "append": Recipe(join_step, f"Append to {{path}}, {COMPARED}"),
-    "append_line": Recipe(join_step, f"Append a line to {{path}}, {COMPARED}"),
-    "prepend": Recipe(join_step, f"Put text at the top of {{path}}, {COMPARED}"),
-    "replace": Recipe(replace_step, "Replace every {old} by {new} in {path};"
-                                    " the whole result is checked by other tools"),
-    "insert_before": Recipe(replace_step, "Insert {new} before the first {old} in {path};"
-                                          " the whole result is checked by other tools"),
-    "insert_after": Recipe(replace_step, "Insert {new} after the first {old} in {path};"
-                                         " the whole result is checked by other tools"),
-    "rename": Recipe(rename_step, "Rename {path} to {other} if that name is free;"
-                                  " the content is compared"),
-    "copy": Recipe(copy_step, "Copy {path} to {other} if that name is free;"
-                              " the content is compared"),
-    "delete": Recipe(delete_step, "Delete {path} (a folder only if empty) and check it is gone"),
-    "mkdir": Recipe(mkdir_step, "Create folder {path} and check that it is one"),
-    "list": Recipe(list_step, "List {path}"),
-    "read": Recipe(read_step, "Show {path}"),
-    "run": Recipe(run_step, "Run {words}"),
+    "create": Recipe(create_step, Exit("create", 91),
+                     "Create {path}, keeping other content that is there" + COMPARED),
+    "write": Recipe(create_step, Exit("write", 91), "Write {path}" + COMPARED),
+    "append": Recipe(join_step, Exit("append", 92), "Append to {path}" + COMPARED),
+    "append_line": Recipe(join_step, Exit("append", 92), "Append a line to {path}" + COMPARED),
+    "prepend": Recipe(join_step, INSERT, "Put text at the top of {path}" + COMPARED),
+    "replace": Recipe(replace_step, Exit("replace", 94),
+                      "Replace every {old} by {new} in {path}" + CHECKED),
+    "insert_before": Recipe(replace_step, INSERT,
+                            "Insert {new} before the first {old} in {path}" + CHECKED),
+    "insert_after": Recipe(replace_step, INSERT,
+                           "Insert {new} after the first {old} in {path}" + CHECKED),
+    "rename": Recipe(rename_step, Exit("rename", 99), "Rename {path} to {other}" + FREE),
+    "copy": Recipe(copy_step, Exit("copy", 99), "Copy {path} to {other}" + FREE),
+    "delete": Recipe(delete_step, Exit("delete", 97),
+                     "Delete {path} (a folder only if empty) and check that it is gone"),
+    "mkdir": Recipe(mkdir_step, Exit("mkdir", 100),
+                    "Create the folder {path} and check that it is one"),
+    "list": Recipe(list_step, Exit("list", 95), "List {path}"),
+    "read": Recipe(read_step, Exit("read", 95), "Show {path}"),
+    "run": Recipe(run_step, Exit("run", 95), "Run {words}"),
 }
 
 
 def brief(text: str) -> str:
     """Return text for a description: one line, at most 60 characters."""
-    line = ESCAPED.sub(" ", " ".join(text[:400].split()))
+    line = WIDE_REFUSED.sub(" ", CONTROL.sub(" ", " ".join(text[:400].split())))
     return line if len(line) <= 60 else line[:57] + "..."
 
 
@@ -5789,7 +5779,7 @@ def failure(job: Job, files: List[str]) -> str:
         lines = [f"cmp -s {backup} {file} && rm -f -- {backup}",
                  f"[[ -e {backup} ]] && echo 'the old content is in {backup}' >&2"]
     others = [name for name in files if name != backup]
-    return "\n".join([*lines, ending(EXITS[job.op.kind], others, job.coded)])
+    return "\n".join([*lines, ending(RECIPES[job.op.kind].exit, others, job.coded)])
 
 
 def finished(job: Job, step: Step, last: bool) -> str:
@@ -5840,7 +5830,7 @@ def commands_for(
 ) -> ShellCommand:
     """Return one command for all operations; the first that fails ends it.
 
-    style is "plain" or "coded" (exit codes of EXITS). Raises CannotCarryError with a
+    style is "plain" or "coded" (the exit codes of RECIPES). Raises CannotCarryError with a
     sentence when there is no operation, a name is unusable or the content too long.
     """
     coded = style == "coded"
@@ -5890,13 +5880,15 @@ def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's shell: Bash, run_shell_command, or one that looks like it."""
     known = [tools[name] for name in SHELL_NAMES if name in tools]
     alike = [tool for name, tool in tools.items() if SHELL_LIKE.search(name)]
-    return next((tool for tool in known + alike if requires_text(tool, FILLED_KEYS, "command")), None)
+    return next((tool for tool in known + alike
+                 if requires_text(tool, FILLED_KEYS, "command")), None)
 
 
 def write_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's tool that writes a whole file."""
     known = (tools[name] for name in WRITE_NAMES if name in tools)
-    return next((tool for tool in known if requires_text(tool, {"file_path", "content"}, "content")), None)
+    return next((tool for tool in known
+                 if requires_text(tool, {"file_path", "content"}, "content")), None)
 
 
 def shell_call(tool: Tool, command: ShellCommand) -> Tuple[str, Json]:

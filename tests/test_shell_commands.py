@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import qwencode
 from qwencode import CannotCarryError, FileOp, Tool, command_for, commands_for, rescue_call
 
 BASH = shutil.which("bash")
@@ -158,7 +157,7 @@ def test_content_is_byte_exact_with_busybox(name, tmp_path, busybox_path):
 def test_plain_text_stays_readable_and_every_command_parses(name):
     for kind in EDITS:
         command = command_for(FileOp(kind, "f", CONTENTS[name], "a")).command
-        assert ("base64" in command) == (name == "only controls" and kind not in (
+        assert ("base64" in command) == (name in ("nbsp", "line separator") and kind not in (
             "replace", "insert_before", "insert_after"))
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", command)
         assert subprocess.run([BASH, "-n"], input=command.encode(), check=False).returncode == 0
@@ -309,7 +308,7 @@ def check_case(case, folder, style, path):
     said = b"verification failed: " in done.stderr
     assert said == (not ends_well and op.kind not in ("read", "list"))
     if said:
-        codes = {known.code for known in qwencode.EXITS.values()}
+        codes = range(91, 101)
         assert done.returncode in (codes if style == "coded" else {1})
 
 
@@ -327,7 +326,7 @@ CODES = [
     ("create where other content is", 91), ("write where a folder is", 91),
     ("append to a folder", 92), ("replace an absent text", 93), ("replace in a folder", 93),
     ("prepend to a missing file", 96), ("insert at an absent anchor", 96),
-    ("delete a full folder", 97), ("rename onto a file", 98), ("copy onto a file", 98),
+    ("delete a full folder", 97), ("rename onto a file", 98), ("copy onto a file", 99),
     ("mkdir where a file is", 100), ("replace several lines", 0), ("rename", 0),
 ]
 
