@@ -6357,9 +6357,10 @@ SLOTS: Dict[str, str] = {
             r"project)|"
               r"configuration|source|log|file|document|script|filename|path|at) )*"
             r"(?:(?:called|named) )?",
-    "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|folder|"
+    "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|"
+                  r"folder|"
                     r"directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|"
-                    r"directories|called|named|at|path) )*",
+                    r"directories|structure|called|named|at|path|for me) )*",
     "filenoun": r"(?: (?:file|document|script)(?:'s)?)?"
                 r"(?:,? in (?:this|the current) (?:folder|directory|project))?",
     "foldernoun": r"(?: (?:folder|directory|dir|subfolder|subdirectory)s?)?",
@@ -6376,11 +6377,13 @@ SLOTS: Dict[str, str] = {
     "say": r"(?: ?(?:(?:saying|that (?:says|reads|contains|is)|which (?:says|reads)|containing|"
              r"with|reading|consisting of|as|being)\b)?(?: (?:just|only|exactly))?"
              r"(?: the (?:exact |literal |following )?(?:text|words?|string|contents?))?:?)",
-    "noun": r"(?:(?:(?:the|this|these|a|an|its|another|one more) )?(?:(?:following|exact|literal|exactly|new|"
+    "noun": r"(?:(?:(?:the|this|these|a|an|its|another|one more) )?(?:(?:following|exact|literal|"
+            r"exactly|new|"
               r"single|only|just|plain|simple|short|extra|additional|final|last|entire|full|"
               r"two|three) )*(?P<line>(?:lines?|row|entry|item|bullet(?: point)?|list item|"
               r"import|record)\b)?(?:text|strings?|words?|phrase|sentence|contents?|characters?|"
-              r"letters?|value|number|snippet|code|content|data|paragraph|message)?"
+              r"letters?|value|number|snippet|content|data|paragraph|message|"
+            r"(?:python |javascript |html |css |shell )?code|json|yaml|html|csv|xml|sql|markdown)?"
               r"(?: of text)?{say} )?",
     "text": r"(?:(?:{noun}|(?:exactly|just|only) )(?P<text>{q})|(?:(?:the|a) )?"
               r"(?:(?:exact|literal|new|single) )*(?:text|string|words?|phrase|sentence|number|"
@@ -6389,7 +6392,8 @@ SLOTS: Dict[str, str] = {
               r"(?P<loose>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?))",
     "quoted": r"(?:{noun}(?P<text>{q}))",
     "this": r"(?:(?:this|the|these|that|a|an|following|new|next|exact|single|below|it) )*"
-              r"(?:this|these|that|it|below|following|text|(?P<line>lines?)|contents?|code|block|"
+              r"(?:this|these|that|it|above|below|following|text|(?P<line>lines?)|contents?|code|"
+              r"block|"
               r"snippet|section|string|row|data|entry|entries|paragraph)?(?: below)?",
     "later": r"(?:[:,.]|,? (?:the )?(?:text|lines?|contents?|string|words?)[:,]?|"
                r"(?: as follows| exactly| verbatim)?:)? (?P<text>{q})",
@@ -6420,19 +6424,21 @@ SLOTS: Dict[str, str] = {
     "create": r"(?:create|make|generate|set up|start|add|produce|touch|initialize|initialise|build)"
                 r"(?: me| us)?",
     "add": r"(?:add|put|write|insert|place|append|include|paste)",
-    "end": r"(?:the )?(?:very |new )?(?:end|last line)(?: of)?",
+    "end": r"(?:the )?(?:very |new )?(?:end|(?P<line>last line))(?: of)?",
     "top": r"(?:the )?(?:very )?(?:(?P<top>top)|beginning|start|head)(?: of)?",
     "bottom": r"(?:the )?(?:very )?(?P<bottom>bottom)(?: of)?",
     "newline": r"(?P<own_line>,? (?:on|as|in) (?:a|its own|a separate)(?: new)?(?: separate)?"
                  r" line(?: of its own)?(?: at the end)?| after a (?:newline|line break))",
-    "look": r"(?:(?:read|show|display|print|cat|open|view|output|dump|see|look at|"
+    "look": r"(?:(?:read through|go through|read|show|display|print|cat|open|view|output|dump|see|"
+            r"look at|"
               r"take a look at|have a look at|check out|look (?:inside|into|in)|inspect)"
               r"(?: out| up)?(?: me| us)?(?: out)?)",
     "tail": r"(?P<tail>(?:,|\.)? (?:and|then|so|to|for|in|first)\b[^\ue000-\uf8ff]*)?",
     "here": r"(?P<here>(?:in |inside |of |from )?(?:this|the|my|our)(?: (?:current|working|"
               r"project|root|present|project's root))* (?:folder|directory|dir|project|repo|"
               r"repository|workspace)|here)",
-    "listing": r"(?:(?:all|the|of|every|any|a|list|me|us|out) )*(?:(?:files?|folders?|"
+    "listing": r"(?:(?:all|the|of|every|any|a|list|me|us|out|existing|current) )*(?:(?:files?|"
+               r"folders?|"
                  r"directories|subfolders|subdirectories|contents?|entries|items|everything|"
                  r"directory|directory contents|files?names|what(?:'s| is)|"
                r"(?:what|which) files(?: and folders)?(?: are)?)"
@@ -6490,7 +6496,7 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("append", "{add} {text}{newline} (?:to|in|at) (?:(?:{end}|the bottom of) )?{file}"),
     ("append", "append (?:{this} )?(?:to|into) (?:{end} )?{file}{later}"),
     ("append", "append (?:to )?{file} with {quoted}"),
-    ("append", "{add} {text} (?:to|at|on|onto) {end} {file}{newline}?"),
+    ("append", "{add} {text} (?:to|at|on|onto|as) {end} {file}{newline}?"),
     ("append", "{add} {text} (?:to|in|into) {file},? (?:at|on) (?:the )?(?:very )?end"),
     ("append", "{add} (?:{this} )?(?:to|at) {end} {file}{later}"),
     ("append", "(?:in|to|at) (?:{end} )?{file},? (?:append|add)(?: {this})?:? {quoted}"
@@ -6534,6 +6540,8 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("write", "write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}"),
     ("write", "write (?:{this} )?(?:to|into) {file}{later}"),
     ("write", "(?:write|overwrite|rewrite|fill) {of}?{file}{with} {text}"),
+    ("write", "(?:write|overwrite|rewrite) {of}?{file}(?:[:,.]| with)? (?:{this}:? )?"
+              "(?P<text>[\uf000-\uf8ff])"),
     ("write", "(?:overwrite|rewrite) {of}?{file} so (?:that )?it (?:contains|says|reads|has)"
               "(?: only| just| exactly)? {text}"),
     ("write", "(?:overwrite|set|replace|change|update) {of}{file} (?:with|to|by|to be)"
@@ -6541,9 +6549,11 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("write", "(?:overwrite|set|replace|change) {of}{file}(?: with| to)?(?: {this})?{later}"),
     ("write", "(?:replace|overwrite) (?:the )?(?:whole|entire|full|complete) file {file}{with} "
               "{text}"),
-    ("write", "set {file}(?:'s)? contents? to {text}"),
-    ("write", "set {file} to {quoted}"),
-    ("write", "(?:make|update|change) {file} (?:to |so (?:that )?it )?(?:contains?|says?|reads?|ha(?:ve|s))(?: only| just| exactly)* {text}"),
+    ("write", "(?:set|replace|overwrite|change|update) {file}(?:'s)? contents? (?:to|with|by) "
+              "{text}"),
+    ("write", "set the file {file} to {quoted}"),
+    ("write", "(?:make|update|change) {file} (?:to |so (?:that )?it )?"
+              "(?:contains?|says?|reads?|ha(?:ve|s))(?: only| just| exactly)* {text}"),
     ("clear", "(?:empty|clear|truncate|blank)(?: out)? {of}?{file}"),
     ("rename", "(?:change|update) (?:the )?(?:file ?)?name of {file} (?:to|into) {dest}"),
     ("rename", "(?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {file} to {dest}"),
@@ -6561,10 +6571,11 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("replace", "(?:find|search for|look for|locate) {old} {in} {file},? and (?:replace|change|"
                 "swap) (?:it|them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}"),
     ("replace", "search {file} for {old} and (?:replace|change) (?:it|them) (?:with|to) {new}"),
-    ("insert", "{add} {text}{newline}?,? {where} {anchor},? (?:in|inside|of|within|to|into) {file}"),
+    ("insert", "{add} {text}{newline}?,? {where} {anchor},?"
+               " (?:in|inside|of|within|to|into) {file}"),
     ("insert", "in {file},? {where} {anchor},? {add} {text}"),
     ("insert", "{where} {anchor},? (?:in|of|inside) {file},? {add} {text}"),
-    ("insert", "{add} {where} {anchor} (?:in|of|inside) {file}{later}"),
+    ("insert", "{add} (?:{this} )?{where} {anchor} (?:in|of|inside) {file}{later}"),
     ("insert", "(?:in|inside|to|into) {file},? {add} {text},? {where} {anchor}"),
     ("insert", "{add} {text} (?:in|into|to|inside) {file},? {where} {anchor}"),
     ("rename", "rename {file} (?:to|as|into|->|=>) (?:be )?{dest}"),
@@ -6588,13 +6599,16 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("read", "{look} (?:(?:the|all(?: the| of the)?|entire|full|whole|complete|current) )*"
              "(?:(?:contents?|text|lines|source|code) (?:of|in|from|inside) |"
              "what(?:'s| is) (?:in|inside|written in) )?{files}{tail}"),
-    ("read", "(?:tell|give) me (?:what(?:'s| is) (?:in|inside)|the (?:full )?(?:contents?|text)"
+    ("read", "(?:tell|give|get|fetch)(?: me)? "
+             "(?:what(?:'s| is) (?:in|inside)|the (?:full )?(?:contents?|text)"
              " (?:of|in)) {files}{tail}"),
     ("list", "(?:list|show|display|print|give|enumerate|see|check|look at|explore|view) "
              "{listing}(?: {here})?{tail}"),
     ("list", "(?:list|show|display|print|give|enumerate|see|ls|check|look at|explore|examine|"
              "view|inspect) {listing} (?:in|inside|of|under|"
              "within|from|at) {folder}{tail}"),
+    ("list", "(?:show|display|view|open|look at|see)(?: me)? (?P<folder_marks>(?:the )?)"
+             "(?P<folder>{token})(?P<folder_noun> (?:folder|directory)){tail}"),
     ("list", "(?:ls|dir|list)(?: (?:{here}|{folder}){tail})?"),
     ("list", "(?:tell|show) me what(?:'s| is) (?:in|inside) (?:{here}|{folder})"),
     ("run", "(?:run|execute|issue|invoke)(?: (?:the|this|a|following|shell|bash|terminal|command|"
@@ -6604,13 +6618,13 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
             r"(?: [\w./=:@+,%^-]+){0,12})"),
     ("run", "(?:run|execute)(?: (?:the|command|following|shell|bash))*:? "
             r"(?P<typed>[a-z][\w-]*(?: [\w./=:@+,%^-]+){0,12}?)"
-            "(?: command)?{tail}"),
+            "(?: command)?(?: (?:in|on) (?:the|my|a) (?:terminal|shell|console))?{tail}"),
 ))
 
 # Questions that only the file or folder can answer; the model must say that it looks.
 QUESTIONS: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
-    ("read", "(?:what(?:'s| is| are)|do you know what(?:'s| is)|can you (?:see|tell me|check) "
-             "what(?:'s| is))(?: currently| written)?(?: the)?(?: current)?(?: contents?| text)? "
+    ("read", "(?:what(?:'?s| is| are)|do you know what(?:'?s| is)|can you (?:see|tell me|check) "
+             "what(?:'?s| is))(?: currently| written)?(?: the)?(?: current)?(?: contents?| text)? "
              "(?:in|inside|of|written in|inside of|contained in|stored in) {files}"
              "(?: right now| now| currently)?"),
     ("read", "what (?:does|do) {files} (?:contain|say|have in it|hold|include|look like)"
@@ -6618,9 +6632,10 @@ QUESTIONS: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("list", "(?:what|which) (?:{listing}|files? and folders?|files? do (?:I|we) have|"
              "kind of files) ?(?:are |is |exist |do (?:I|we) have |live |exists )?"
              "(?:there )?(?:are )?(?:{here}|(?:in|inside|under|within) {folder})"),
-    ("list", "what(?:'s| is)(?: there)?(?: in| inside)? (?:{here}|(?:in )?{folder})"),
+    ("list", "what(?:'?s| is)(?: there)?(?: in| inside)? (?:{here}|(?:in )?{folder})"),
     ("list", "what(?:'s| are)(?: all)? the (?:contents|files)(?: of| in| inside) "
              "(?:{here}|{folder})"),
+    ("list", "(?:what|which) files (?:does|do) (?:{here}|{folder}) (?:contain|have|hold)"),
     ("list", "what (?:does|do) (?:{here}|{folder}) (?:contain|hold|have in it)"),
 ))
 
@@ -6685,7 +6700,8 @@ VERB_AFTER = Pattern(
     r"do|send|open|download|start|build|test|print to|store|clean|improve|implement)\b|"
     r"\b(?:don't|do not|without|unless)\b", re.IGNORECASE)
 # Limits that a plain listing does not know.
-LIMITED = Pattern(r"\b(?:recursive\w*|sorted|largest|smallest|newest|modified|only|named|containing|"
+LIMITED = Pattern(r"\b(?:recursive\w*|sorted|largest|smallest|newest|modified|only|named|"
+                  r"containing|"
                   r"ending|matching|that|which|if|subfolders|hidden|starting|by)\b", re.IGNORECASE)
 INSERT_KINDS = {"after": "insert_after", "below": "insert_after", "under": "insert_after",
                 "underneath": "insert_after", "beneath": "insert_after",
@@ -6945,7 +6961,8 @@ def _mkdir(found: Reading, _kind: str) -> Ops:
 
 def _tail_is_harmless(found: Reading) -> bool:
     tail = found.group("tail")
-    return not tail or found.scope.told or (INFORMATION.fullmatch(tail) is not None and not VERB_AFTER.search(tail))
+    return not tail or found.scope.told or (
+        INFORMATION.fullmatch(tail) is not None and not VERB_AFTER.search(tail))
 
 
 def _read(found: Reading, _kind: str) -> Ops:
@@ -7262,7 +7279,8 @@ GIT_LOOKS = Pattern(
 VERSION_QUESTION = Pattern(r"(?:python3?|node|npm|git|ruby|go|java|gcc|cargo|rustc|pip3?) "
                            r"(?:--version|-V|version)")
 PROSE_ARGUMENT = Pattern(r"(?:in|on|the|for|to|of|and|or|all|my|it|with|from|over|against|this|"
-                         r"that|a|an|is|are|bugs?|me|everything|files?|folders?|here)", re.IGNORECASE)
+                         r"that|a|an|is|are|bugs?|me|everything|files?|folders?|"
+                         r"here)", re.IGNORECASE)
 
 
 def _read_only(line: str, typed: bool = False) -> Tuple[str, ...]:
@@ -7296,7 +7314,8 @@ LEAD = Pattern(
     r"\s*(?:(?:please|pls|plz|kindly|hi|hey|hello|hi there|hey there|ok|okay|alright|great|"
     r"thanks|thank you|perfect|good|cool|nice|now|next|then|so|also|and|well|first|finally|just|"
     r"quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|awesome)(?:\s*[,.!:;-]+\s*|\s+)|"
-    r"(?:would|do) you mind\s+|(?:can|could|would|will) you(?:\s*,)?\s+(?:please,?\s+|kindly\s+|just\s+|now\s+|also\s+|"
+    r"(?:would|do) you mind\s+|(?:can|could|would|will) you(?:\s*,)?\s+(?:please,?\s+|kindly\s+|"
+    r"just\s+|now\s+|also\s+|"
     r"quickly\s+|maybe\s+|possibly\s+)*|would you be so kind (?:as )?to\s+|"
     r"i(?:'d| would) (?:like|love) (?:for )?(?:you )?to\s+|"
     r"i(?:'d| would) appreciate it if you (?:could|would)\s+|be so kind (?:as )?to\s+|"
@@ -7307,6 +7326,10 @@ LEAD = Pattern(
     r"using (?:the |your )?(?:bash|shell|write|file|edit)? ?tools?,\s+|use (?:the |your )?"
     r"(?:bash|shell|write|file|edit)? ?tools? (?:and|to)\s+|could i ask you to\s+|"
     r"(?:let me|(?:can|could|may) i)\s+(?=(?:see|view|look at|have a look)\b))", re.IGNORECASE)
+# A fence and then what to do with it; the rules want the text last.
+SHOWN_FIRST = Pattern(r"([\uf000-\uf8ff])\s+([^\uf000-\uf8ff]*\b(?:this|above|"
+                      r"that)\b[^\uf000-\uf8ff]*)",
+                      re.IGNORECASE)
 PLEASE_INSIDE = Pattern(r"\A((?:in|inside|from|to|at) [^,]{1,80},)\s+please\s+", re.IGNORECASE)
 NEEDED = Pattern(r"(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|"
                  r"empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)", re.IGNORECASE)
@@ -7348,10 +7371,11 @@ BASES = (
     "touch", "duplicate", "inspect",
 )
 FORMS: Dict[str, str] = {
-    "putting": "put", "setting": "set", "wrote": "write", "written": "write", "made": "make",
-    "overwrote": "overwrite", "overwritten": "overwrite", "reading": "read", "running": "run",
-    "looking": "look", "copied": "copy", "swapped": "swap", "shown": "show", "ran": "run",
-    "examine": "view", "examining": "view", "check": "view", "checking": "view",
+    "whats": "what's", "putting": "put", "setting": "set", "wrote": "write",
+    "written": "write", "made": "make", "overwrote": "overwrite", "overwritten": "overwrite",
+    "reading": "read", "running": "run", "looking": "look", "copied": "copy", "swapped": "swap",
+    "shown": "show", "ran": "run", "examine": "view", "examining": "view", "check": "view",
+    "checking": "view",
     **{base[:-1] + "ing" if base.endswith("e") else base + "ing": base for base in BASES},
     **{base + ("d" if base.endswith("e") else "ed"): base for base in BASES},
 }
@@ -7389,6 +7413,8 @@ def _freed(text: str) -> Asked:
         if lead is None:
             break
         core = core[lead.end():]
+    shown = SHOWN_FIRST.fullmatch(core)
+    core = f"{shown.group(2)}: {shown.group(1)}" if shown else core
     core = PLEASE_INSIDE.sub(r"\1 ", core, count=1)
     core = NEEDED.sub("create ", core, count=1) if NEEDED.match(core) else core
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
@@ -7503,7 +7529,8 @@ ALTERNATIVES = Pattern(r"\b(?:option|alternative|approach|method|variant) (?:#?[
                        re.IGNORECASE)
 EDITING = Pattern(
     r"(?:fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|extend|"
-    r"add\b.*\b(?:to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|replace|rename|make)\b",
+    r"add\b.*\b(?:to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|"
+    r"replace|rename|make)\b",
     re.IGNORECASE)
 NEW_FILE = Pattern(r"\b(?:create|new|called|named|generate|scaffold)\b|\ba \S+ file\b",
                    re.IGNORECASE)
@@ -7542,10 +7569,12 @@ NO_LABEL = Pattern(
     r"prepend\w*|insert\w*|updat\w+|modif\w+|chang\w+|replac\w+|edit\w*|remov\w+|delet\w+|fix\w*|"
     r"snippet|part|section|function|method|excerpt|relevant|lines?|diff|error|imports?|see|"
     r"add [^:]{0,60}\b(?:to|in)|adding|added|structure|verify|check|instead|not|don't|"
-    r"similar|from)\b",
+    r"similar|from|if|when|unless|exist\w*)\b",
     re.IGNORECASE)
 WHOLE_FILE = Pattern(r"\b(?:complete|full|entire|whole)\b", re.IGNORECASE)
 FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGNORECASE)
+HEADING = Pattern(r"\s*(?:#{1,6}\s|\*\*|\d{1,3}[.)]\s)")
+LABEL_NAMES = Pattern("[\ue000-\uefff]|\\w\\.\\w")
 LABEL_DECOR = Pattern(r"^[\s#>*_-]*(?:\d{1,3}[.)]\s*)?|[\s*_:#=-]+$")
 LABEL_PATH = Pattern("[\ue000-\uefff]|[^\\s,;:\"'`<>|*?()\\[\\]{}$&!\\\\\ue000-\uf8ff]+")
 COMMENT_PATH = Pattern(r"[ \t]*(?:#|//|--|;|%|/\*|<!--)[ \t]*(?:file(?:name)?:[ \t]*)?"
@@ -7629,7 +7658,8 @@ def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     wholly = WHOLE_FILE.search(rest) is not None
     introduces = not rest.strip("*_ ()#:.") or LABEL_WORD.search(rest) is not None
     unfit = NO_LABEL.search(rest) is not None and not wholly
-    heading = label.lstrip().startswith(("#", "**")) and len(rest.split()) <= 3
+    heading = line.lstrip("`").startswith(token) and (
+        rest.strip("*_` ")[:1] in ("", "-", ":", "(", "\u2013", "\u2014") or len(rest.split()) <= 1)
     if not (ends or heading) or not (introduces or heading) or unfit:
         return ""
     return _safe_path(raw, scope)
@@ -7654,14 +7684,17 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return a file for each fence that the answer names as one, and what scaffolds do."""
     found: Dict[str, FileOp] = {}
     folders: List[FileOp] = []
-    label = ""
+    label = heading = ""
     for line in masked.text.split("\n"):
         mark = ONE_FENCE.fullmatch(line.strip())
         if mark is None:
             label = line if line.strip() else label
+            heading = line if HEADING.match(line) else heading
             continue
         fence = masked.fences[ord(mark.group()) - FENCE_BASE]
-        path = _fence_path(fence, label, masked, scope)
+        plain = not LABEL_NAMES.search(label) and not NO_LABEL.search(label)
+        path = _fence_path(fence, label, masked, scope) or (
+            _fence_path(fence, heading, masked, scope) if plain and heading else "")
         shell = _is_shell(fence) and not path.endswith((".sh", ".bash"))
         if shell:
             ops = _scaffold_ops(fence.text, scope, False)
@@ -7671,7 +7704,7 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
             return ()
         elif path:
             found[path] = FileOp("write" if wishes.overwrite else "create", path, fence.text)
-        label = ""
+        label = heading = ""
     return (*folders, *found.values()) if found else ()
 
 
