@@ -255,11 +255,14 @@ class BadRequestError(ShimError):
 
 
 class PromptTooLongError(BadRequestError):
-    """The words that make Claude Code compact (contract/claude-code.md B5)."""
+    """The words that make Claude Code compact (contract/claude-code.md B5).
 
-    def __init__(self, tokens: int, maximum: int) -> None:
+    loaded: maximum is the window that Ollama says it has, not what the shim lets a turn use.
+    """
+
+    def __init__(self, tokens: int, maximum: int, *, loaded: bool = False) -> None:
         super().__init__(f"prompt is too long: {tokens} tokens > {maximum} maximum")
-        self.tokens, self.maximum = tokens, maximum
+        self.tokens, self.maximum, self.loaded = tokens, maximum, loaded
 
 
 class ModelMissingError(BadRequestError):
@@ -3266,8 +3269,8 @@ def upstream_error(
     overflow = parse_overflow(body, status)
     if overflow:
         needed, limit = overflow
-        limit = limit or window or 4096
-        return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit)
+        told, limit = bool(limit), limit or window or 4096
+        return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit, loaded=told)
     text = clean(HTML_TAG.sub(" ", unwrap_error(body)), MAX_ERROR_CHARS).strip()
     said = f": {text}" if text else "."
     if MODEL_MISSING.search(text) and status in (404, 400, 500):
@@ -10337,7 +10340,7 @@ class Exchange:
             self.server.registry.forget(name)
             raise
         except PromptTooLongError as error:
-            if error.maximum < model.window:  # another client has loaded it anew
+            if error.loaded and error.maximum < model.window:  # another client loaded it anew
                 self.server.registry.amend(model._replace(window=error.maximum))
             if not self.is_compaction or self.started or not self.turn:
                 raise
