@@ -8899,7 +8899,7 @@ STATUS_SCRIPT = r"""
 const SVG = "http://www.w3.org/2000/svg";
 const byId = (id) => document.getElementById(id);
 const shown = {};
-let key = "", paused = false, timer = 0, online = null, seen = null;
+let key = "", open = false, paused = false, timer = 0, online = null, seen = null;
 try { key = sessionStorage.getItem("qwencode-key") || ""; } catch (error) { key = ""; }
 
 // Values reach the page as text nodes and attributes only: nothing is parsed as HTML.
@@ -9117,13 +9117,17 @@ function askKey(wrong) {
   byId("key").focus();
 }
 
+const ask = (path) => fetch(path, { cache: "no-store", signal: AbortSignal.timeout(5000),
+  headers: key ? { "x-api-key": key } : {} });
+
 async function poll() {
   clearTimeout(timer);
   try {
-    const headers = key ? { "x-api-key": key } : {};
-    const reply = await fetch("status", { cache: "no-store", headers,
-      signal: AbortSignal.timeout(5000) });
-    if (reply.status === 401) return askKey(key !== "");
+    // Without its key the shim tells only whether it is up, not its version.
+    open = open || key !== "" || "version" in await (await ask("health")).json();
+    if (!open) return askKey(false);
+    const reply = await ask("status");
+    if (reply.status === 401) return askKey(true);
     if (!reply.ok) throw new Error("HTTP " + reply.status);
     const data = await reply.json();
     byId("login").hidden = true;
@@ -9158,7 +9162,7 @@ poll();
 # The hashes let the page forbid every other script, style and host to itself. They are
 # written down, not computed, to spare the start-up; tests/test_status.py checks them.
 STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
-STATUS_SCRIPT_HASH = "sha256-rZnYDTHx0hU7s9MAPXHsAgLnAxSV6PKBdgANgdEPVhc="
+STATUS_SCRIPT_HASH = "sha256-1xIC4UQuY5IFRmftq0UMyZXNdM+H6VG2xcH3kUVbL3c="
 
 STATUS_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
@@ -10929,10 +10933,8 @@ class Handler:
 
     def models(self) -> None:
         self.read_body()
-        names = self.server.model_names(self.link)
-        rows = [model_row(name) for name in names]
-        self.reply_json({"data": rows, "has_more": False, "first_id": rows[0]["id"],
-                         "last_id": rows[-1]["id"]})
+        query = late("urllib.parse").parse_qsl(self.http.target.partition("?")[2][:2000])
+        self.reply_json(model_page(self.server.model_names(self.link), dict(query)))
 
     def model(self) -> None:
         self.read_body()
@@ -10992,9 +10994,40 @@ ROUTES: Tuple[Tuple[Pattern, Dict[str, Route]], ...] = (
 )
 
 
-def model_row(name: str) -> Json:
+# The CLI's picker shows ids that begin so, and drops all others (CC A9).
+PICKER_PREFIX = "claude-"
+
+
+def picked_model(requested: str) -> str:
+    """Return the local model of a picker's id, "" for Anthropic's own, which have no tag."""
+    prefix, name = requested[:len(PICKER_PREFIX)], requested[len(PICKER_PREFIX):]
+    return name if prefix == PICKER_PREFIX and ":" in name else ""
+
+
+def model_row(model_id: str) -> Json:
     """Make a row of /v1/models."""
-    return {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+    picked = picked_model(model_id)
+    return {"type": "model", "id": model_id, "created_at": "1970-01-01T00:00:00Z",
+            "display_name": f"{picked} (Ollama)" if picked else model_id}
+
+
+def model_page(names: Sequence[str], query: Mapping[str, str]) -> Json:
+    """Make the page of /v1/models that limit, after_id and before_id ask for.
+
+    Each model has its own name and one for the CLI's picker.
+    """
+    tagged = [name if ":" in name else name + ":latest" for name in names]
+    ids = [*names, *dict.fromkeys(PICKER_PREFIX + name for name in tagged)]
+    limit = query.get("limit", "")
+    most = max(1, min(int(limit), 1000)) if WHOLE_NUMBER.fullmatch(limit) else 1000
+    start = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
+    end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
+    if "before_id" in query and "after_id" not in query:
+        start = max(0, end - most)
+    page = ids[start:min(end, start + most)]
+    more = start > 0 if "before_id" in query else start + len(page) < end
+    return {"data": [model_row(one) for one in page], "has_more": more,
+            "first_id": page[0] if page else None, "last_id": page[-1] if page else None}
 
 
 def read_counts(config: Config, log: Log) -> TokenCounter:
@@ -11020,9 +11053,8 @@ def write_counts(path: str, counter: TokenCounter, log: Log) -> None:
 
 
 # The page needs nothing from elsewhere, so nothing else is allowed to load.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src"
-                               " 'unsafe-inline'; connect-src 'self'; img-src data:",
+PAGE_HEADERS = {  # what the page may load stands in the page itself
+    "Content-Security-Policy": "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 
 
@@ -11141,11 +11173,15 @@ class ShimServer(ThreadingHTTPServer):
         return session
 
     def local_model(self, request: Request) -> str:
-        """Choose the model: by kind, SHIM_MODEL_MAP by role, or the request's own."""
+        """Choose the model: by kind, the picker's, SHIM_MODEL_MAP by role, the request's own."""
         requested = request.model
         if self.config.small_model and is_title_request(request):
             return self.config.small_model
-        for role, model in self.config.model_map:
+        picked = picked_model(requested)
+        mapped = dict(self.config.model_map)
+        if picked or requested in mapped.values():
+            return picked or requested
+        for role, model in mapped.items():
             if role in requested.lower():
                 return model
         if self.config.use_requested_model and requested:

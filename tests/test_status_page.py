@@ -45,6 +45,9 @@ class Site:
     def answer(self, path, key):
         if path == "/":
             return 200, "text/html; charset=utf-8", q.STATUS_PAGE.encode()
+        if path == "/health":
+            told = {"ok": True, **({} if self.key and key != self.key else {"version": "1"})}
+            return 200, "application/json", json.dumps(told).encode()
         if self.key and key != self.key:
             return 401, "application/json", b"{}"
         if self.broken:
@@ -137,7 +140,8 @@ def test_it_asks_no_other_host_and_reports_no_error(browser, site):
     site.stats.begin(10, "s2", "qwen3", NOW)
     browser.wait("document.getElementById('running').innerText.includes('s2')")
     assert browser.errors == []
-    assert {one["url"] for one in browser.requests} == {site.url, site.url + "status"}
+    assert {one["url"] for one in browser.requests} == {
+        site.url, site.url + "health", site.url + "status"}
 
 
 def test_names_from_outside_are_text_and_never_html(browser, site):
@@ -266,4 +270,17 @@ def test_the_real_shim_shows_a_stream_while_it_runs_and_then_an_error(browser):
         assert "doctor" in text_of(browser, "errors")
         assert "secret question" not in browser.run("document.body.innerText")
         assert browser.errors == []
-        assert {one["url"] for one in browser.requests} == {shim.url + "/", shim.url + "/status"}
+        assert {one["url"] for one in browser.requests} == {
+            shim.url + path for path in ("/", "/health", "/status")}
+
+
+def test_the_real_shim_asks_for_its_key_and_then_opens(browser):
+    with MockOllama([text("ok")]) as ollama, running_shim(
+            ollama.url, model=ollama.model, api_key=KEY) as shim:
+        browser.errors.clear()
+        browser.open(shim.url + "/")
+        browser.wait("!document.getElementById('login').hidden")
+        browser.type(KEY)
+        browser.press("Enter", 13, "\r")
+        browser.wait("!document.getElementById('content').hidden")
+        assert browser.errors == []
