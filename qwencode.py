@@ -2801,10 +2801,13 @@ CHATML_START = "<|im_start|>"
 
 
 def probe_body(name: str, options: Json) -> Json:
-    """Make the render-only request; options must be those of every turn, or it reloads."""
+    """Make the render-only request; load options must be those of every turn, or it reloads.
+
+    A server that cannot render only (before 0.11.5) generates one token.
+    """
     return {"model": name, "messages": list(PROBE_MESSAGES), "tools": [tool_json(PROBE_TOOL)],
             "stream": True, "_debug_render_only": True, "truncate": False, "shift": False,
-            "options": options}
+            "options": {**options, "num_predict": 1}}
 
 
 def rendered_prompt(answer: Any) -> Optional[str]:
@@ -3248,6 +3251,8 @@ Part = Union[TextDelta, ThinkingDelta, NativeCall, Finish, Failure]
 MODEL_MISSING = Pattern(r"model\b.*\bnot found|try pulling it", re.IGNORECASE)
 NO_TOOLS_ERROR = Pattern(r"does not support tools", re.IGNORECASE)
 NO_THINKING_ERROR = Pattern(r"does not support thinking", re.IGNORECASE)
+# Statuses with which a server may refuse rendering alone, so that chat is worth a try.
+NO_RENDERING = (400, 404, 405, 422)
 # Failures that the same request meets again: parsers of the same text, memory that is
 # not there, values of a wrong type (contract/ollama.md 3, 8).
 LASTING_FAILURE = Pattern(
@@ -3591,10 +3596,28 @@ class GenerateDecoder(ChatDecoder):
 USER_TURN = "<|im_start|>user\n"
 
 
-def opens_thinking(prompt: str) -> bool:
-    """Say whether a rendered prompt ends in an open think block."""
-    tail = prompt[-40:].rstrip()
-    return tail.endswith(THINK_OPEN)
+THINK_OPENING = Pattern(r"<think>\s*(?:</think>\s*)?\Z")
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+ANSWER_START = "<|im_start|>assistant\n"
+
+
+def opening_of(prompt: str) -> str:
+    """Return the think block, open or empty, with which a prompt begins the answer."""
+    found = THINK_OPENING.search(prompt[-60:])
+    return found.group() if found else ""
+
+
+def with_empty_thoughts(prompt: str, answers: int) -> str:
+    """Begin past answers as this prompt begins the next: with an empty think block.
+
+    The qwen3.5 renderer leaves it out of the history, so that each answer would be read
+    again (OL 5). A prompt that holds other than so many answers is left as it is: a
+    file's text may speak ChatML too.
+    """
+    parts = prompt.split(ANSWER_START)
+    if parts[-1] != NO_THOUGHT or len(parts) != answers + 2:
+        return prompt
+    return (ANSWER_START + NO_THOUGHT).join(parts[:-1]) + ANSWER_START + NO_THOUGHT
 
 
 class Dialect(NamedTuple):
@@ -8143,6 +8166,7 @@ class StopScanner:
 # Text after these is no part of an answer; /api/chat stops there by itself, raw
 # generation only where the Modelfile says so.
 CHATML_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+CHATML_END = Pattern(r"<\|(?:im_end|im_start|endoftext)\|>")
 # Tokens beyond what the shown characters can account for until an answer counts as
 # swallowed: a Qwen token holds 1.7 Chinese characters or 4 of code (OL 5a), and small
 # differences are white space that Ollama's parsers drop.
@@ -8221,8 +8245,10 @@ class Turn:
 
     @property
     def raw(self) -> Optional[str]:
-        """The model's own text, where the dialect brings it."""
-        return self._decoder.raw if isinstance(self._decoder, GenerateDecoder) else None
+        """The model's own text up to its end, where the dialect brings it."""
+        if not isinstance(self._decoder, GenerateDecoder):
+            return None
+        return str(CHATML_END.split(self._decoder.raw, 1)[0])
 
     @property
     def call_ids(self) -> Tuple[str, ...]:
@@ -9960,7 +9986,8 @@ class Registry:
         without images (raw mode takes none, OL 6).
         """
         mode = self._config.verbatim
-        if mode == "off" or facts.remote or not facts.chatml or facts.digest in self._no_render:
+        if mode == "off" or facts.remote or not facts.chatml \
+                or (facts.digest or facts.name) in self._no_render:
             return False
         if any(isinstance(b, Image) or (isinstance(b, ToolResult) and b.images)
                for m in request.messages for b in m.blocks):
@@ -9969,8 +9996,9 @@ class Registry:
 
     def no_render(self, facts: ModelFacts, why: str) -> None:
         """Remember that rendering failed for this model; said once in the log."""
-        if facts.digest not in self._no_render:
-            self._no_render.add(facts.digest)
+        key = facts.digest or facts.name
+        if key not in self._no_render:
+            self._no_render.add(key)
             self._log.write("warn", f"verbatim is off for {facts.name}: {why}")
 
 
@@ -10045,15 +10073,15 @@ class RawTurns:
                 oldest = next(iter(self._turns))
                 self._chars -= len(self._turns.pop(oldest))
 
-    def recall(self, index: int, turn: Message) -> Optional[str]:
-        return self._turns.get(self.key(index, turn))
-
-    @staticmethod
-    def key(index: int, turn: Message) -> Any:
-        """Tell a turn apart: by its calls' ids, else by its place and text."""
+    def recall(self, session: str, index: int, turn: Message) -> Optional[str]:
         ids = tuple(b.id for b in turn.blocks if isinstance(b, ToolUse))
         text = "".join(b.text for b in turn.blocks if isinstance(b, Text))
-        return ids or (index, text)
+        return self._turns.get(self.key(session, index, ids, text))
+
+    @staticmethod
+    def key(session: str, index: int, ids: Tuple[str, ...], text: str) -> Any:
+        """Tell a turn apart: by its calls' ids, else by its place; and by its text."""
+        return (*(ids or (session, index)), text)
 
 
 class Cancellable(Waiter):
@@ -10224,6 +10252,7 @@ class Exchange:
         self.events: List[Event] = []
         self.way, self.model, self.window = "chat", self.config.model, 0
         self.turn: Optional[Turn] = None
+        self.opening = self.unrendered = ""
         self.notes: List[str] = []
         self.left_out: Tuple[str, ...] = ()
         self.key = handler.join_key
@@ -10266,9 +10295,9 @@ class Exchange:
             self._follow(leader)
             return
         with contextlib.ExitStack() as places:
-            places.enter_context(self.server.gate.place(self.link))
+            places.enter_context(self.server.gate.place(self.audience))
             if self.agent:  # subagents in turn: each switch costs the model a re-read (OL 5b)
-                places.enter_context(self.server.side_gate.place(self.link))
+                places.enter_context(self.server.side_gate.place(self.audience))
             self.server.stats.progress(self, time.time(), state="prefill")
             self.server.warmer.cancel()
             self._relay()
@@ -10337,7 +10366,7 @@ class Exchange:
     def _relay(self) -> None:
         name = self.model = self.server.local_model(self.request)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
-        model = self.server.registry.model(name, self.link, until)
+        model = self.server.registry.model(name, self.audience, until)
         try:
             self._ask(model, until)
         except ModelMissingError:
@@ -10380,20 +10409,22 @@ class Exchange:
         options = {**load_options(model.num_ctx), "num_predict": prompt.num_predict}
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
-        dialect, thinking, text = DIALECTS["chat"], False, None
-        if server.registry.verbatim(self.request, facts, self.link, own_until):
+        dialect, text = DIALECTS["chat"], None
+        if server.registry.verbatim(self.request, facts, self.audience, own_until):
             text = self._render(facts, body, own_until)
             if text is not None:
-                dialect, thinking = DIALECTS["verbatim"], opens_thinking(text)
+                dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
                 body = generate_body(self.request, facts, text, self.config, options)
         self.way = dialect.way
         if server.log.on("debug"):
             server.log.write("debug", f"{dialect.path} {body}")
+        thinking = self.opening.rstrip().endswith(THINK_OPEN)
         turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.audience, until) as call:
             self._pump(call, turn, until)
-        self._remember(turn, thinking)
+        if self.unrendered:  # and chat has served: the rendering is at fault
+            server.registry.no_render(facts, self.unrendered)
         if not self.agent:
             self._offer_prefix(facts, options, text)
         if turn.finish:
@@ -10445,8 +10476,10 @@ class Exchange:
             names = [tool.name for tool in table.sent]
             if self.agent:
                 request = request._replace(system=(agent_line(self.agent), *request.system))
-            messages = chat_messages(request, tools, facts, self.server.raw_turns.recall,
-                                     lambda text: self._slim(text, names))
+            messages = chat_messages(
+                request, tools, facts,
+                lambda index, turn: self.server.raw_turns.recall(self.session_id, index, turn),
+                lambda text: self._slim(text, names))
             messages_json, same = session.written.write(messages)
             self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
             self._note_break(messages, same)
@@ -10483,20 +10516,27 @@ class Exchange:
         return text
 
     def _render(self, facts: ModelFacts, body: str, until: float) -> Optional[str]:
-        """Have Ollama render the prompt; None where it cannot."""
-        answer = self.server.upstream.ask(
-            "POST", "/api/chat", render_body(body), self.link, until)
+        """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
+        try:
+            answer = self.server.upstream.ask(
+                "POST", "/api/chat", render_body(body), self.audience, until)
+        except UpstreamBrokenError as problem:  # chat tells what is wrong, if it lasts
+            self.notes.append(f"not verbatim: {problem.message}")
+            return None
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        if prompt is None and answer.status != 200:
+        if prompt is not None:
+            return prompt if facts.renderer != "qwen3.5" else with_empty_thoughts(
+                prompt, body.count('{"role":"assistant",'))
+        if answer.status != 200:
             error = upstream_error(answer.status, answer.text, facts.name,
                                    retry_after=answer.retry_after,
                                    prompt_tokens=self.estimate, window=self.window)
-            if answer.status >= 500 or isinstance(error, (ModelMissingError, PromptTooLongError)):
+            lasting = isinstance(error, (ModelMissingError, PromptTooLongError)) \
+                or NO_TOOLS_ERROR.search(error.message) or NO_THINKING_ERROR.search(error.message)
+            if answer.status not in NO_RENDERING or lasting:
                 raise error
-        if prompt is None:
-            self.server.registry.no_render(
-                facts, f"Ollama rendered no prompt (status {answer.status})")
-        return prompt
+        self.unrendered = f"Ollama rendered no prompt (status {answer.status})"
+        return None
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
@@ -10541,6 +10581,8 @@ class Exchange:
                 self._refuse(turn.error)
             if turn.heard and not self.started:
                 self._begin()
+            if turn.done:  # before the client can send the next turn
+                self._remember(turn)
             if events:
                 self._send(events)
             if turn.error:
@@ -10555,15 +10597,19 @@ class Exchange:
             raise UpstreamInvalidError(error.message.replace(
                 "an invalid streaming response: not JSON", "invalid JSON"))
 
-    def _remember(self, turn: Turn, thinking: bool) -> None:
-        """Keep the turn as the model wrote it, unless a rescue added to it."""
-        raw = turn.raw
+    def _remember(self, turn: Turn) -> None:
+        """Keep the turn as the model wrote it, unless a rescue or a stop changed it.
+
+        A think block that was not closed is left to the template: some would take the
+        call within it for thought.
+        """
         rescued = any(rule.startswith("intent:") for _, rule in turn.calls)
-        if raw is None or not turn.done or rescued:
+        if turn.raw is None or rescued or turn.stop_reason == "stop_sequence":
             return
-        text = THINK_OPEN + "\n" + raw if thinking else raw
-        key = turn.call_ids or (len(self.request.messages), turn.answer)
-        self.server.raw_turns.remember(key, text)
+        text = self.opening + turn.raw
+        if THINK_OPEN not in text or THINK_CLOSE in text:
+            self.server.raw_turns.remember(RawTurns.key(
+                self.session_id, len(self.request.messages), turn.call_ids, turn.answer), text)
 
     def _begin(self) -> None:
         self._open_stream()

@@ -15,7 +15,7 @@ from qwencode import (
     load_config,
     message_json,
     normal_schema,
-    opens_thinking,
+    opening_of,
     parse_request,
     render_body,
     tool_json,
@@ -362,5 +362,5 @@ def test_the_probe_finds_what_templates_lose():
     assert (facts.tools_in_text, facts.drops_calls, facts.chatml) == (True, True, True)
     good = facts_from_probe(PLAIN, '{"name": "ProbeTool"} probe question probe said probe value')
     assert (good.tools_in_text, good.drops_calls, good.chatml) == (False, False, False)
-    assert [opens_thinking(p) for p in ("a<think>\n", "a<think>\n\n</think>\n\n", "a")] == [
-        True, False, False]
+    assert [opening_of(p) for p in ("a<think>\n", "a<think>\n\n</think>\n\n", "a")] == [
+        "<think>\n", "<think>\n\n</think>\n\n", ""]
