@@ -6324,7 +6324,7 @@ def _readings(words: str) -> Iterator[Masked]:
 
 # ------------------------------ paths ------------------------------
 
-CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL_CODES = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # Files that steer a shell, a login or the client itself, wherever they lie.
 PROTECTED = frozenset((
     ".git", ".ssh", ".gnupg", ".aws", ".kube", ".claude", ".netrc", ".profile", ".bashrc",
@@ -6362,7 +6362,7 @@ def _safe_path(raw: str, scope: Scope) -> str:
     parts = [part for part in path[len(scope.cwd) if inside else 0:].split("/")
              if part not in ("", ".")]
     home = scope.home_ok and path.startswith("~/") and len(parts) > 1 and parts[1][:1] != "."
-    bad = (not path or len(path) > MAX_PATH_CHARS or CONTROL.search(path) is not None
+    bad = (not path or len(path) > MAX_PATH_CHARS or CONTROL_CODES.search(path) is not None
            or ".." in parts or not PROTECTED.isdisjoint(part.lower() for part in parts)
            or any(len(part.encode("utf-8", "replace")) > 255 for part in parts)
            or (path.startswith("/") and not inside) or (path.startswith("~") and not home)
@@ -7330,7 +7330,7 @@ def _harmless_argument(word: str, refused: str, typed: bool) -> bool:
     parts = plain.split("/")
     return not (re.fullmatch(refused, word) or plain.startswith(("/", "~")) or ".." in parts
                 or not PROTECTED.isdisjoint(part.lower() for part in parts) or "://" in plain
-                or CONTROL.search(word) or (typed and PROSE_ARGUMENT.fullmatch(word)))
+                or CONTROL_CODES.search(word) or (typed and PROSE_ARGUMENT.fullmatch(word)))
 
 
 # ------------------------------ asked for ------------------------------
