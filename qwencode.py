@@ -8648,12 +8648,15 @@ def turn_line(record: TurnRecord, colour: bool = False, utc_offset_s: float = 0.
     """Write the log line of a turn, without the line end.
 
     12:01:07 turn 4  41.2k/64k tokens (1.1k new)  first 1.9s  38 tok/s  Write  ok
+
+    "verbatim" before the outcome says which way the answer was read; else it was chat.
     """
     second = int(record.started + record.total_s + utc_offset_s) % 86400
     at = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
     parts = [f"{at} turn {record.turn}" if record.turn else at,
              f"answered here ({record.model})" if record.way == "local" else fill_text(record),
-             *pace_texts(record), tools_text(record)]
+             *pace_texts(record), tools_text(record),
+             record.way if record.way in ("verbatim", "joined") else ""]
     line = "  ".join(shown_text(part, secrets) for part in parts if part)
     code = COLOURS.get(record.outcome, ERROR_COLOUR)
     line += "  " + paint(shown_text(record.outcome), code, colour)
@@ -10333,8 +10336,9 @@ class Exchange:
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
             error=failure.message if failure else "", cure=cure_of(failure) if failure else "",
             notes=tuple(self.notes), left_out=self.left_out)
-        self.server.stats.end(self, record)
-        self.server.log.turn(record)
+        self.server.note_turn(self, record)
+        if turn and self.server.log.on("debug"):
+            self.server.log.write("debug", f"answer {turn.raw or turn.answer!r} calls {turn.calls}")
 
     def _follow(self, leader: Exchange) -> None:
         """Give this client the whole stream of an identical request that runs already.
@@ -11146,6 +11150,7 @@ class ShimServer(ThreadingHTTPServer):
         self._joints: Dict[str, Exchange] = {}
         self._joints_lock = threading.Lock()
         self._health: Tuple[float, Json] = (0.0, {})
+        self._last_way: Optional[str] = None  # how the last answer of the model was read
         self._sessions: Dict[str, Session] = {}
         self._bash_shapes: Dict[str, bool] = {}
         self._tidy_at = 0.0
@@ -11246,6 +11251,13 @@ class ShimServer(ThreadingHTTPServer):
             tokens, prompt.shared, finish.prompt_s, self._rates.get(model))
         return Usage(fresh, output, read, created)
 
+    def note_turn(self, exchange: Exchange, record: TurnRecord) -> None:
+        """Count a request that has ended and write its line."""
+        if record.way in DIALECTS:
+            self._last_way = record.way
+        self.stats.end(exchange, record)
+        self.log.turn(record)
+
     def joint(self, exchange: Exchange) -> Exchange:
         """Return the running request that is identical to this one, or this one."""
         if not exchange.key:
@@ -11296,6 +11308,7 @@ class ShimServer(ThreadingHTTPServer):
             model["context_length"] = facts.trained
             known = self.registry.known(self.config.model)
             model["window"] = known.window or None if known else None
+            model["way"] = self._last_way
             if missing:
                 upstream["error"] = (f"model {self.config.model} is missing:"
                                      f" ollama pull {self.config.model}")
