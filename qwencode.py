@@ -155,6 +155,7 @@ MAX_PENDING_BYTES = 4 * 1024 * 1024
 CLIENT_STALL_S = 30.0
 FOLLOW_S = 1.0  # between looks at whether anybody still listens to a request
 FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
+NO_FACTS_TTL_S = 15.0  # where it said nothing: it may have been starting
 MAX_MODELS = 64  # models whose facts are remembered
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
@@ -9878,7 +9879,8 @@ class Registry:
             model = self.known(name) or self._learn(name, waiter, until)
             if len(self._models) > MAX_MODELS:
                 self._models.clear()
-            self._models[name] = (time.monotonic() + FACTS_TTL_S, model)
+            ttl_s = FACTS_TTL_S if model.facts.path else NO_FACTS_TTL_S
+            self._models[name] = (time.monotonic() + ttl_s, model)
         return model
 
     def _ask(self, method: str, path: str, body: Optional[Json], waiter: Waiter,
