@@ -3075,6 +3075,24 @@ def _pictures(
     return _join_texts([text, notice]), ()
 
 
+# The git status at the end of the CLI's system text (2.1.197) differs from session to
+# session; behind it the tools, and all else, would be read again (OL 5b).
+VOLATILE_END = Pattern(r"\n+(gitStatus: [\s\S]*)\Z")
+
+
+def move_volatile(
+    system: List[str], turns: List[Tuple[int, Message]],
+) -> Tuple[List[str], List[Tuple[int, Message]]]:
+    """Move what changes between sessions from the system text into the first user turn."""
+    found = [VOLATILE_END.search(text) for text in system]
+    moved = tuple(Text(as_reminder(match.group(1))) for match in found if match)
+    if not moved or not turns or turns[0][1].role != "user":
+        return system, turns
+    stable = [text[:match.start()] if match else text for text, match in zip(system, found)]
+    index, first = turns[0]
+    return stable, [(index, Message("user", moved + first.blocks)), *turns[1:]]
+
+
 CHOICE_WORDS = {
     "any": "Answer with a tool call now: this turn must call one of the tools.",
     "tool": "Answer with a call of the tool {name} now, and of no other tool.",
@@ -3091,7 +3109,8 @@ def chat_messages(
     slim shortens texts that are not the user's.
     """
     leading, turns = fold_turns(request.messages)
-    system = [slim(text) for text in (*request.system, *leading)]
+    system, turns = move_volatile([*request.system, *leading], turns)
+    system = [slim(text) for text in system]
     if tools and facts.tools_in_text:
         system.append(tools_as_text(tools))
     made = [ChatMessage("system", "\n\n".join(system))] if any(system) else []

@@ -364,3 +364,10 @@ def test_the_probe_finds_what_templates_lose():
     assert (good.tools_in_text, good.drops_calls, good.chatml) == (False, False, False)
     assert [opening_of(p) for p in ("a<think>\n", "a<think>\n\n</think>\n\n", "a")] == [
         "<think>\n", "<think>\n\n</think>\n\n", ""]
+
+
+def test_the_git_status_moves_behind_what_is_the_same_in_every_session():
+    rows = upstream([{"role": "user", "content": "hi"}], system="You are.\n\ngitStatus: at start\nclean")
+    assert [(row["role"], row["content"]) for row in rows] == [
+        ("system", "You are."),
+        ("user", "<system-reminder>\ngitStatus: at start\nclean\n</system-reminder>\n\nhi")]
