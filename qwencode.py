@@ -3717,6 +3717,7 @@ TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 FIRST_KEY = Pattern(
     r"(?:\[\s*)?\{{1,2}\s*[\"'`“]?([A-Za-z_-]{1,24})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
     r"(?:[\"'`“]([^\"'`“”\n]{0,128})([\"'`”]))?")
+KEY_ALONE = Pattern(r"(?:\[\s*)?\{{1,2}\s*[\"'`“]([A-Za-z_-]{0,24})[\"'`”\W]")
 FIRST_KEY_START = Pattern(r"(?:\[\s*)?(?:\{{1,2}\s*(?:[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*"
                           r"(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
 PRINT_CALL = Pattern(r"print\(")
@@ -3732,6 +3733,7 @@ NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool"
 LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
 LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
                          "index comment role content")
+CALL_KEYS = NAME_KEYS | ARGUMENT_KEYS | NESTED_KEYS | LIST_KEYS | LEADING_KEYS | {"type"}
 CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
 FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
@@ -4188,6 +4190,9 @@ class JsonInput:
         if not match:
             self._piece(len(self.rest) - self.rest.endswith("\\"))
         elif match.group() != '"':
+            cut = match.group(3) in ("u", "x") and len(self.rest) < match.start() + 6
+            if cut and not final:
+                return self._piece(match.start())
             half = match.group(1) and "d800" <= match.group(1).lower() < "dc00"
             if half and len(self.rest) < match.end() + 6 and not final:
                 return self._piece(match.start())
@@ -4390,6 +4395,9 @@ def read_bracket(text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> Ve
         return Head("pythonic" if rule == "json" else rule, "", "python", at) if listed else None
     key = FIRST_KEY.match(rest)
     if not key:
+        named = KEY_ALONE.match(rest)
+        if named and plain_name(named.group(1)) not in CALL_KEYS and named.group(1) not in tools:
+            return None
         begun = FIRST_KEY_START.fullmatch(rest) or LIST_BEGUN.fullmatch(rest)
         return MORE if begun else None
     word, follows = plain_name(key.group(1)), rest[key.end():key.end() + 1]
@@ -4495,8 +4503,9 @@ def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
     """Tell whether a tag that is cut in its name may open a call."""
     name = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())[0]
     bare = TAG_NAMESPACE.sub("", name)
-    words = [*CALL_TAGS, *(word for kind in TOOL_KINDS for word in kind.names.split()), *tools]
-    return any(word.lower().startswith(bare) for word in words) or any(
+    names = [*CALL_TAGS, *tools, *(word for kind in TOOL_KINDS for word in plain_words(kind.names))]
+    folded = plain_name(bare)
+    return any(plain_name(word).startswith(folded) for word in names) or any(
         space.startswith(name) for space in TAG_NAMESPACES)
 
 
@@ -4523,8 +4532,8 @@ NO_CALL_BEFORE = Pattern(
     r"has to|have to|will))\b|\b(?:I|we|it|this|that|which|call|one)(?:.d| would)\b(?! like)|"
     r"\bwould (?:look|be|have)\b|\b(?:don.t|do not|does(?: not|n.t)|never|avoid|cannot|can.t|"
     r"won.t|will not|wouldn.t|should(?: not|n.t)|must(?: not|n.t)|unable|refus\w+|not (?:going|"
-    r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|unsafe|beware|warning|forbidden|declin\w+|instead of|"
-    r"didn.t|did not)\b",
+    r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|"
+    r"unsafe|beware|warning|forbidden|declin\w+|instead of|didn.t|did not)\b",
     re.I)
 # Words that make it no call where nobody says "I will" in the same sentence.
 DOUBT_BEFORE = Pattern(
@@ -4901,6 +4910,8 @@ class ToolTextParser:
                 self._text = ""
             return False
         head = find_head(text, at, True, self._tools)
+        if head == MORE and not final:
+            return False
         fenced = isinstance(head, Head) and bool(head.fence)
         if not (self._fence and fenced) and self._begins(head, at, True, final):
             return self._step != self._prose
