@@ -1315,7 +1315,7 @@ COERCIONS: Dict[str, Callable[[Any, str], Any]] = {
 MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
 END_IN_OBJECT = Pattern(
-    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*" + MEMBER_KEY
+    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*(?:(?://|#)[^\n]*\n\s*)?" + MEMBER_KEY
     + r"|(?<=\n)\s*" + MEMBER_KEY + r"|\Z)")
 END_IN_ARRAY = Pattern(r"\s*(?:,\s*(?:[\"'\[{\]\d-]|true|false|null)|\]|\Z)", re.I)
 END_IN_CALL = Pattern(r"\s*(?:,\s*\w{1,60}\s*=|,?\s*\)|\Z)")
@@ -3660,7 +3660,7 @@ TOOL_FORMATS: Tuple[ToolFormat, ...] = (
     ToolFormat("harmony", "channel recipient", (),
                "<|channel|>commentary to=functions.Read <|constrain|>json<|message|>"
                '{"file_path": "a.py"}<|call|>', "gpt-oss; Functionary 2"),
-    ToolFormat("wrapped", "json response answer", (),
+    ToolFormat("wrapped", "json response answer action call", (),
                '<response>\n{"name": "Read", "arguments": {"file_path": "a.py"}}\n</response>',
                "seen from small models"),
     ToolFormat("xml_agent", "tool", (),
@@ -3702,6 +3702,7 @@ CALL_TAGS = frozenset(tag for row in TOOL_FORMATS for tag in row.tags.split())
 RULES = {opener: row.rule for row in TOOL_FORMATS for opener in (*row.tags.split(), *row.words)}
 OPENING_WORDS = tuple(sorted((word for row in TOOL_FORMATS for word in row.words),
                              key=len, reverse=True))
+CLOSING_TAGS = CALL_TAGS | SEPARATOR_TAGS | word_set("parameter param arg_value arg parameters")
 OPENING_LETTERS = frozenset(word[0] for word in OPENING_WORDS)
 END_TAGS = word_set("call return eom_id eot_id im_end endoftext bot_end escape tools_suffix "
                      "tool_call tool_calls end eos s python_end")
@@ -3923,6 +3924,7 @@ def read_python(text: str, at: int, tools: Mapping[str, Tool], rule: str) -> Tup
         at = reader.skip(at + 1)
 
 
+BARE_WORD = Pattern(r"(?!(?:true|false|none|null)\b)[A-Za-z_]", re.I)
 PYTHON_KEY = Pattern(r"(\w{1,60})\s*=(?!=)\s*")
 
 
@@ -3931,7 +3933,10 @@ def python_arguments(reader: LooseJson, at: int) -> Tuple[Dict[Union[str, int], 
     found: Dict[Union[str, int], Any] = {}
     while reader.text[at:at + 1] != ")":
         key = PYTHON_KEY.match(reader.text, at)
-        value, at = reader.value(key.end() if key else at, END_IN_CALL)
+        at = key.end() if key else at
+        if BARE_WORD.match(reader.text, at):
+            raise ValueError("a name, not a value")
+        value, at = reader.value(at, END_IN_CALL)
         found[key.group(1) if key else len(found)] = value
         at = reader.skip(at)
         if reader.text[at:at + 1] == ",":
@@ -4512,10 +4517,11 @@ def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
 # ------------------------------ call or example ------------------------------
 
 FIRST_PERSON = Pattern(
-    r"\b(?:I.ll|I will|I.m (?:now )?(?:going to|about to)|I am (?:now )?(?:going to|about to)|"
-    r"let me|let.s|let us|we.ll|we will|I (?:now |first |also |just )?(?:need|want|have|must|"
-    r"should|can) (?:to )?(?:now |first )?|(?:now|next|first|then|so),? I\b|I.m (?:now )?\w+ing|"
-    r"I am (?:now )?\w+ing)(?!\s+(?:not|never|show you|explain|demonstrate|illustrate)\b)", re.I)
+    r"\b(?<!whether )(?<!if )(?:I.ll|I will|I.m (?:now )?(?:going to|about to)|"
+    r"I am (?:now )?(?:going to|about to)|let me|let.s|let us|we.ll|we will|I (?:now |first |"
+    r"also |just )?(?:need|want|have|must|should|can) (?:to )?(?:now |first )?|(?:now|next|first|"
+    r"then|so),? I\b|I.m (?:now )?\w+ing|I am (?:now )?\w+ing)(?!\s+(?:not|never|show you|know|"
+    r"explain|demonstrate|illustrate)\b)", re.I)
 ASSENT_ONLY = Pattern(
     r"\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right|got it|understood|alright|"
     r"all right|absolutely|done|great|no problem|will do|on it|definitely|gladly|here (?:it is|"
@@ -4533,7 +4539,8 @@ NO_CALL_BEFORE = Pattern(
     r"\bwould (?:look|be|have)\b|\b(?:don.t|do not|does(?: not|n.t)|never|avoid|cannot|can.t|"
     r"won.t|will not|wouldn.t|should(?: not|n.t)|must(?: not|n.t)|unable|refus\w+|not (?:going|"
     r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|"
-    r"unsafe|beware|warning|forbidden|declin\w+|instead of|didn.t|did not)\b",
+    r"unsafe|against|whether|yourself|beware|warning|forbidden|declin\w+|instead of|didn.t|"
+    r"did not)\b",
     re.I)
 # Words that make it no call where nobody says "I will" in the same sentence.
 DOUBT_BEFORE = Pattern(
@@ -4550,7 +4557,10 @@ DOUBT_BEFORE = Pattern(
     r"quoted)\b|\b(?:contents?|contains?|data|config(?:uration)?|json|payload|object|record|"
     r"entry|entries|snippet|response|result|output|answer|documentation|docs|readme|manual|"
     r"definition|message|block|quote|values?|row|document)\b(?: (?:of|from|in|for|at|is|was|are|"
-    r"were|says?|shows?|reads?|holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z", re.I)
+    r"were|says?|shows?|reads?|holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z|\b(?:paste|"
+    r"include|insert|respond with|reply with)\b|\b(?:answered|replied|responded|emitted|produced|"
+    r"generated|returned|printed|wrote|written|sent|said)\b[^:]*:\W*\Z|<(?!/?think|[|"
+    r"/])[\w-]+>\W*\Z", re.I)
 # Words behind it that take it back, looked for in the first sentences.
 NO_CALL_AFTER = Pattern(
     r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|"
@@ -4614,6 +4624,8 @@ def ruled_out_before(before: str) -> bool:
         return False
     sentences = [part for part in SENTENCE_END.split(last[0]) if part.strip(" *#_:-")]
     sentence = sentences[-1] if sentences else ""
+    if sentence.strip().lower() in ("json", "assistant"):
+        return False
     spoken = [match.start() for match in FIRST_PERSON.finditer(sentence)]
     doubts = [match.start() for match in NO_CALL_BEFORE.finditer(sentence)]
     if doubts:
@@ -4823,7 +4835,9 @@ class ToolTextParser:
         self._scan, self._next_try = BracketScan(), 0
         kind = "fenced" if head.fence else "bare" if head.rule in BARE_RULES else "own"
         before = self._before if self._queue or not line_start else self._before + "\n"
-        self._found = Found("", [], kind, before, not self._spoke)
+        parts = THOUGHT_END.split(self._before)
+        first = not self._spoke or (len(parts) > 1 and not parts[-1].strip())
+        self._found = Found("", [], kind, before, first)
         if self._fence and not head.fence:
             self._found.kind = "fenced"
         self._step = self._brackets if head.body in ("json", "python") else \
@@ -4929,7 +4943,10 @@ class ToolTextParser:
             match = AFTER_CALL.match(text, at)
             blank = skip_blank(text, at)
             tag = MARKUP_TAG.match(text, blank)
-            if match and (final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
+            foreign = tag and tag.group(1) and tag_label(tag) not in CLOSING_TAGS and (
+                not resolve_tool(tag.group(2), self._tools))
+            if match and not foreign and (
+                    final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
                 at = match.end()
             elif tag and (tag_label(tag) in END_TAGS or "end" in tag_label(tag).split("_")):
                 at = tag.end()
@@ -5141,8 +5158,6 @@ class ToolTextParser:
             return
         self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
         self._spoke = self._spoke or bool(text.strip())
-        if ">" in text and THOUGHT_END.search(self._before):
-            self._spoke = bool(THOUGHT_END.split(self._before)[-1].strip())
         if self._queue:
             self._queue.append(text)
             self._behind += len(text)
