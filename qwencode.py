@@ -4531,7 +4531,8 @@ FILE_NOUNS = (
          r"class|data|input|entr|value|content|text|usage file|env|yaml|json|site|package|repo)")
 # Words that make what follows no call, whatever else the sentence says.
 NO_CALL_BEFORE = Pattern(
-    r"\bexamples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
+    r"\b(?:for|an|this|following|simple|another) example\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|"
+    r"\bexamples? of\b|\bexamples?\b[\s\d]*[^.\w]*\Z|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
     r"\billustrat\w+|\bdemonstrat\w+|\bpseudo|\bimagine\b|\bsuppose\b|\bpretend\b|"
     r"\bnot a (?:real|tool) \w*|\b(?:you|one|users?|developers?|someone|people|models?|agents?|"
     r"assistants?|clients?|he|she|they)(?:.d| (?:can|could|would|should|might|may|must|needs? to|"
@@ -4544,23 +4545,23 @@ NO_CALL_BEFORE = Pattern(
     re.I)
 # Words that make it no call where nobody says "I will" in the same sentence.
 DOUBT_BEFORE = Pattern(
-    r"\b(?:format|syntax|schema|template|notation|sample|specification|usage)\b|"
-    r"\blooks? (?:something )?like\b|\blike (?:this|so)\b|\bas follows\b|\b(?:explain|describ|"
-    r"represent|document|consider|not(?:e|ice) that|means?\b)\w*|\b(?:earlier|previous(?:ly)?|"
-    r"last (?:time|turn|call|step|week)|already|yesterday|ago|history|logs?|logged|transcript|"
-    r"session)\b|\b(?:was|were|been|got) (?:\w+ )?(?:called|sent|used|made|run|executed|written|"
-    r"generated|produced|returned|logged|rejected|recorded|issued)\b|\b(?:I|we|you|he|she|they|"
-    r"it|users?|models?|assistant|agent|server|tool|api|client|colleague|system|"
-    r"other \w+)\s+(?:\w+ly |just |then |has |had |have )?(?:called|ran|sent|used|made|wrote|"
-    r"said|replied|answered|returned|emitted|produced|tried|got|received|printed|posted|outputs?|"
-    r"returns?|sends?|emits?|produces?|writes?|says?|prints?|responds?|asked for|pasted|"
-    r"quoted)\b|\b(?:contents?|contains?|data|config(?:uration)?|json|payload|object|record|"
-    r"entry|entries|snippet|response|result|output|answer|documentation|docs|readme|manual|"
-    r"definition|message|block|quote|values?|row|document)\b(?: (?:of|from|in|for|at|is|was|are|"
-    r"were|says?|shows?|reads?|holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z|\b(?:paste|"
-    r"include|insert|respond with|reply with)\b|\b(?:answered|replied|responded|emitted|produced|"
-    r"generated|returned|printed|wrote|written|sent|said)\b[^:]*:\W*\Z|<(?!/?think|[|"
-    r"/])[\w-]+>\W*\Z", re.I)
+    r"\b(?:examples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|format|syntax|schema|template|notation|"
+    r"sample|specification|usage)\b|\blooks? (?:something )?like\b|\blike (?:this|so)\b|"
+    r"\bas follows\b|\b(?:explain|describ|represent|document|consider|not(?:e|ice) that|"
+    r"means?\b)\w*|\b(?:earlier|previous(?:ly)?|last (?:time|turn|call|step|week)|already|"
+    r"yesterday|ago|history|logs?|logged|transcript|session)\b|\b(?:was|were|been|"
+    r"got) (?:\w+ )?(?:called|sent|used|made|run|executed|written|generated|produced|returned|"
+    r"logged|rejected|recorded|issued)\b|\b(?:I|we|you|he|she|they|it|users?|models?|assistant|"
+    r"agent|server|tool|api|client|colleague|system|other \w+)\s+(?:\w+ly |just |then |has |had |"
+    r"have )?(?:called|ran|sent|used|made|wrote|said|replied|answered|returned|emitted|produced|"
+    r"tried|got|received|printed|posted|outputs?|returns?|sends?|emits?|produces?|writes?|says?|"
+    r"prints?|responds?|asked for|pasted|quoted)\b|\b(?:contents?|contains?|data|"
+    r"config(?:uration)?|json|payload|object|record|entry|entries|snippet|response|result|output|"
+    r"answer|documentation|docs|readme|manual|definition|message|block|quote|values?|row|"
+    r"document)\b(?: (?:of|from|in|for|at|is|was|are|were|says?|shows?|reads?|"
+    r"holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z|\b(?:paste|include|insert|respond with|"
+    r"reply with)\b|\b(?:answered|replied|responded|emitted|produced|generated|returned|printed|"
+    r"wrote|written|sent|said)\b[^:]*:\W*\Z|<(?!/?think|[|/])[\w-]+>\W*\Z", re.I)
 # Words behind it that take it back, looked for in the first sentences.
 NO_CALL_AFTER = Pattern(
     r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|"
@@ -4570,16 +4571,24 @@ NO_CALL_AFTER = Pattern(
     r"were|shows?|would|illustrat\w+|demonstrat\w+|represents?|describes?|"
     r"explains?)\b[^.!?\n]{0,80}\b(?:format|syntax|how (?:a|the|you|to|it|tool)|examples?|"
     r"looks? like|template|schema|structure|earlier|previous|last|documentation|would|from|"
-    r"means?)\b|\b(?:that|this|it) (?:is|was) (?:how|what|the (?:format|syntax|data|json|"
+    r"means?)\b|\b(?:that|this|it)(?: is|.s| was) (?:how|what|the (?:format|syntax|data|json|"
     r"content\w*|way))\b|\b(?:don.t|do not|never|not) (?:\w+ )?(?:run|execute|call|use|send|make|"
     r"do) (?:it|this|that)\b|\b(?:have|has|had|did|was|were|is)(?: not|n.t) (?:\w+ ){0,2}(?:run|"
     r"execute\w*|call\w*|made|make|sent|send|real|used?)\b|\bnot (?:been )?(?:run|executed|"
-    r"called|sent|a real)\b|\b(?:shall|should) I (?:run|execute|call|proceed|go|do|make|send|"
-    r"use)|\b(?:want|like) me to (?:run|execute|call|proceed|go ahead|send|do (?:it|this|that)|"
-    r"make)|\b(?:if|once|when|after|until) you(?:.ve)? (?:approve|confirm|agree|give)|"
-    r"\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|could|would|"
-    r"should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|adapt|replace|"
-    r"copy|paste|invoke)", re.I)
+    r"called|sent|a real)\b|\A\W*examples?\b|\bfrom the (?:docs|documentation|logs?|manual|"
+    r"readme|spec)|\b(?:if|whether) I should\b|\b(?:shall|should) I (?:run|execute|call|proceed|"
+    r"go|do|make|send|use)|\b(?:want|like) me to (?:run|execute|call|proceed|go ahead|send|"
+    r"do (?:it|this|that)|make)|\b(?:if|once|when|after|until) you(?:.ve)? (?:approve|confirm|"
+    r"agree|give)|\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|"
+    r"could|would|should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|"
+    r"adapt|replace|copy|paste|invoke)", re.I)
+# What a line that ends in a colon may begin with when it leads to a call by itself.
+ANNOUNCED_ACTION = Pattern(
+    r"\W*(?:\d+|next|now|first|second|third|then|finally|also|and|step|task|action|plan|thought|"
+    r"here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?\W*\Z|tool calls?\W*\Z|"
+    r"function calls?\W*\Z|calls?\W*\Z|`|\w+ing\b|read|write|create|run|list|edit|update|check|"
+    r"search|find|open|fix|look|execute|use|call|delete|add|make|get|fetch|sure|ok|okay|yes|"
+    r"certainly|of course)", re.I)
 LIKENESS = Pattern(r"\blooks? like\b|\bexamples?\b (?:of|for)\b", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
@@ -4630,7 +4639,10 @@ def ruled_out_before(before: str) -> bool:
     doubts = [match.start() for match in NO_CALL_BEFORE.finditer(sentence)]
     if doubts:
         return not spoken or doubts[-1] >= spoken[-1]
-    return not spoken and bool(DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
+    if spoken:
+        return False
+    label = sentence.rstrip(" *_").endswith(":") and not ANNOUNCED_ACTION.match(sentence)
+    return bool(label or DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
 
 
 def well_placed(line: str) -> bool:

@@ -18,6 +18,15 @@ from qwencode import (
 )
 from tool_text_cases import CASES, JSON, JSON_LS, QWEN3, READ, TAGGED, TAGGED_LS, XML
 from tool_text_helpers import CLAUDE, QWEN, calls_of, cuts, joined, run, shown_by, tool
+from tool_text_more import (
+    BEHIND_A_CALL,
+    CALLS,
+    LEADS_TO_A_CALL,
+    LEADS_TO_A_FENCE,
+    LEADS_TO_AN_EXAMPLE,
+    TAKES_IT_BACK,
+    TEXTS,
+)
 
 CUTS = (None, 1, "random")
 
@@ -53,6 +62,38 @@ def test_a_case_of_the_table(case):
                          ids=lambda case: case.name)
 def test_switched_off_everything_is_text(case):
     assert shown_by(run(case.text, 1, enabled=False)) == case.text
+
+
+@pytest.mark.parametrize(("text", "calls", "thought"), CALLS)
+def test_a_call_is_read(text, calls, thought):
+    for how in CUTS:
+        assert calls_of(run(text, how, thought=thought)) == calls, how
+
+
+@pytest.mark.parametrize(("text", "reason"), TEXTS)
+def test_a_text_stays_as_it_is(text, reason):
+    for how in CUTS:
+        assert run(text, how, reason=reason) == [TextDelta(text)], how
+
+
+FENCED = f"```json\n{JSON}\n```"
+
+
+@pytest.mark.parametrize("text", [
+    *(f"{lead}\n\n{call}" for lead in LEADS_TO_A_CALL for call in (TAGGED, QWEN3, JSON)),
+    *(f"{lead}\n\n{FENCED}" for lead in LEADS_TO_A_FENCE),
+    *(f"{call}\n\n{tail}" for tail in BEHIND_A_CALL for call in (TAGGED, JSON, "I'll do it.\n" + FENCED)),
+])
+def test_the_words_around_it_mean_a_call(text):
+    assert calls_of(run(text)) == [READ]
+
+
+@pytest.mark.parametrize("text", [
+    *(f"{lead}\n\n{call}" for lead in LEADS_TO_AN_EXAMPLE for call in (TAGGED, JSON, FENCED)),
+    *(f"{call}\n\n{tail}" for tail in TAKES_IT_BACK for call in (TAGGED, JSON)),
+])
+def test_the_words_around_it_mean_no_call(text):
+    assert run(text, 1) == [TextDelta(text)]
 
 
 # Streaming: what goes out, and when.
