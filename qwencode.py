@@ -1321,7 +1321,7 @@ COERCIONS: Dict[str, Callable[[Any, str], Any]] = {
 MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
 END_IN_OBJECT = Pattern(
-    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*" + MEMBER_KEY
+    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*(?:(?://|#)[^\n]*\n\s*)?" + MEMBER_KEY
     + r"|(?<=\n)\s*" + MEMBER_KEY + r"|\Z)")
 END_IN_ARRAY = Pattern(r"\s*(?:,\s*(?:[\"'\[{\]\d-]|true|false|null)|\]|\Z)", re.I)
 END_IN_CALL = Pattern(r"\s*(?:,\s*\w{1,60}\s*=|,?\s*\)|\Z)")
@@ -3708,7 +3708,7 @@ TOOL_FORMATS: Tuple[ToolFormat, ...] = (
     ToolFormat("harmony", "channel recipient", (),
                "<|channel|>commentary to=functions.Read <|constrain|>json<|message|>"
                '{"file_path": "a.py"}<|call|>', "gpt-oss; Functionary 2"),
-    ToolFormat("wrapped", "json response answer", (),
+    ToolFormat("wrapped", "json response answer action call", (),
                '<response>\n{"name": "Read", "arguments": {"file_path": "a.py"}}\n</response>',
                "seen from small models"),
     ToolFormat("xml_agent", "tool", (),
@@ -3750,6 +3750,7 @@ CALL_TAGS = frozenset(tag for row in TOOL_FORMATS for tag in row.tags.split())
 CALL_RULES = {opener: row.rule for row in TOOL_FORMATS for opener in (*row.tags.split(), *row.words)}
 OPENING_WORDS = tuple(sorted((word for row in TOOL_FORMATS for word in row.words),
                              key=len, reverse=True))
+CLOSING_TAGS = CALL_TAGS | SEPARATOR_TAGS | word_set("parameter param arg_value arg parameters")
 OPENING_LETTERS = frozenset(word[0] for word in OPENING_WORDS)
 END_TAGS = word_set("call return eom_id eot_id im_end endoftext bot_end escape tools_suffix "
                      "tool_call tool_calls end eos s python_end")
@@ -3765,6 +3766,7 @@ TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 FIRST_KEY = Pattern(
     r"(?:\[\s*)?\{{1,2}\s*[\"'`“]?([A-Za-z_-]{1,24})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
     r"(?:[\"'`“]([^\"'`“”\n]{0,128})([\"'`”]))?")
+KEY_ALONE = Pattern(r"(?:\[\s*)?\{{1,2}\s*[\"'`“]([A-Za-z_-]{0,24})[\"'`”\W]")
 FIRST_KEY_START = Pattern(r"(?:\[\s*)?(?:\{{1,2}\s*(?:[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*"
                           r"(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
 PRINT_CALL = Pattern(r"print\(")
@@ -3780,6 +3782,7 @@ NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool"
 LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
 LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
                          "index comment role content")
+CALL_KEYS = NAME_KEYS | ARGUMENT_KEYS | NESTED_KEYS | LIST_KEYS | LEADING_KEYS | {"type"}
 CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
 FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
@@ -3969,6 +3972,7 @@ def read_python(text: str, at: int, tools: Mapping[str, Tool], rule: str) -> Tup
         at = reader.skip(at + 1)
 
 
+BARE_WORD = Pattern(r"(?!(?:true|false|none|null)\b)[A-Za-z_]", re.I)
 PYTHON_KEY = Pattern(r"(\w{1,60})\s*=(?!=)\s*")
 
 
@@ -3977,7 +3981,10 @@ def python_arguments(reader: LooseJson, at: int) -> Tuple[Dict[Union[str, int], 
     found: Dict[Union[str, int], Any] = {}
     while reader.text[at:at + 1] != ")":
         key = PYTHON_KEY.match(reader.text, at)
-        value, at = reader.value(key.end() if key else at, END_IN_CALL)
+        at = key.end() if key else at
+        if BARE_WORD.match(reader.text, at):
+            raise ValueError("a name, not a value")
+        value, at = reader.value(at, END_IN_CALL)
         found[key.group(1) if key else len(found)] = value
         at = reader.skip(at)
         if reader.text[at:at + 1] == ",":
@@ -4236,6 +4243,9 @@ class JsonInput:
         if not match:
             self._piece(len(self.rest) - self.rest.endswith("\\"))
         elif match.group() != '"':
+            cut = match.group(3) in ("u", "x") and len(self.rest) < match.start() + 6
+            if cut and not final:
+                return self._piece(match.start())
             half = match.group(1) and "d800" <= match.group(1).lower() < "dc00"
             if half and len(self.rest) < match.end() + 6 and not final:
                 return self._piece(match.start())
@@ -4438,6 +4448,9 @@ def read_bracket(text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> Ve
         return Head("pythonic" if rule == "json" else rule, "", "python", at) if listed else None
     key = FIRST_KEY.match(rest)
     if not key:
+        named = KEY_ALONE.match(rest)
+        if named and plain_name(named.group(1)) not in CALL_KEYS and named.group(1) not in tools:
+            return None
         begun = FIRST_KEY_START.fullmatch(rest) or LIST_BEGUN.fullmatch(rest)
         return MORE if begun else None
     word, follows = plain_name(key.group(1)), rest[key.end():key.end() + 1]
@@ -4543,18 +4556,20 @@ def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
     """Tell whether a tag that is cut in its name may open a call."""
     name = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())[0]
     bare = TAG_NAMESPACE.sub("", name)
-    words = [*CALL_TAGS, *(word for kind in TOOL_KINDS for word in kind.names.split()), *tools]
-    return any(word.lower().startswith(bare) for word in words) or any(
+    names = [*CALL_TAGS, *tools, *(word for kind in TOOL_KINDS for word in plain_words(kind.names))]
+    folded = plain_name(bare)
+    return any(plain_name(word).startswith(folded) for word in names) or any(
         space.startswith(name) for space in TAG_NAMESPACES)
 
 
 # ------------------------------ call or example ------------------------------
 
 FIRST_PERSON = Pattern(
-    r"\b(?:I.ll|I will|I.m (?:now )?(?:going to|about to)|I am (?:now )?(?:going to|about to)|"
-    r"let me|let.s|let us|we.ll|we will|I (?:now |first |also |just )?(?:need|want|have|must|"
-    r"should|can) (?:to )?(?:now |first )?|(?:now|next|first|then|so),? I\b|I.m (?:now )?\w+ing|"
-    r"I am (?:now )?\w+ing)(?!\s+(?:not|never|show you|explain|demonstrate|illustrate)\b)", re.I)
+    r"\b(?<!whether )(?<!if )(?:I.ll|I will|I.m (?:now )?(?:going to|about to)|"
+    r"I am (?:now )?(?:going to|about to)|let me|let.s|let us|we.ll|we will|I (?:now |first |"
+    r"also |just )?(?:need|want|have|must|should|can) (?:to )?(?:now |first )?|(?:now|next|first|"
+    r"then|so),? I\b|I.m (?:now )?\w+ing|I am (?:now )?\w+ing)(?!\s+(?:not|never|show you|know|"
+    r"explain|demonstrate|illustrate)\b)", re.I)
 ASSENT_ONLY = Pattern(
     r"\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right|got it|understood|alright|"
     r"all right|absolutely|done|great|no problem|will do|on it|definitely|gladly|here (?:it is|"
@@ -4564,32 +4579,37 @@ FILE_NOUNS = (
          r"class|data|input|entr|value|content|text|usage file|env|yaml|json|site|package|repo)")
 # Words that make what follows no call, whatever else the sentence says.
 NO_CALL_BEFORE = Pattern(
-    r"\bexamples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
+    r"\b(?:for|an|this|following|simple|another) example\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|"
+    r"\bexamples? of\b|\bexamples?\b[\s\d]*[^.\w]*\Z|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
     r"\billustrat\w+|\bdemonstrat\w+|\bpseudo|\bimagine\b|\bsuppose\b|\bpretend\b|"
     r"\bnot a (?:real|tool) \w*|\b(?:you|one|users?|developers?|someone|people|models?|agents?|"
     r"assistants?|clients?|he|she|they)(?:.d| (?:can|could|would|should|might|may|must|needs? to|"
     r"has to|have to|will))\b|\b(?:I|we|it|this|that|which|call|one)(?:.d| would)\b(?! like)|"
     r"\bwould (?:look|be|have)\b|\b(?:don.t|do not|does(?: not|n.t)|never|avoid|cannot|can.t|"
     r"won.t|will not|wouldn.t|should(?: not|n.t)|must(?: not|n.t)|unable|refus\w+|not (?:going|"
-    r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|unsafe|beware|warning|forbidden|declin\w+|instead of|"
-    r"didn.t|did not)\b",
+    r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|"
+    r"unsafe|against|whether|yourself|beware|warning|forbidden|declin\w+|instead of|didn.t|"
+    r"did not)\b",
     re.I)
 # Words that make it no call where nobody says "I will" in the same sentence.
 DOUBT_BEFORE = Pattern(
-    r"\b(?:format|syntax|schema|template|notation|sample|specification|usage)\b|"
-    r"\blooks? (?:something )?like\b|\blike (?:this|so)\b|\bas follows\b|\b(?:explain|describ|"
-    r"represent|document|consider|not(?:e|ice) that|means?\b)\w*|\b(?:earlier|previous(?:ly)?|"
-    r"last (?:time|turn|call|step|week)|already|yesterday|ago|history|logs?|logged|transcript|"
-    r"session)\b|\b(?:was|were|been|got) (?:\w+ )?(?:called|sent|used|made|run|executed|written|"
-    r"generated|produced|returned|logged|rejected|recorded|issued)\b|\b(?:I|we|you|he|she|they|"
-    r"it|users?|models?|assistant|agent|server|tool|api|client|colleague|system|"
-    r"other \w+)\s+(?:\w+ly |just |then |has |had |have )?(?:called|ran|sent|used|made|wrote|"
-    r"said|replied|answered|returned|emitted|produced|tried|got|received|printed|posted|outputs?|"
-    r"returns?|sends?|emits?|produces?|writes?|says?|prints?|responds?|asked for|pasted|"
-    r"quoted)\b|\b(?:contents?|contains?|data|config(?:uration)?|json|payload|object|record|"
-    r"entry|entries|snippet|response|result|output|answer|documentation|docs|readme|manual|"
-    r"definition|message|block|quote|values?|row|document)\b(?: (?:of|from|in|for|at|is|was|are|"
-    r"were|says?|shows?|reads?|holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z", re.I)
+    r"\b(?:examples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|format|syntax|schema|template|notation|"
+    r"sample|specification|usage)\b|\blooks? (?:something )?like\b|\blike (?:this|so)\b|"
+    r"\bas follows\b|\b(?:explain|describ|represent|document|consider|not(?:e|ice) that|"
+    r"means?\b)\w*|\b(?:earlier|previous(?:ly)?|last (?:time|turn|call|step|week)|already|"
+    r"yesterday|ago|history|logs?|logged|transcript|session)\b|\b(?:was|were|been|"
+    r"got) (?:\w+ )?(?:called|sent|used|made|run|executed|written|generated|produced|returned|"
+    r"logged|rejected|recorded|issued)\b|\b(?:I|we|you|he|she|they|it|users?|models?|assistant|"
+    r"agent|server|tool|api|client|colleague|system|other \w+)\s+(?:\w+ly |just |then |has |had |"
+    r"have )?(?:called|ran|sent|used|made|wrote|said|replied|answered|returned|emitted|produced|"
+    r"tried|got|received|printed|posted|outputs?|returns?|sends?|emits?|produces?|writes?|says?|"
+    r"prints?|responds?|asked for|pasted|quoted)\b|\b(?:contents?|contains?|data|"
+    r"config(?:uration)?|json|payload|object|record|entry|entries|snippet|response|result|output|"
+    r"answer|documentation|docs|readme|manual|definition|message|block|quote|values?|row|"
+    r"document)\b(?: (?:of|from|in|for|at|is|was|are|were|says?|shows?|reads?|"
+    r"holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z|\b(?:paste|include|insert|respond with|"
+    r"reply with)\b|\b(?:answered|replied|responded|emitted|produced|generated|returned|printed|"
+    r"wrote|written|sent|said)\b[^:]*:\W*\Z|<(?!/?think|[|/])[\w-]+>\W*\Z", re.I)
 # Words behind it that take it back, looked for in the first sentences.
 NO_CALL_AFTER = Pattern(
     r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|"
@@ -4599,16 +4619,24 @@ NO_CALL_AFTER = Pattern(
     r"were|shows?|would|illustrat\w+|demonstrat\w+|represents?|describes?|"
     r"explains?)\b[^.!?\n]{0,80}\b(?:format|syntax|how (?:a|the|you|to|it|tool)|examples?|"
     r"looks? like|template|schema|structure|earlier|previous|last|documentation|would|from|"
-    r"means?)\b|\b(?:that|this|it) (?:is|was) (?:how|what|the (?:format|syntax|data|json|"
+    r"means?)\b|\b(?:that|this|it)(?: is|.s| was) (?:how|what|the (?:format|syntax|data|json|"
     r"content\w*|way))\b|\b(?:don.t|do not|never|not) (?:\w+ )?(?:run|execute|call|use|send|make|"
     r"do) (?:it|this|that)\b|\b(?:have|has|had|did|was|were|is)(?: not|n.t) (?:\w+ ){0,2}(?:run|"
     r"execute\w*|call\w*|made|make|sent|send|real|used?)\b|\bnot (?:been )?(?:run|executed|"
-    r"called|sent|a real)\b|\b(?:shall|should) I (?:run|execute|call|proceed|go|do|make|send|"
-    r"use)|\b(?:want|like) me to (?:run|execute|call|proceed|go ahead|send|do (?:it|this|that)|"
-    r"make)|\b(?:if|once|when|after|until) you(?:.ve)? (?:approve|confirm|agree|give)|"
-    r"\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|could|would|"
-    r"should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|adapt|replace|"
-    r"copy|paste|invoke)", re.I)
+    r"called|sent|a real)\b|\A\W*examples?\b|\bfrom the (?:docs|documentation|logs?|manual|"
+    r"readme|spec)|\b(?:if|whether) I should\b|\b(?:shall|should) I (?:run|execute|call|proceed|"
+    r"go|do|make|send|use)|\b(?:want|like) me to (?:run|execute|call|proceed|go ahead|send|"
+    r"do (?:it|this|that)|make)|\b(?:if|once|when|after|until) you(?:.ve)? (?:approve|confirm|"
+    r"agree|give)|\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|"
+    r"could|would|should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|"
+    r"adapt|replace|copy|paste|invoke)", re.I)
+# What a line that ends in a colon may begin with when it leads to a call by itself.
+ANNOUNCED_ACTION = Pattern(
+    r"\W*(?:\d+|next|now|first|second|third|then|finally|also|and|step|task|action|plan|thought|"
+    r"here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?\W*\Z|tool calls?\W*\Z|"
+    r"function calls?\W*\Z|calls?\W*\Z|`|\w+ing\b|read|write|create|run|list|edit|update|check|"
+    r"search|find|open|fix|look|execute|use|call|delete|add|make|get|fetch|sure|ok|okay|yes|"
+    r"certainly|of course)", re.I)
 LIKENESS = Pattern(r"\blooks? like\b|\bexamples?\b (?:of|for)\b", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
@@ -4653,11 +4681,16 @@ def ruled_out_before(before: str) -> bool:
         return False
     sentences = [part for part in SENTENCE_END.split(last[0]) if part.strip(" *#_:-")]
     sentence = sentences[-1] if sentences else ""
+    if sentence.strip().lower() in ("json", "assistant"):
+        return False
     spoken = [match.start() for match in FIRST_PERSON.finditer(sentence)]
     doubts = [match.start() for match in NO_CALL_BEFORE.finditer(sentence)]
     if doubts:
         return not spoken or doubts[-1] >= spoken[-1]
-    return not spoken and bool(DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
+    if spoken:
+        return False
+    label = sentence.rstrip(" *_").endswith(":") and not ANNOUNCED_ACTION.match(sentence)
+    return bool(label or DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
 
 
 def well_placed(line: str) -> bool:
@@ -4862,7 +4895,9 @@ class ToolTextParser:
         self._scan, self._next_try = BracketScan(), 0
         kind = "fenced" if head.fence else "bare" if head.rule in BARE_RULES else "own"
         before = self._before if self._queue or not line_start else self._before + "\n"
-        self._found = Found("", [], kind, before, not self._spoke)
+        parts = THOUGHT_END.split(self._before)
+        first = not self._spoke or (len(parts) > 1 and not parts[-1].strip())
+        self._found = Found("", [], kind, before, first)
         if self._fence and not head.fence:
             self._found.kind = "fenced"
         self._step = self._brackets if head.body in ("json", "python") else \
@@ -4949,6 +4984,8 @@ class ToolTextParser:
                 self._text = ""
             return False
         head = find_head(text, at, True, self._tools)
+        if head == MORE and not final:
+            return False
         fenced = isinstance(head, Head) and bool(head.fence)
         if not (self._fence and fenced) and self._begins(head, at, True, final):
             return self._step != self._prose
@@ -4966,7 +5003,10 @@ class ToolTextParser:
             match = AFTER_CALL.match(text, at)
             blank = skip_blank(text, at)
             tag = MARKUP_TAG.match(text, blank)
-            if match and (final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
+            foreign = tag and tag.group(1) and tag_label(tag) not in CLOSING_TAGS and (
+                not resolve_tool(tag.group(2), self._tools))
+            if match and not foreign and (
+                    final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
                 at = match.end()
             elif tag and (tag_label(tag) in END_TAGS or "end" in tag_label(tag).split("_")):
                 at = tag.end()
@@ -5178,8 +5218,6 @@ class ToolTextParser:
             return
         self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
         self._spoke = self._spoke or bool(text.strip())
-        if ">" in text and THOUGHT_END.search(self._before):
-            self._spoke = bool(THOUGHT_END.split(self._before)[-1].strip())
         if self._queue:
             self._queue.append(text)
             self._behind += len(text)
