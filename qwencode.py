@@ -5343,8 +5343,9 @@ RENAME_KEPT = Exit("rename", 98)
 # ------------------------------ quoting ------------------------------
 
 # The analyser refuses a backslash before white space even inside quotes ("Contains
-# backslash-escaped whitespace"), so the quotes are closed and opened between the two.
-BACKSLASH_SPACE = Pattern(r"\\(?=[ \t\n])")
+# backslash-escaped whitespace"), and the CLI, 2.1.197 as 2.1.330, turns \u03b4 in any
+# tool's input into the character itself: quotes are closed and opened between the two.
+BACKSLASH_BEFORE = Pattern(r"\\(?=[ \t\nu])")
 PLAIN_WORD = Pattern(r"[A-Za-z0-9_@%+:,./-]+")
 # Cc, and the lone surrogates that cannot be encoded.
 UNUSABLE_IN_NAME = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -5353,7 +5354,7 @@ UNUSABLE_IN_NAME = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 def shell_word(text: str) -> str:
     """Quote one word for the shell; nothing in it is ever expanded."""
     inner = text.replace("'", "'\\''")
-    return "'" + BACKSLASH_SPACE.sub("\\\\''", inner) + "'"
+    return "'" + BACKSLASH_BEFORE.sub("\\\\''", inner) + "'"
 
 
 def shell_path(path: str) -> str:
@@ -5383,8 +5384,8 @@ def parent_step(path: str) -> str:
 # ------------------------------ carrying content ------------------------------
 
 # What the analyser refuses even in a quoted heredoc, and so is hidden from it: a brace
-# with a quote after it ("expansion obfuscation"), a backslash before white space, "=" at
-# the start of a word ("zsh =cmd"). The CLI itself rejects control characters (C1).
+# with a quote after it ("expansion obfuscation"), "=" at the start of a word ("zsh =cmd"),
+# and what BACKSLASH_BEFORE is for. The CLI itself rejects control characters (C1).
 CONTROL = Pattern("[\x00-\x08\x0b-\x1f\x7f]")
 WORD_OF_EQUALS = Pattern(r"(?:^|\s)=[A-Za-z_]")
 # Refused too ("Contains Unicode whitespace", control characters); as tr knows only
@@ -5408,7 +5409,7 @@ def hidden_characters(text: str) -> str:
         opened = part.partition("{")[2]
         if "'" in opened or '"' in opened:
             hidden.add("{")
-    if BACKSLASH_SPACE.search(text):
+    if BACKSLASH_BEFORE.search(text + "\n"):
         hidden.add("\\")
     if WORD_OF_EQUALS.search(text):
         hidden.add("=")
@@ -6009,12 +6010,22 @@ def rescue_call(
     return shell_call(shell, command)
 
 
+# What the CLI would decode in an input: an odd number of backslashes before uXXXX.
+UNICODE_ESCAPE = Pattern(r"(\\+)(?=u[0-9a-fA-F]{4})")
+
+
+def undecoded(match: re.Match[str]) -> str:
+    run = match.group()
+    return run[:-1] + "\\u005c" if len(run) % 2 else run
+
+
 def write_call(tool: Tool, op: FileOp, cwd: str) -> Tuple[str, Json]:
     """Return the call of a Write tool; it wants an absolute path."""
     path = usable_path(op.path)
     absolute = path.startswith(("/", "~/")) or not cwd
+    text = UNICODE_ESCAPE.sub(undecoded, op.text) if tool.name == "Write" else op.text
     return tool.name, {"file_path": path if absolute else f"{cwd.rstrip('/')}/{path}",
-                       "content": op.text}
+                       "content": text}
 
 
 # ============================== 11. RESCUE ==============================

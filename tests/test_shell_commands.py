@@ -100,6 +100,9 @@ CONTENTS = {
     "nbsp": "a\u00a0b\u200bc\ufeff\n",
     "bidi": "a\u202eb\n",
     "line separator": "a\u2028b\u0085c\n",
+    "unicode escapes": "\\u03b4 \\u0041 \\\\u0041 \\U0001f600 \\u{1}\n",
+    "words of equals": "a =b\n=c\n",
+    "open brace": "void f() {\n",
     "tabs": "\ta\tb\\\tc\n",
     "controls": "\x1b[31mred\x1b[0m\x07\x00\x7f\n",
     "only controls": "\x00\x01\x02\x03",
@@ -159,6 +162,7 @@ def test_plain_text_stays_readable_and_every_command_parses(name):
         command = command_for(FileOp(kind, "f", CONTENTS[name], "a")).command
         assert ("base64" in command) == (name in ("nbsp", "line separator") and kind not in (
             "replace", "insert_before", "insert_after"))
+        assert not re.search(r"(?<!\\)(\\\\)*\\u[0-9a-fA-F]{4}", command)
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", command)
         assert subprocess.run([BASH, "-n"], input=command.encode(), check=False).returncode == 0
 
@@ -646,6 +650,13 @@ def test_rescue_call(ops, tools, options, name, given):
     else:
         assert call[0] == name
         assert given is ... or call[1] == given
+
+
+def test_the_write_tool_gets_escapes_that_the_client_does_not_decode():
+    text = "\\u03b4 \\\\u03b4 \\\\\\u03b4\n" + LARGE
+    _, given = rescue_call([FileOp("create", "x", text)], {"Bash": BASH_TOOL, "Write": WRITE},
+                           "plain", 9, is_new=True)
+    assert given["content"] == ("\\u005cu03b4 \\\\u03b4 \\\\\\u005cu03b4\n" + LARGE)
 
 
 def test_a_content_too_large_for_everything_is_an_error():
