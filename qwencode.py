@@ -6374,8 +6374,8 @@ SLOTS: Dict[str, str] = {
     "token": r"(?:[\ue000-\uf8ff]|[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+)",
     "fill": r"(?:(?:the|a|an|my|our|this|that|new|existing|local|single|text|plain|plain-text|"
               r"python|javascript|typescript|markdown|json|yaml|csv|html|css|shell|config|"
-            r"following|file[,:]|in (?:this|the (?:current|project|working|root)) (?:directory|folder|"
-            r"project)|"
+            r"following|file[,:]|in (?:this|the (?:current|project|working|root)) (?:directory|"
+            r"folder|project)|"
               r"configuration|source|log|file|document|script|filename|path|at) )*"
             r"(?:(?:called|named) )?",
     "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|"
@@ -6421,7 +6421,8 @@ SLOTS: Dict[str, str] = {
     "later": r"(?:[:,.]|,? (?:the )?(?:text|lines?|contents?|string|words?)[:,]?|"
                r"(?: as follows| exactly| verbatim)?:)? (?P<text>{q})",
     "with": r"(?:,? ?(?:with|containing|that (?:contains|says|reads|has)|which (?:contains|says|"
-              r"reads|has)|whose (?:only )?contents? (?:is|are|should be|must be)|having|holding|saying|"
+              r"reads|has)|whose (?:only )?contents? (?:is|are|should be|must be)|having|holding|"
+              r"saying|"
               r"and its contents? (?:should be|is|are|must be)|"
               r"with (?:its|the|exactly the|the exact) contents? (?:set to|being))"
               r"(?: only| just| exactly| precisely)?(?: (?:this|the following|these))?:?)",
@@ -7392,7 +7393,8 @@ TRAILER = Pattern(
     r"(?:no|without) (?:any )?explanations?(?: needed| necessary)?|(?:and )?don't explain(?: it| "
     r"anything)?|just do it|do it now|only that|and nothing else|don't ask(?: me)?(?: anything)?|"
     r"it's (?:important|urgent)|and (?:that's|that is) it)\s*[.!?]*\Z", re.IGNORECASE)
-PLACE = Pattern(r"\s+(?:here|from this (?:folder|directory)|in (?:the|this|my|our) (?:(?:current|working|project|root) )?"
+PLACE = Pattern(r"\s+(?:here|from this (?:folder|directory)|in (?:the|this|my|our) "
+                r"(?:(?:current|working|project|root) )?"
                 r"(?:folder|directory|project|repo|dir|root))[.!]*\Z", re.IGNORECASE)
 LOOKS = Pattern(r"\s*(?:\w+,? ){0,4}?(?:what|which|list|show|display|print|ls|dir|tell|see|give)\b",
                 re.IGNORECASE)
@@ -7534,13 +7536,17 @@ VERBS = ("create|make|write|build|generate|implement|add|scaffold|set ?up|develo
          "extend|simplify|finish|complete|document|annotate|format|sort|tidy")
 WANTS_CHANGE = Pattern(
     r"(?:\A|[.!?;:,\n]\s*|\b(?:and|then|please|to|you|also|just|now|let's|us)\s+)(?:" + VERBS
-    + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b", re.IGNORECASE)
+    + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |advice|"
+    r"an? (?:explanation|overview|review|opinion|idea)|your|information|you to (?:explain|tell|"
+    r"review|describe)))", re.IGNORECASE)
 WANTS_ANSWER = Pattern(
     r"(?:how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|should|can i|may i|"
     r"could i|would it|explain|describe|tell me|review|compare|suggest|recommend|discuss|"
     r"show me (?:how|an? (?:example|sample|snippet))|give me (?:an? (?:example|sample|snippet|"
     r"tutorial|command|overview)|some|advice|the command)|teach|walk me|think|consider|outline|"
     r"brainstorm|propose|plan|any|i wonder|i'm wondering|i am wondering|help me understand|"
+    r"understand|know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|"
+    r"i (?:want|need|would like|'d like) (?:help|to (?:know|understand|see|learn))|"
     r"summari[sz]e|imagine|suppose|analy[sz]e|evaluate|critique|assess|look|read|check|find|"
     r"print|display|search|count|list|show)\b", re.IGNORECASE)
 HOW_TO = Pattern(
@@ -7576,7 +7582,7 @@ OVERWRITE = Pattern(r"\b(?:overwrite|rewrite|regenerate)\b|"
 MODEL_SPEAKS = Pattern(
     r"\s*(?:[-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?"
     r"(?:(?:sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|"
-    r"finally|so|and|also|no problem|absolutely|got it|understood|yes|to do (?:this|that|so))"
+    r"finally|so|and|also|no problem|absolutely|got it|understood|yes|to [^,.\n]{1,60})"
     r"[,.!:;]*\s+){0,3}(?:(?:I'll|I will|I'm going to|I am going to|I've|I have|I just|I|we'll|"
     r"we will|let me|let's|allow me to|I need to)\s+(?:(?:now|just|also|then|first|next|go ahead "
     r"and|proceed to|proceed and|successfully|quickly|start by|begin by|need to)\s+){0,3}|"
@@ -7598,7 +7604,8 @@ PLACEHOLDER = Pattern(r"(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?
                       r".*(?:path/to/|/your[_-]).*", re.IGNORECASE)
 LABEL_WORD = Pattern(
     r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|creat\w+|writ\w+|"
-    r"sav\w+|wrote|contents?|files?|called|named|next|then|now|finally|following|also|and)\b",
+    r"sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|"
+    r"and)\b",
     re.IGNORECASE)
 NO_LABEL = Pattern(
     r"\b(?:run|running|usage|use|using|output|outputs|prints?|example|install\w*|execut\w+|test it|"
@@ -7606,13 +7613,13 @@ NO_LABEL = Pattern(
     r"prepend\w*|insert\w*|updat\w+|modif\w+|chang\w+|replac\w+|edit\w*|remov\w+|delet\w+|fix\w*|"
     r"snippet|part|section|function|method|excerpt|relevant|lines?|diff|error|imports?|see|"
     r"add [^:]{0,60}\b(?:to|in)|adding|added|structure|verify|check|instead|not|don't|"
-    r"similar|from|if|when|unless|exist\w*)\b",
+    r"uses|used|how|why|similar|from|if|when|unless|exist\w*)\b",
     re.IGNORECASE)
 WHOLE_FILE = Pattern(r"\b(?:complete|full|entire|whole)\b", re.IGNORECASE)
 FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGNORECASE)
 HEADING = Pattern(r"\s*(?:#{1,6}\s|\*\*|\d{1,3}[.)]\s)")
 LABEL_NAMES = Pattern("[\ue000-\uefff]|\\w\\.\\w")
-LABEL_DECOR = Pattern(r"^[\s#>*_-]*(?:\d{1,3}[.)]\s*)?|[\s*_:#=-]+$")
+LABEL_DECOR = Pattern(r"^[\s#>*-]*(?:\d{1,3}[.)]\s*)?|[\s*:#=-]+$")
 LABEL_PATH = Pattern("[\ue000-\uefff]|[^\\s,;:\"'`<>|*?()\\[\\]{}$&!\\\\\ue000-\uf8ff]+")
 COMMENT_PATH = Pattern(r"[ \t]*(?:#|//|--|;|%|/\*|<!--)[ \t]*(?:file(?:name)?:[ \t]*)?"
                        r"([^\s*]+)[ \t]*(?:\*/|-->)?[ \t]*\r?")
@@ -7681,7 +7688,7 @@ def _is_shell(fence: Fence) -> bool:
 
 def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     """Return the one path that the line before a fence names as the file that follows."""
-    line = LABEL_DECOR.sub("", label.replace("**", "").replace("__", ""))
+    line = LABEL_DECOR.sub("", label.replace("**", ""))
     tokens = {match.group(): masked.value(match.group()) if PRIVATE_USE.match(match.group())
               else match.group().rstrip(".") for match in LABEL_PATH.finditer(line[:300])}
     named = {token: raw for token, raw in tokens.items()
@@ -7784,7 +7791,8 @@ def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
         end = ENDING.search(sentence)
         core = _base_form(sentence[:end.start()].rstrip() if end else sentence).strip()
         kind, made = _matched(RULES, masked, Asked(core, ""), scope)
-        vague = kind == "append" and core.startswith("add ") and not END_NAMED.search(core)
+        vague = (core.startswith("add ") and not END_NAMED.search(core)
+                 and any(op.kind == "append" for op in made))
         if vague or kind in ("run", "named") or not all(_allowed(op, wishes) for op in made):
             continue
         ops += [op for op in (_unforced(op, wishes) for op in made) if op not in ops]
