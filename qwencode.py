@@ -6188,6 +6188,7 @@ CLOSING_TIGHT = {
     "'": Pattern(r"(?<!\\)'(?=\s|[.!?]?\Z)"),
 }
 UNPAIRED = Pattern("[\"`\u201c\u201d\u00ab\u00bb]")
+CODE_SIGN = Pattern(r"[\[\](){}]|\"|(?<!\w)'|'(?!\w)")
 FENCE_IN_LINE = Pattern(r"(.*\S)[ \t]+(`{3,})([\w+-]*)[ \t]*\r?")
 BLOCK_AFTER_COLON = Pattern(
     r"([^\n]{0,300}\b(?:following|this|these|contents?|text|lines?|exactly)\b[^\n]{0,100}:)"
@@ -6386,9 +6387,22 @@ def _mask_block(text: str) -> Optional[Masked]:
 
 def _readings(words: str) -> Iterator[Masked]:
     """Yield the ways in which the quotes of a request can be read, likeliest first."""
-    for masked in (_mask(words, CLOSING), _mask_block(words), _mask(words, CLOSING_TIGHT)):
+    for masked in (_mask(words, CLOSING), _mask_block(words)):
         if masked is not None:
             yield masked
+    masked = _mask(words, CLOSING_TIGHT)
+    if masked is not None and all(_quotes_in_brackets(quote) for quote in masked.quotes):
+        yield masked
+
+
+def _quotes_in_brackets(text: str) -> bool:
+    """Tell whether quotes inside a quote belong to code: print("x"), {"a": 1}."""
+    depth = 0
+    for sign in CODE_SIGN.findall(text):
+        if sign in "\"'" and not depth:
+            return False
+        depth += (sign in "([{") - (sign in ")]}")
+    return True
 
 
 # ------------------------------ paths ------------------------------
@@ -6448,14 +6462,14 @@ SLOTS: Dict[str, str] = {
     "token": r"(?:[\ue000-\uf8ff]|[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+)",
     "fill": r"(?:(?:the|a|an|my|our|this|that|new|existing|local|single|text|plain|plain-text|"
               r"python|javascript|typescript|markdown|json|yaml|csv|html|css|shell|config|"
-            r"following|file,|in (?:this|the (?:current|project|working|root)) (?:directory|folder|"
-            r"project)|"
+            r"following|file[,:]|in (?:this|the (?:current|project|working|root)) (?:directory|"
+            r"folder|project)|"
               r"configuration|source|log|file|document|script|filename|path|at) )*"
             r"(?:(?:called|named) )?",
     "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|"
                   r"folder|"
                     r"directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|"
-                    r"directories|structure|called|named|at|path|for me) )*",
+                    r"directories|structure|called|named|at|path|for me|with the name) )*",
     "filenoun": r"(?: (?:file|document|script)(?:'s)?)?"
                 r"(?:,? in (?:this|the current) (?:folder|directory|project))?",
     "foldernoun": r"(?: (?:folder|directory|dir|subfolder|subdirectory)s?)?",
@@ -6480,7 +6494,9 @@ SLOTS: Dict[str, str] = {
               r"letters?|value|number|snippet|content|data|paragraph|message|"
             r"(?:python |javascript |html |css |shell )?code|json|yaml|html|csv|xml|sql|markdown)?"
               r"(?: of text)?{say} )?",
-    "text": r"(?:(?:{noun}|(?:exactly|just|only) )(?P<text>{q})|(?:(?:the|a) )?"
+    "text": r"(?:(?:{noun}|(?:exactly|just|only) )(?P<text>{q})"
+            r"(?P<lf>,? (?:followed by|and|plus) an? (?:trailing |final )?(?:newline|line break))?|"
+            r"(?:(?:the|a) )?"
               r"(?:(?:exact|literal|new|single) )*(?:text|string|words?|phrase|sentence|number|"
               r"(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
               r"(?P<bare>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?)|"
@@ -6493,10 +6509,13 @@ SLOTS: Dict[str, str] = {
     "later": r"(?:[:,.]|,? (?:the )?(?:text|lines?|contents?|string|words?)[:,]?|"
                r"(?: as follows| exactly| verbatim)?:)? (?P<text>{q})",
     "with": r"(?:,? ?(?:with|containing|that (?:contains|says|reads|has)|which (?:contains|says|"
-              r"reads|has)|whose contents? (?:is|are|should be|must be)|having|holding|saying|"
+              r"reads|has)|whose (?:only )?contents? (?:is|are|should be|must be)|having|holding|"
+              r"saying|"
               r"and its contents? (?:should be|is|are|must be)|"
               r"with (?:its|the|exactly the|the exact) contents? (?:set to|being))"
               r"(?: only| just| exactly| precisely)?(?: (?:this|the following|these))?:?)",
+    "force": r"(?:,? (?:and )?overwrit(?:e|ing)(?: (?:it|the file|any existing \w+|whatever is "
+             r"there))?(?: if (?:it|one) (?:already )?exists)?)",
     "inside": r"(?: (?:in|inside|into|within) it| inside| as (?:its|the) (?:only )?contents?| "
                 r"as (?:its|the) text)?",
     "of": r"(?:(?:the )?(?:entire|whole|full|complete|current|existing|all(?: of)?)? ?"
@@ -6528,7 +6547,8 @@ SLOTS: Dict[str, str] = {
             r"look at|"
               r"take a look at|have a look at|check out|look (?:inside|into|in)|inspect)"
               r"(?: out| up)?(?: me| us)?(?: out)?)",
-    "tail": r"(?P<tail>(?:,|\.)? (?:and|then|so|to|for|in|first)\b[^\ue000-\uf8ff]*)?",
+    "tail": r"(?P<tail>(?:(?:,|\.)? (?:and|then|so|to|for|in|first)|\. (?:what|tell|how))\b"
+            r"[^\ue000-\uf8ff]*)?",
     "here": r"(?P<here>(?:in |inside |of |from )?(?:this|the|my|our)(?: (?:current|working|"
               r"project|root|present|project's root))* (?:folder|directory|dir|project|repo|"
               r"repository|workspace)|here)",
@@ -6612,6 +6632,10 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("prepend", "(?:in|to|at) {file},? (?:{add}|prepend) {quoted} (?:to|at) {top}"),
     ("prepend", "at {top} {file},? {add} {quoted}"),
     ("create", "{create} {file}{with} (?:{text}){inside}"),
+    ("create", "{create} (?:an?|the)(?: new)?(?: \\w+)? file with (?:the )?(?:file ?)?name"
+               " {file},? (?:and|with) (?:with )?{quoted}"),
+    ("create", "{create} {file},? and fill it with {text}"),
+    ("write", "{create} {file}{with} {quoted}{force}"),
     ("create", "{create} {file},? (?:in|inside|under|within) {folder}{with} {text}"),
     ("create", "{create} {file}{with} {quoted},? (?:in|inside|under|within) {folder}"),
     ("create", "{create} {file}(?:[:,.]| with)? (?:{this}:? )?(?P<text>[\uf000-\uf8ff])"),
@@ -6626,13 +6650,13 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
                ",? (?:and )?(?:called|named|(?:name|call|save) it(?: as)?|at|saved as) {dest}"),
     ("create", "(?:save|put|store|place) {text} (?:to|into|in|inside|as) {file}"),
     ("create", "(?:save|put|store) (?:{this} )?(?:to|into|in|as) {file}{later}"),
-    ("empty", "{create} (?:(?:an?|the|two|three|some) )?(?:new )?(?:empty|blank)"
+    ("empty", "{create} (?:(?:an?|the|two|three|some) )?(?:new,? )?(?:empty|blank)"
               "(?: new)?(?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}"),
     ("empty", "{create} {file},? (?:as an empty file|with no contents?|that is empty|empty|"
               "(?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)"),
     ("empty", "touch {files}"),
     ("named", "{create} (?:a|the)(?: new)?(?: text)? file (?:called|named)? ?{file}"),
-    ("write", "write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}"),
+    ("write", "write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}{force}?"),
     ("write", "write (?:{this} )?(?:to|into) {file}{later}"),
     ("write", "(?:write|overwrite|rewrite|fill) {of}?{file}{with} {text}"),
     ("write", "(?:write|overwrite|rewrite) {of}?{file}(?:[:,.]| with)? (?:{this}:? )?"
@@ -6649,6 +6673,7 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("write", "set the file {file} to {quoted}"),
     ("write", "(?:make|update|change) {file} (?:to |so (?:that )?it )?"
               "(?:contains?|says?|reads?|ha(?:ve|s))(?: only| just| exactly)* {text}"),
+    ("clear", "(?:erase|delete|remove|wipe)(?: out)? {of}{file}"),
     ("clear", "(?:empty|clear|truncate|blank)(?: out)? {of}?{file}"),
     ("rename", "(?:change|update) (?:the )?(?:file ?)?name of {file} (?:to|into) {dest}"),
     ("rename", "(?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {file} to {dest}"),
@@ -6676,11 +6701,13 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("rename", "rename {file} (?:to|as|into|->|=>) (?:be )?{dest}"),
     ("rename", "rename (?P<file_marks>(?:the )?(?:folder|directory|dir) (?:called |named )?)"
                "(?P<file>{token}) (?:to|as|into) (?:be )?(?:the )?(?P<dest>{token})"),
+    ("rename", "rename {file} so (?:that )?it(?:'s| is) (?:now )?(?:called|named) {dest}"),
     ("rename", "mv {file} {dest}"),
     ("copy", "cp {file} {dest}"),
     ("rename", "give {file} the (?:new )?name {dest}"),
     ("rename", "move {file} (?:to|as|over to) {dest}"),
     ("into", "move {file} (?:in|into|inside|to|under|over to|inside of) {folder}"),
+    ("into", "move {files} (?:in|into|inside|to|under) {folder}"),
     ("copy", "(?:copy|duplicate) {file} (?:to|as|into|over to) {dest}"),
     ("copy", "(?:make|create) a copy of {file},? (?:called|named|as|at|and (?:call|name) it) "
              "{dest}"),
@@ -6763,7 +6790,7 @@ NOT_LOOSE = Pattern(
     r"documentation|description|usage|help|boilerplate|whitespace|newline|error|debug|hex|base64|"
     r"sql|api|auth|async|type|version|dependency|and|or|with|by|in|on|of|feedback|progress|"
     r"\w+(?:s|tion|ing|ment|ness|"
-    r"ity|ance|ence))(?:'s|\s|[,.]|\Z)", re.IGNORECASE | re.DOTALL)
+    r"ity|ance|ence))(?:'s|\s|[,.]|\Z)|.*'s\b", re.IGNORECASE | re.DOTALL)
 PROSE_FILE = Pattern(r".*\.(?:txt|md|log|text|rst|markdown)", re.IGNORECASE)
 IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
 # Files in which text without a named place would break the structure.
@@ -6886,7 +6913,7 @@ def _text(found: Reading) -> Optional[str]:
     """Return the literal text that a request gives; None where it only describes one."""
     quoted = found.value("text")
     if quoted is not None:
-        return quoted
+        return quoted + ("\n" if found.group("lf") else "")
     loose = found.group("loose")
     bare = found.group("bare") or loose
     if found.match.string.endswith(bare):
@@ -7019,15 +7046,17 @@ def _joined(folder: str, path: str) -> str:
 
 def _into(found: Reading, kind: str) -> Ops:
     """Move or copy into a folder, which is named as one or stands after "into"."""
-    path = _path(found)
-    word = " ".join(found.match.string[found.match.end("file"):].lower().split())
+    name = "files" if found.group("files") else "file"
+    paths = _paths(found, "files") if name == "files" else (_path(found),)
+    word = " ".join(found.match.string[found.match.end(name):].lower().split())
     into = word.startswith(("into ", "inside ", "under ", "file into ", "file inside "))
     folder = _one_path(found, found.group("folder"), "folder " if into else
                        found.group("folder_marks") + found.group("folder_noun"), True)
-    if "." in folder.rsplit("/", 1)[-1][1:]:
+    if not folder or "." in folder.rsplit("/", 1)[-1][1:] or not all(paths):
         return ()
-    op = FileOp("copy" if kind == "copyinto" else "rename", path, other=_joined(folder, path))
-    return (op,) if path and folder and op.other != path else ()
+    ops = tuple(FileOp("copy" if kind == "copyinto" else "rename", path,
+                       other=_joined(folder, path)) for path in paths)
+    return () if any(op.path == op.other for op in ops) else ops
 
 
 def _delete(found: Reading, _kind: str) -> Ops:
@@ -7105,7 +7134,8 @@ NOT_A_NAME = Pattern(
     r"at|to|of|for|with|from|by|and|or|if|is|are|here|there|folder|folders|directory|directories|"
     r"file|files|project|repo|everything|something|anything|nothing|which|where|what|structure|"
     r"called|named|for|like|using|inside|under|listing|tree|layout|hierarchy|browser|"
-    r"watcher|scanner|walker|picker|names|paths)", re.IGNORECASE)
+    r"watcher|scanner|walker|picker|names|paths|hidden|separate|common|shared|dedicated|suitable|"
+    r"proper|different|similar|second|third|random|%\w+%.*)", re.IGNORECASE)
 BUILDERS: Dict[str, Callable[[Reading, str], Ops]] = {
     "append": _add_text, "append_line": _add_text, "prepend": _add_text, "write": _add_text,
     "create": _create, "empty": _empty, "named": _empty, "clear": _clear, "remove": _replace,
@@ -7445,19 +7475,21 @@ TRAILER = Pattern(
     r"(?: (?:when|once|that|if))?(?: (?:it's|it is|you're|you are|that's))?(?: (?:done|finished|"
     r"ready|it worked|complete))|use (?:the |your )?(?:bash|shell|write|edit|file)? ?tools?|"
     r"using (?:the |your )?(?:bash|shell|write|edit|file)? ?tools?|"
-    r"(?:with(?:out)?|no|and no) (?:a |any )?(?:trailing|final|ending) (?:newline|line break)|"
+    r"\(?(?:without|with no|no|and no) (?:a |any )?(?:trailing |final |ending )?"
+    r"(?:newline|line break)\)?|"
     r"exactly (?:as|like) (?:is|written|shown|that)|verbatim|i'll do the rest|"
     r"(?:no|without) (?:any )?explanations?(?: needed| necessary)?|(?:and )?don't explain(?: it| "
     r"anything)?|just do it|do it now|only that|and nothing else|don't ask(?: me)?(?: anything)?|"
     r"it's (?:important|urgent)|and (?:that's|that is) it)\s*[.!?]*\Z", re.IGNORECASE)
-PLACE = Pattern(r"\s+(?:here|in (?:the|this|my|our) (?:(?:current|working|project|root) )?"
+PLACE = Pattern(r"\s+(?:here|from this (?:folder|directory)|in (?:the|this|my|our) "
+                r"(?:(?:current|working|project|root) )?"
                 r"(?:folder|directory|project|repo|dir|root))[.!]*\Z", re.IGNORECASE)
 LOOKS = Pattern(r"\s*(?:\w+,? ){0,4}?(?:what|which|list|show|display|print|ls|dir|tell|see|give)\b",
                 re.IGNORECASE)
 FINAL_NEWLINE = Pattern(
     r",? (?:with|followed by|and|ending (?:with|in)|plus) a (?:trailing |final |single )?"
     r"(?:newline|line break)(?: at the end| character)?\Z", re.IGNORECASE)
-ENDING = Pattern(r"(?:[.!?]{1,9}|\u2026|:)\Z")
+ENDING = Pattern(r"(?:(?<![\s/.])\.{1,3}[!?]{0,9}|(?<![!?])[!?]{1,9}\.{0,3}|\u2026|:)\Z")
 MAX_TRAILER_CHARS = 120
 BASES = (
     "create", "make", "generate", "add", "append", "write", "insert", "place", "replace", "change",
@@ -7592,13 +7624,17 @@ VERBS = ("create|make|write|build|generate|implement|add|scaffold|set ?up|develo
          "extend|simplify|finish|complete|document|annotate|format|sort|tidy")
 WANTS_CHANGE = Pattern(
     r"(?:\A|[.!?;:,\n]\s*|\b(?:and|then|please|to|you|also|just|now|let's|us)\s+)(?:" + VERBS
-    + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b", re.IGNORECASE)
+    + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |advice|"
+    r"an? (?:explanation|overview|review|opinion|idea)|your|information|you to (?:explain|tell|"
+    r"review|describe)))", re.IGNORECASE)
 WANTS_ANSWER = Pattern(
     r"(?:how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|should|can i|may i|"
     r"could i|would it|explain|describe|tell me|review|compare|suggest|recommend|discuss|"
     r"show me (?:how|an? (?:example|sample|snippet))|give me (?:an? (?:example|sample|snippet|"
     r"tutorial|command|overview)|some|advice|the command)|teach|walk me|think|consider|outline|"
     r"brainstorm|propose|plan|any|i wonder|i'm wondering|i am wondering|help me understand|"
+    r"understand|know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|"
+    r"i (?:want|need|would like|'d like) (?:help|to (?:know|understand|see|learn))|"
     r"summari[sz]e|imagine|suppose|analy[sz]e|evaluate|critique|assess|look|read|check|find|"
     r"print|display|search|count|list|show)\b", re.IGNORECASE)
 HOW_TO = Pattern(
@@ -7634,7 +7670,7 @@ OVERWRITE = Pattern(r"\b(?:overwrite|rewrite|regenerate)\b|"
 MODEL_SPEAKS = Pattern(
     r"\s*(?:[-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?"
     r"(?:(?:sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|"
-    r"finally|so|and|also|no problem|absolutely|got it|understood|yes|to do (?:this|that|so))"
+    r"finally|so|and|also|no problem|absolutely|got it|understood|yes|to [^,.\n]{1,60})"
     r"[,.!:;]*\s+){0,3}(?:(?:I'll|I will|I'm going to|I am going to|I've|I have|I just|I|we'll|"
     r"we will|let me|let's|allow me to|I need to)\s+(?:(?:now|just|also|then|first|next|go ahead "
     r"and|proceed to|proceed and|successfully|quickly|start by|begin by|need to)\s+){0,3}|"
@@ -7656,7 +7692,8 @@ PLACEHOLDER = Pattern(r"(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?
                       r".*(?:path/to/|/your[_-]).*", re.IGNORECASE)
 LABEL_WORD = Pattern(
     r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|creat\w+|writ\w+|"
-    r"sav\w+|wrote|contents?|files?|called|named|next|then|now|finally|following|also|and)\b",
+    r"sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|"
+    r"and)\b",
     re.IGNORECASE)
 NO_LABEL = Pattern(
     r"\b(?:run|running|usage|use|using|output|outputs|prints?|example|install\w*|execut\w+|test it|"
@@ -7664,13 +7701,13 @@ NO_LABEL = Pattern(
     r"prepend\w*|insert\w*|updat\w+|modif\w+|chang\w+|replac\w+|edit\w*|remov\w+|delet\w+|fix\w*|"
     r"snippet|part|section|function|method|excerpt|relevant|lines?|diff|error|imports?|see|"
     r"add [^:]{0,60}\b(?:to|in)|adding|added|structure|verify|check|instead|not|don't|"
-    r"similar|from|if|when|unless|exist\w*)\b",
+    r"uses|used|how|why|similar|from|if|when|unless|exist\w*)\b",
     re.IGNORECASE)
 WHOLE_FILE = Pattern(r"\b(?:complete|full|entire|whole)\b", re.IGNORECASE)
 FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGNORECASE)
 HEADING = Pattern(r"\s*(?:#{1,6}\s|\*\*|\d{1,3}[.)]\s)")
 LABEL_NAMES = Pattern("[\ue000-\uefff]|\\w\\.\\w")
-LABEL_DECOR = Pattern(r"^[\s#>*_-]*(?:\d{1,3}[.)]\s*)?|[\s*_:#=-]+$")
+LABEL_DECOR = Pattern(r"^[\s#>*-]*(?:\d{1,3}[.)]\s*)?|[\s*:#=-]+$")
 LABEL_PATH = Pattern("[\ue000-\uefff]|[^\\s,;:\"'`<>|*?()\\[\\]{}$&!\\\\\ue000-\uf8ff]+")
 COMMENT_PATH = Pattern(r"[ \t]*(?:#|//|--|;|%|/\*|<!--)[ \t]*(?:file(?:name)?:[ \t]*)?"
                        r"([^\s*]+)[ \t]*(?:\*/|-->)?[ \t]*\r?")
@@ -7739,7 +7776,7 @@ def _is_shell(fence: Fence) -> bool:
 
 def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     """Return the one path that the line before a fence names as the file that follows."""
-    line = LABEL_DECOR.sub("", label.replace("**", "").replace("__", ""))
+    line = LABEL_DECOR.sub("", label.replace("**", ""))
     tokens = {match.group(): masked.value(match.group()) if PRIVATE_USE.match(match.group())
               else match.group().rstrip(".") for match in LABEL_PATH.finditer(line[:300])}
     named = {token: raw for token, raw in tokens.items()
@@ -7842,7 +7879,8 @@ def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
         end = ENDING.search(sentence)
         core = _base_form(sentence[:end.start()].rstrip() if end else sentence).strip()
         kind, made = _matched(RULES, masked, Asked(core, ""), scope)
-        vague = kind == "append" and core.startswith("add ") and not END_NAMED.search(core)
+        vague = (core.startswith("add ") and not END_NAMED.search(core)
+                 and any(op.kind == "append" for op in made))
         if vague or kind in ("run", "named") or not all(_allowed(op, wishes) for op in made):
             continue
         ops += [op for op in (_unforced(op, wishes) for op in made) if op not in ops]

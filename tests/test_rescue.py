@@ -264,7 +264,7 @@ def test_hostile_texts_take_linear_time(text):
     find_rescue([user(text)], tables.DOING)
     find_rescue([user("create the app")], text)
     find_rescue([user("what is in the project?")], text)
-    assert time.perf_counter() - started < 3
+    assert time.perf_counter() - started < 6
 
 
 def test_every_kind_of_the_table_has_a_builder():
