@@ -11736,6 +11736,13 @@ def window_of(health: Json) -> int:
     return window if type(window) is int and window > 0 else 0
 
 
+def as_served(config: Config, health: Json, args: Any, env: Mapping[str, str]) -> Config:
+    """Take the model's name from a shim that runs, unless the user named one here."""
+    name = _mapping(health.get("model")).get("name")
+    named_here = env.get("OLLAMA_MODEL") or getattr(args, "model", None)
+    return config if named_here or not isinstance(name, str) else config._replace(model=name)
+
+
 def planned_window(config: Config) -> int:
     """Return the window that a shim with this configuration will ask for at least."""
     if config.num_ctx or config.auto_ctx == "off":
@@ -11767,6 +11774,7 @@ def run_client(args: Any, env: Mapping[str, str]) -> int:
              " Claude Code is started all the same.")
     tell(f"Claude Code -> {url}")
     window = window_of(health) or planned_window(config)
+    config = as_served(config, health, args, env)
     return run_child(*claude_command(client_env(url, key, config, window), args.passed, env))
 
 
@@ -11795,7 +11803,9 @@ def run_env(args: Any, env: Mapping[str, str]) -> int:
     shell = args.shell or ("powershell" if windows else
                            "fish" if env.get("SHELL", "").endswith("fish") else "bash")
     url = local_url(config)
-    window = window_of(ask_shim(url, "/health", config)) or planned_window(config)
+    health = ask_shim(url, "/health", config)
+    window, config = window_of(health) or planned_window(config), as_served(
+        config, health, args, env)
     for line in export_lines(client_env(url, config.api_key, config, window), shell):
         say(line)
     return 0

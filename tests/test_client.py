@@ -211,10 +211,15 @@ def test_env_works_without_ollama_and_with_the_options_of_serve():
 
 
 def test_client_runs_claude_on_the_shim_of_host_and_port(place):
-    with MockOllama(text("ok")) as ollama, running_shim(ollama.url) as shim:
-        done = run(place, "client", "--", "-p", "two words", "--", "-x", PORT=str(shim.port))
+    with MockOllama(text("ok"), model="qwen3:8b") as ollama, running_shim(
+            ollama.url, model="qwen3:8b") as shim:
+        port = str(shim.port)
+        done = run(place, "client", "--", "-p", "two words", "--", "-x", PORT=port)
+        saw = seen(place)
+        run(place, "client", PORT=port, OLLAMA_MODEL="mine:1b")
+        assert seen(place)["env"]["ANTHROPIC_MODEL"] == "mine:1b"
     assert done.returncode == 7
-    saw = seen(place)
+    assert saw["env"]["ANTHROPIC_MODEL"] == "qwen3:8b"
     assert saw["args"] == [*DEFAULT, "-p", "two words", "--", "-x"]
     assert saw["env"]["ANTHROPIC_BASE_URL"] == f"http://127.0.0.1:{shim.port}"
     assert saw["health"]["ok"]
