@@ -11800,8 +11800,8 @@ def run_env(args: Any, env: Mapping[str, str]) -> int:
     """Print the variables for a shell: eval "$(python qwencode.py env)"."""
     config = load_config(vars(args), env)
     windows = os.name == "nt" and not env.get("MSYSTEM")  # set in Git Bash
-    shell = args.shell or ("powershell" if windows else
-                           "fish" if env.get("SHELL", "").endswith("fish") else "bash")
+    usual = "fish" if env.get("SHELL", "").endswith("fish") else "bash"
+    shell = args.shell or args.named_shell or ("powershell" if windows else usual)
     url = local_url(config)
     health = ask_shim(url, "/health", config)
     window, config = window_of(health) or planned_window(config), as_served(
@@ -12661,6 +12661,7 @@ def _doctor_arguments(sub: Any) -> None:
 
 def _env_arguments(sub: Any) -> None:
     sub.add_argument("shell", nargs="?", choices=sorted(SHELLS), help="default: this one")
+    sub.add_argument("--shell", dest="named_shell", choices=sorted(SHELLS), help="the same")
 
 
 def _explain_arguments(sub: Any) -> None:

@@ -196,6 +196,14 @@ def test_every_shell_has_its_own_quotes(shell, line):
     assert q.export_lines({"A": "it's \\ x"}, shell)[-1] == line
 
 
+@pytest.mark.parametrize(("flags", "env", "begins"), [
+    ([], {}, "unset "), (["fish"], {}, "set -e"), (["--shell", "powershell"], {}, "Remove-Item"),
+    ([], {"SHELL": "/usr/bin/fish"}, "set -e"), (["bash"], {"SHELL": "/usr/bin/fish"}, "unset ")])
+def test_env_speaks_the_shell_that_is_named_or_in_use(flags, env, begins, capsys):
+    assert q.main(["env", "--port", "1", *flags], env) == 0
+    assert capsys.readouterr().out.startswith(begins)
+
+
 def test_env_works_without_ollama_and_with_the_options_of_serve():
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
