@@ -12078,8 +12078,9 @@ DOCTOR_TOOL = {"name": "doctor_probe", "description": "Report a word.", "input_s
 FILLER = "The quick brown fox jumps over the lazy dog. "
 PREFILL_WORDS = 300  # times FILLER: about 3,000 tokens, which take long enough to time
 # What the commands of section 10 run; a hash program is not needed, only used.
-SHELL_PROGRAMS = tuple("base64 cat cmp cp cut diff grep head ls mkdir mv od printf readlink rm"
-                       " rmdir sed sort tail tr wc xargs".split())
+SHELL_PROGRAMS = (
+    "base64", "cat", "cmp", "cp", "cut", "diff", "grep", "head", "ls", "mkdir", "mv", "od",
+    "printf", "readlink", "rm", "rmdir", "sed", "sort", "tail", "tr", "wc", "xargs")
 OLLAMA_ANSWER_S = 5.0
 
 
