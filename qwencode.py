@@ -12703,6 +12703,8 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         # Making the parser takes 6 % of a start; a bare `qwencode.py` needs none.
         args = make_parser().parse_args(own) if own else SimpleNamespace(command="serve")
     except SystemExit as end:
+        if end.code == 2 and not passed and own[0] in ("claude", "client"):
+            tell("What is meant for claude itself goes after --, as in: -- -p 'hello'")
         return end.code if isinstance(end.code, int) else 2
     args.passed = passed
     command = next(c for c in COMMANDS if c.name == (args.command or "serve"))

@@ -215,6 +215,11 @@ def test_env_works_without_ollama_and_with_the_options_of_serve():
     assert "export CLAUDE_CODE_MAX_CONTEXT_TOKENS=" in output.getvalue()
 
 
+def test_arguments_for_claude_without_the_dashes_are_explained(capsys):
+    assert q.main(["claude", "-p", "hello"], {}) == 2
+    assert "after --" in capsys.readouterr().err
+
+
 # ------------------------------ client ------------------------------
 
 
