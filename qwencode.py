@@ -11857,6 +11857,13 @@ def window_of(health: Json) -> int:
     return window if type(window) is int and window > 0 else 0
 
 
+def as_served(config: Config, health: Json, args: Any, env: Mapping[str, str]) -> Config:
+    """Take the model's name from a shim that runs, unless the user named one here."""
+    name = _mapping(health.get("model")).get("name")
+    named_here = env.get("OLLAMA_MODEL") or getattr(args, "model", None)
+    return config if named_here or not isinstance(name, str) else config._replace(model=name)
+
+
 def planned_window(config: Config) -> int:
     """Return the window that a shim with this configuration will ask for at least."""
     if config.num_ctx or config.auto_ctx == "off":
@@ -11888,6 +11895,7 @@ def run_client(args: Any, env: Mapping[str, str]) -> int:
              " Claude Code is started all the same.")
     tell(f"Claude Code -> {url}")
     window = window_of(health) or planned_window(config)
+    config = as_served(config, health, args, env)
     return run_child(*claude_command(client_env(url, key, config, window), args.passed, env))
 
 
@@ -11913,10 +11921,12 @@ def run_env(args: Any, env: Mapping[str, str]) -> int:
     """Print the variables for a shell: eval "$(python qwencode.py env)"."""
     config = load_config(vars(args), env)
     windows = os.name == "nt" and not env.get("MSYSTEM")  # set in Git Bash
-    shell = args.shell or ("powershell" if windows else
-                           "fish" if env.get("SHELL", "").endswith("fish") else "bash")
+    usual = "fish" if env.get("SHELL", "").endswith("fish") else "bash"
+    shell = args.shell or args.named_shell or ("powershell" if windows else usual)
     url = local_url(config)
-    window = window_of(ask_shim(url, "/health", config)) or planned_window(config)
+    health = ask_shim(url, "/health", config)
+    window, config = window_of(health) or planned_window(config), as_served(
+        config, health, args, env)
     for line in export_lines(client_env(url, config.api_key, config, window), shell):
         say(line)
     return 0
@@ -12189,8 +12199,9 @@ DOCTOR_TOOL = {"name": "doctor_probe", "description": "Report a word.", "input_s
 FILLER = "The quick brown fox jumps over the lazy dog. "
 PREFILL_WORDS = 300  # times FILLER: about 3,000 tokens, which take long enough to time
 # What the commands of section 10 run; a hash program is not needed, only used.
-SHELL_PROGRAMS = tuple("base64 cat cmp cp cut diff grep head ls mkdir mv od printf readlink rm"
-                       " rmdir sed sort tail tr wc xargs".split())
+SHELL_PROGRAMS = (
+    "base64", "cat", "cmp", "cp", "cut", "diff", "grep", "head", "ls", "mkdir", "mv", "od",
+    "printf", "readlink", "rm", "rmdir", "sed", "sort", "tail", "tr", "wc", "xargs")
 OLLAMA_ANSWER_S = 5.0
 
 
@@ -12772,6 +12783,7 @@ def _doctor_arguments(sub: Any) -> None:
 
 def _env_arguments(sub: Any) -> None:
     sub.add_argument("shell", nargs="?", choices=sorted(SHELLS), help="default: this one")
+    sub.add_argument("--shell", dest="named_shell", choices=sorted(SHELLS), help="the same")
 
 
 def _explain_arguments(sub: Any) -> None:
@@ -12812,6 +12824,8 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         # Making the parser takes 6 % of a start; a bare `qwencode.py` needs none.
         args = make_parser().parse_args(own) if own else SimpleNamespace(command="serve")
     except SystemExit as end:
+        if end.code == 2 and not passed and own[0] in ("claude", "client"):
+            tell("What is meant for claude itself goes after --, as in: -- -p 'hello'")
         return end.code if isinstance(end.code, int) else 2
     args.passed = passed
     command = next(c for c in COMMANDS if c.name == (args.command or "serve"))

@@ -196,6 +196,14 @@ def test_every_shell_has_its_own_quotes(shell, line):
     assert q.export_lines({"A": "it's \\ x"}, shell)[-1] == line
 
 
+@pytest.mark.parametrize(("flags", "env", "begins"), [
+    ([], {}, "unset "), (["fish"], {}, "set -e"), (["--shell", "powershell"], {}, "Remove-Item"),
+    ([], {"SHELL": "/usr/bin/fish"}, "set -e"), (["bash"], {"SHELL": "/usr/bin/fish"}, "unset ")])
+def test_env_speaks_the_shell_that_is_named_or_in_use(flags, env, begins, capsys):
+    assert q.main(["env", "--port", "1", *flags], env) == 0
+    assert capsys.readouterr().out.startswith(begins)
+
+
 def test_env_works_without_ollama_and_with_the_options_of_serve():
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -207,14 +215,24 @@ def test_env_works_without_ollama_and_with_the_options_of_serve():
     assert "export CLAUDE_CODE_MAX_CONTEXT_TOKENS=" in output.getvalue()
 
 
+def test_arguments_for_claude_without_the_dashes_are_explained(capsys):
+    assert q.main(["claude", "-p", "hello"], {}) == 2
+    assert "after --" in capsys.readouterr().err
+
+
 # ------------------------------ client ------------------------------
 
 
 def test_client_runs_claude_on_the_shim_of_host_and_port(place):
-    with MockOllama(text("ok")) as ollama, running_shim(ollama.url) as shim:
-        done = run(place, "client", "--", "-p", "two words", "--", "-x", PORT=str(shim.port))
+    with MockOllama(text("ok"), model="qwen3:8b") as ollama, running_shim(
+            ollama.url, model="qwen3:8b") as shim:
+        port = str(shim.port)
+        done = run(place, "client", "--", "-p", "two words", "--", "-x", PORT=port)
+        saw = seen(place)
+        run(place, "client", PORT=port, OLLAMA_MODEL="mine:1b")
+        assert seen(place)["env"]["ANTHROPIC_MODEL"] == "mine:1b"
     assert done.returncode == 7
-    saw = seen(place)
+    assert saw["env"]["ANTHROPIC_MODEL"] == "qwen3:8b"
     assert saw["args"] == [*DEFAULT, "-p", "two words", "--", "-x"]
     assert saw["env"]["ANTHROPIC_BASE_URL"] == f"http://127.0.0.1:{shim.port}"
     assert saw["health"]["ok"]
