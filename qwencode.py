@@ -940,13 +940,16 @@ CHUNK_SIZE = Pattern(r"([0-9a-fA-F]{1,16})(?:;[^\r\n]*)?")
 def whole_chunks(buffer: bytes) -> Tuple[List[bytes], bytes]:
     """Take whole chunks off the front in one sweep; return them and what is left.
 
-    Counts only chunks as Go writes them, and none where one looks unusual or is the
-    last: those are read one by one, at seven times the cost.
+    Counts only chunks as Go writes them, none where one looks unusual and not the last:
+    those are read one by one, at seven times the cost.
     """
     parts = buffer.split(b"\r\n")
     count = (len(parts) - 1) // 2
     bodies = parts[1:2 * count:2]
-    if not all(bodies) or parts[:2 * count:2] != [b"%x" % len(body) for body in bodies]:
+    if b"" in bodies:
+        count = bodies.index(b"")
+        bodies = bodies[:count]
+    if parts[:2 * count:2] != [b"%x" % len(body) for body in bodies]:
         return [], buffer
     return bodies, b"\r\n".join(parts[2 * count:])
 
@@ -6071,14 +6074,17 @@ def _plan_mode(notices: Sequence[str]) -> bool:
     """Tell whether plan mode was announced and not ended since."""
     planning = False
     for notice in notices:
-        for match in PLAN_MODE.finditer(notice):
-            planning = match.group("off") is None
+        if "plan mode" in notice.lower():  # a tenth of what the pattern's search costs
+            for match in PLAN_MODE.finditer(notice):
+                planning = match.group("off") is None
     return planning
 
 
 def _working_directory(notices: Sequence[str]) -> str:
     """Return the announced working directory; "" when none or more than one is named."""
-    found = {match.group(1).strip().rstrip("/.") for notice in notices
+    naming = [notice for notice in notices
+              for lower in (notice.lower(),) if "working directory" in lower or "cwd" in lower]
+    found = {match.group(1).strip().rstrip("/.") for notice in naming
              for match in WORKING_DIRECTORY.finditer(notice)}
     return found.pop() if len(found) == 1 else ""
 
@@ -7454,8 +7460,9 @@ def _matched(rules: Sequence[Rule], masked: Masked, asked: Asked, scope: Scope) 
     if len(asked.core) > MAX_REQUEST_CHARS or LONG_GAP.search(asked.core):
         return "", ()
     first = FIRST_WORD.match(asked.core)
+    word = first.group().lower() if first else ""
     for rule in rules:
-        if first is None or first.group().lower() not in _first_words(rule.shape):
+        if word not in _first_words(rule.shape):
             continue
         match = _shape(rule.shape).fullmatch(asked.core)
         if match is None:
