@@ -182,6 +182,7 @@ PER_TOKEN_BOUNDS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 WHOLE_TEXT_CHARS = 8192
 SAMPLE_SLICE = 256
 MAX_SAMPLE_CHARS = 24_576
+MAX_SLIM_KNOWN_CHARS = 16_384  # of a text that is kept with its slim form; 128 of them
 MESSAGE_TOKENS = 5  # ChatML's own for each message (contract/ollama.md 5a)
 MAX_KNOWN_TEXTS = 20_000  # texts whose counts are remembered, some 200 bytes each
 MAX_ANCHORS = 256  # sessions of a model whose last count is remembered
@@ -2632,6 +2633,12 @@ def slim_text(text: str, kept_tools: Sequence[str]) -> Tuple[str, List[str]]:
     Returns the text and the names of what was left out or shortened; a reminder of
     which nothing remains goes as a whole. Unknown text stays as it is.
     """
+    slim, left_out = (_slim_known if len(text) <= MAX_SLIM_KNOWN_CHARS else _slim_text)(
+        text, tuple(kept_tools))
+    return slim, list(left_out)
+
+
+def _slim_text(text: str, kept_tools: Tuple[str, ...]) -> Tuple[str, List[str]]:
     left_out: List[str] = []
     if not text.lstrip().startswith("<system-reminder>"):
         return _slim_passages(text, kept_tools, left_out), left_out
@@ -2644,6 +2651,10 @@ def slim_text(text: str, kept_tools: Sequence[str]) -> Tuple[str, List[str]]:
         end = reminder.end()
         reminder = REMINDER.match(text, end)
     return "".join(parts) + text[end:], left_out
+
+
+# The same texts come with each turn of a session: 0.2 ms of a 77 KB request's 1.2.
+_slim_known = lru_cache(maxsize=128)(_slim_text)
 
 
 def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) -> str:
@@ -8150,11 +8161,16 @@ class StopScanner:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
+        self._begin = {stop[0] for stop in stops}
         self._held = ""
 
     def feed(self, text: str) -> Tuple[str, Optional[str]]:
-        if not self._stops:
-            return text, None
+        if not self._held:
+            for character in self._begin:
+                if character in text:
+                    break
+            else:
+                return text, None  # nearly every token
         text = self._held + text
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if found:
