@@ -3310,7 +3310,9 @@ def upstream_error(
         needed, limit = overflow
         told, limit = bool(limit), limit or window or 4096
         return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit, loaded=told)
-    text = clean(HTML_TAG.sub(" ", unwrap_error(body)), MAX_ERROR_CHARS).strip()
+    page = body.lstrip()[:1] == "<"  # a proxy's; tags that Ollama's parsers name stay
+    text = HTML_TAG.sub(" ", body) if page else unwrap_error(body)
+    text = clean(text, MAX_ERROR_CHARS).strip()
     said = f": {text}" if text else "."
     if MODEL_MISSING.search(text) and status in (404, 400, 500):
         return ModelMissingError(
@@ -3578,6 +3580,8 @@ class ChatDecoder:
         tail = self._lines.rest()
         if tail.strip():
             parts.extend(self.feed(b"\n"))
+            if self.failed and self.lines:  # cut within a line
+                parts[-1] = Failure(self._cut_off())
             if self.finished or self.failed:
                 return parts
         self._fail(parts, self._cut_off())
