@@ -4587,7 +4587,8 @@ FIRST_PERSON = Pattern(
     r"I am (?:now )?(?:going to|about to)|let me|let.s|let us|we.ll|we will|I (?:now |first |"
     r"also |just )?(?:need|want|have|must|should|can) (?:to )?(?:now |first )?|(?:now|next|first|"
     r"then|so),? I\b|I.m (?:now )?\w+ing|I am (?:now )?\w+ing)(?!\s+(?:not|never|show you|know|"
-    r"explain|demonstrate|illustrate)\b)", re.I)
+    r"explain|demonstrate|illustrate|describe|quote|cite|recap|summari\w+|repeat|define|"
+    r"spell)\b)", re.I)
 ASSENT_ONLY = Pattern(
     r"\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right|got it|understood|alright|"
     r"all right|absolutely|done|great|no problem|will do|on it|definitely|gladly|here (?:it is|"
@@ -4648,13 +4649,16 @@ NO_CALL_AFTER = Pattern(
     r"agree|give)|\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|"
     r"could|would|should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|"
     r"adapt|replace|copy|paste|invoke)", re.I)
-# What a line that ends in a colon may begin with when it leads to a call by itself.
+# A sentence that goes on behind it: with a colon, or without any mark at its end.
+OPEN_SENTENCE = Pattern(r":[\s*_]*\Z|\w[ \t]+\w+[ \t]*\n\s*\Z")
+# What such a sentence may begin with when it leads to a call by itself.
 ANNOUNCED_ACTION = Pattern(
     r"\W*(?:\d+|next|now|first|second|third|then|finally|also|and|step|task|action|plan|thought|"
     r"here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?\W*\Z|tool calls?\W*\Z|"
-    r"function calls?\W*\Z|calls?\W*\Z|`|\w+ing\b|read|write|create|run|list|edit|update|check|"
-    r"search|find|open|fix|look|execute|use|call|delete|add|make|get|fetch|sure|ok|okay|yes|"
-    r"certainly|of course)", re.I)
+    r"function calls?\W*\Z|calls?\W*\Z|`|(?!quoting|show|explain|describ|follow|accord|depend|"
+    r"assum|suppos|consider)\w+ing\b|read|write|create|run|list|edit|update|check|search|find|"
+    r"open|fix|look|execute|use|call|delete|add|make|get|fetch|sure|ok|okay|yes|certainly|"
+    r"of course)", re.I)
 LIKENESS = Pattern(r"\blooks? like\b|\bexamples?\b (?:of|for)\b", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
@@ -4707,7 +4711,7 @@ def ruled_out_before(before: str) -> bool:
         return not spoken or doubts[-1] >= spoken[-1]
     if spoken:
         return False
-    label = sentence.rstrip(" *_").endswith(":") and not ANNOUNCED_ACTION.match(sentence)
+    label = OPEN_SENTENCE.search(before[-80:]) and not ANNOUNCED_ACTION.match(sentence)
     return bool(label or DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
 
 
