@@ -3765,7 +3765,8 @@ INPUT_WORDS = ("action input:", "action_input:", "**action input:**", "âœ¿argsâœ
 CUT_SEPARATORS = (*INPUT_WORDS, "```", "[args]", "[call_id]")
 FILLERS = word_set("function commentary analysis final assistant json code")
 CALL_TAGS = frozenset(tag for row in TOOL_FORMATS for tag in row.tags.split())
-CALL_RULES = {opener: row.rule for row in TOOL_FORMATS for opener in (*row.tags.split(), *row.words)}
+CALL_RULES = {opener: row.rule for row in TOOL_FORMATS
+              for opener in (*row.tags.split(), *row.words)}
 OPENING_WORDS = tuple(sorted((word for row in TOOL_FORMATS for word in row.words),
                              key=len, reverse=True))
 CLOSING_TAGS = CALL_TAGS | SEPARATOR_TAGS | word_set("parameter param arg_value arg parameters")
@@ -4522,7 +4523,8 @@ class HeadScan:
 
     def _tagged(self, tag: re.Match[str], label: str, name: str) -> Verdict:
         """Read behind a tag that names the tool."""
-        rule = self._rule if self._rule not in ("", "tool_call") else CALL_RULES.get(label, "tag_name")
+        given = self._rule not in ("", "tool_call")
+        rule = self._rule if given else CALL_RULES.get(label, "tag_name")
         at = skip_blank(self._text, tag.end())
         begin = self._text[at:at + 1]
         if not begin:
@@ -4653,12 +4655,12 @@ NO_CALL_AFTER = Pattern(
 OPEN_SENTENCE = Pattern(r":[\s*_]*\Z|\w[ \t]+\w+[ \t]*\n\s*\Z")
 # What such a sentence may begin with when it leads to a call by itself.
 ANNOUNCED_ACTION = Pattern(
-    r"\W*(?:\d+|next|now|first|second|third|then|finally|also|and|step|task|action|plan|thought|"
-    r"here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?\W*\Z|tool calls?\W*\Z|"
-    r"function calls?\W*\Z|calls?\W*\Z|`|(?!quoting|show|explain|describ|follow|accord|depend|"
-    r"assum|suppos|consider)\w+ing\b|read|write|create|run|list|edit|update|check|search|find|"
-    r"open|fix|look|execute|use|call|delete|add|make|get|fetch|sure|ok|okay|yes|certainly|"
-    r"of course)", re.I)
+    r"\W*(?:\d+|both|again|two|three|next|now|first|second|third|then|finally|also|and|step|task|"
+    r"action|plan|thought|here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?\W*\Z|"
+    r"tool calls?\W*\Z|function calls?\W*\Z|calls?\W*\Z|`|(?!quoting|show|explain|describ|follow|"
+    r"accord|depend|assum|suppos|consider)\w+ing\b|read|write|create|run|list|edit|update|check|"
+    r"search|find|open|fix|look|execute|use|call|delete|add|make|get|fetch|sure|ok|okay|yes|"
+    r"certainly|of course)", re.I)
 LIKENESS = Pattern(r"\blooks? like\b|\bexamples?\b (?:of|for)\b", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
