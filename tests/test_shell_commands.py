@@ -439,7 +439,8 @@ def test_a_broken_tool_never_brings_a_false_success(name, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(attempt, [
             (tool, fault) for tool in named for fault in FAULTS
-            if tool not in WITHOUT_OUTPUT or "cuts" not in fault]))
+            if "cuts" not in fault or tool not in WITHOUT_OUTPUT
+            and ("last" not in fault or name in ("create", "append line", "replace", "rename"))]))
 
 
 @pytest.mark.parametrize("name", BROKEN)
