@@ -6034,7 +6034,7 @@ def rescue_call(
     return shell_call(shell, command)
 
 
-# What the CLI would decode in an input: an odd number of backslashes before uXXXX.
+# What the CLI would decode in an input: an odd number of backslashes, u, four digits.
 UNICODE_ESCAPE = Pattern(r"(\\+)(?=u[0-9a-fA-F]{4})")
 
 
