@@ -7730,7 +7730,8 @@ FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGN
 MAKES_FILE = Pattern(
     r"\s*(?:(?:sure|certainly|okay|ok|great|of course|absolutely|first|next|then|now|done|finally)"
     r"[,.!:]*\s+){0,3}(?:(?:I'll|I will|let me|I've|I have|I|I'm going to|let's|we'll)\s+)?"
-    r"(?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|here(?:'s| is))\b",
+    r"(?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|"
+    r"here(?:'s| is))\b",
     re.IGNORECASE)
 # "a test for app.py" is another file; "the code for app.py" is that one.
 FOR_FILE = Pattern(r"(?<!code )(?<!contents )(?<!content )(?<!source )(?<!implementation )"
@@ -7826,7 +7827,8 @@ def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     # What a new file will do, "that prints ...", may be said after its name.
     before, after = line.split(token, 1)
     unfit = WHOLE_FILE.search(rest) is None and (
-        NO_LABEL.search(before) or FOR_FILE.search(before) or (NOT_AFTER if makes else NO_LABEL).search(after)) is not None
+        NO_LABEL.search(before) or FOR_FILE.search(before)
+        or (NOT_AFTER if makes else NO_LABEL).search(after))
     heading = line.lstrip("`").startswith(token) and (
         rest.strip("*_` ")[:1] in ("", "-", ":", "(", "\u2013", "\u2014") or len(rest.split()) <= 1)
     if not (ends or heading or makes) or not (introduces or heading) or unfit:
