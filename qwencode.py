@@ -7733,6 +7733,19 @@ NO_LABEL = Pattern(
     re.IGNORECASE)
 WHOLE_FILE = Pattern(r"\b(?:complete|full|entire|whole)\b", re.IGNORECASE)
 FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGNORECASE)
+MAKES_FILE = Pattern(
+    r"\s*(?:(?:sure|certainly|okay|ok|great|of course|absolutely|first|next|then|now|done|finally)"
+    r"[,.!:]*\s+){0,3}(?:(?:I'll|I will|let me|I've|I have|I|I'm going to|let's|we'll)\s+)?"
+    r"(?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|"
+    r"here(?:'s| is))\b",
+    re.IGNORECASE)
+# "a test for app.py" is another file; "the code for app.py" is that one.
+FOR_FILE = Pattern(r"(?<!code )(?<!contents )(?<!content )(?<!source )(?<!implementation )"
+                   r"(?<!file )(?<!script )\bfor(?: the| your)?\W{0,3}\Z", re.IGNORECASE)
+NOT_AFTER = Pattern(
+    r"\b(?:looks? like|before|currently|outputs?|error|snippet|parts?|excerpt|lines?|section|"
+    r"should|would|could|might|not|don't|changes?|updated?|if|unless|when you|with the following "
+    r"changes?|from)\b", re.IGNORECASE)
 HEADING = Pattern(r"\s*(?:#{1,6}\s|\*\*|\d{1,3}[.)]\s)")
 LABEL_NAMES = Pattern("[\ue000-\uefff]|\\w\\.\\w")
 LABEL_DECOR = Pattern(r"^[\s#>*-]*(?:\d{1,3}[.)]\s*)?|[\s*:#=-]+$")
@@ -7815,12 +7828,16 @@ def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     token, raw = next(iter(named.items()))
     rest = FILE_WORD.sub("", line.replace(token, " "))
     ends = label.rstrip().rstrip("*_").endswith(":") or not rest.strip("*_ ()#:.")
-    wholly = WHOLE_FILE.search(rest) is not None
-    introduces = not rest.strip("*_ ()#:.") or LABEL_WORD.search(rest) is not None
-    unfit = NO_LABEL.search(rest) is not None and not wholly
+    makes = MAKES_FILE.match(line[:line.find(token)]) is not None
+    introduces = makes or not rest.strip("*_ ()#:.") or LABEL_WORD.search(rest) is not None
+    # What a new file will do, "that prints ...", may be said after its name.
+    before, after = line.split(token, 1)
+    unfit = WHOLE_FILE.search(rest) is None and (
+        NO_LABEL.search(before) or FOR_FILE.search(before)
+        or (NOT_AFTER if makes else NO_LABEL).search(after))
     heading = line.lstrip("`").startswith(token) and (
         rest.strip("*_` ")[:1] in ("", "-", ":", "(", "\u2013", "\u2014") or len(rest.split()) <= 1)
-    if not (ends or heading) or not (introduces or heading) or unfit:
+    if not (ends or heading or makes) or not (introduces or heading) or unfit:
         return ""
     return _safe_path(raw, scope)
 
@@ -7849,7 +7866,8 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
         mark = ONE_FENCE.fullmatch(line.strip())
         if mark is None:
             label = line if line.strip() else label
-            heading = line if HEADING.match(line) else heading
+            names = LABEL_NAMES.search(line) and (HEADING.match(line) or MAKES_FILE.match(line))
+            heading = line if names else heading
             continue
         fence = masked.fences[ord(mark.group()) - FENCE_BASE]
         plain = not LABEL_NAMES.search(label) and not NO_LABEL.search(label)

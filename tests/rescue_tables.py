@@ -875,6 +875,7 @@ QUESTIONS = [
 
 P = "```python\nprint('hi')\n```"
 pc = "print('hi')\n"
+HELLO = "write a hello world program"
 FENCE = "```python\nprint('hi')\n```"
 # What the model described: words, answer, operations.
 TOLD = [
@@ -1084,6 +1085,15 @@ TOLD = [
     ("move the docs", "```bash\nmkdir -p docs\nmv README.old docs/\nmv notes.txt docs/notes.txt\n```", (mkdir("docs"),rename("README.old","docs/README.old"),rename("notes.txt","docs/notes.txt"))),
     ("create a note", "```bash\ncat > note.txt <<-EOF\n\thello\n\tEOF\n```", create("note.txt","hello\n")),
     ("create a note", "```bash\n# write the note\nprintf '%s' 'a b' > 'my note.txt'  # done\n```", create("my note.txt","a b")),
+    (HELLO,f"I'll create a file named `hello.py` that prints a greeting.\n\n{P}",create("hello.py",pc)),
+    (HELLO,f"I'll create a file named `hello.py` that prints a greeting:\n\n{P}",create("hello.py",pc)),
+    (HELLO,f"I'll create `hello.py`.\n\nHere's the code:\n\n{P}",create("hello.py",pc)),
+    (HELLO,f"I'll create `hello.py`. Here's the code:\n\n{P}",create("hello.py",pc)),
+    (HELLO,f"Sure! Let me create `hello.py` for you:\n\n{P}",create("hello.py",pc)),
+    (HELLO,f"Here's `hello.py`, which uses the print function:\n\n{P}",create("hello.py",pc)),
+    (HELLO,f"I've written `hello.py`:\n{P}",create("hello.py",pc)),
+    (HELLO,f"Let's start with `hello.py`:\n{P}",create("hello.py",pc)),
+    (HELLO,f"I'll make two files.\n\nFirst, I'll create `a.py` that runs the app:\n{P}\n\nThen I'll create `b.py` with an example function:\n{P}",(create("a.py",pc),create("b.py",pc))),
 ]
 
 # Words on which nothing may be done, though the model says that it does it.
@@ -1650,4 +1660,17 @@ NOT_TOLD = [
     ("set it up", "```bash\ntouch -- -x\n```"),
     ("set it up", "```bash\ntouch -d yesterday a\n```"),
     ("set it up", "```python\nimport os; os.mkdir('a')\n```"),
+    (HELLO,f"I'll create a function in `app.py`:\n{P}"),
+    (HELLO,f"I'll write a test for `app.py`:\n{P}"),
+    (HELLO,f"I'll write the changes from `app.py`:\n{P}"),
+    (HELLO,f"Here's what `app.py` looks like before:\n{P}"),
+    (HELLO,f"Here's an example of `app.py`:\n{P}"),
+    (HELLO,f"Here's `app.py` output:\n{P}"),
+    (HELLO,f"I'll create `app.py`.\n\nUsage:\n{P}"),
+    (HELLO,f"I'll create `app.py`.\n\nYou can run it like this:\n{P}"),
+    (HELLO,f"Here's a snippet for `app.py`:\n{P}"),
+    (HELLO,f"Here's the section of `app.py`:\n{P}"),
+    (HELLO,f"I'll make changes to `app.py`:\n{P}"),
+    (HELLO,f"I'll write to `app.py` and import it from `b.py`:\n{P}"),
+    (HELLO,f"Here's `app.py` updated:\n{P}"),
 ]
