@@ -12740,7 +12740,7 @@ def run_models(args: Any, env: Mapping[str, str]) -> int:
             for tag, fact in zip(tags, facts)]
     say(f"{'MODEL':32} {'SIZE':>8} {'WINDOW':>8}  TOOLS  LOADED")
     for row in rows:
-        mark = "*" if row.name == config.model else " "
+        mark = "*" if row.name in (config.model, config.model + ":latest") else " "
         say(f"{mark}{clean(row.name):31} {row.size / 1e9:5.1f} GB {window_text(row.window):>8}"
             f"  {'yes' if 'tools' in row.capabilities else 'no':5}  {row.loaded}")
     memory = gpu_bytes(env)
