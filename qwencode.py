@@ -10740,6 +10740,8 @@ class Exchange:
             lines += data.count(b"\n")  # Ollama writes a line for each token
             self.server.stats.progress(self, time.time(), lines)
             events = turn.feed(data) if data else turn.close()
+            if turn.heard and not self.first_at:  # not the first event, which may be ours
+                self.first_at = time.monotonic()
             if turn.error and not self.started and not events:
                 self._refuse(turn.error)
             if turn.heard and not self.started:
@@ -10780,7 +10782,6 @@ class Exchange:
 
     def _open_stream(self) -> None:
         self.started = True
-        self.first_at = self.first_at or time.monotonic()
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream and not self.audience.detached:
             self.handler.start_stream("text/event-stream; charset=utf-8")
