@@ -10649,8 +10649,9 @@ class Exchange:
         texts = [tools_json, *map(message_text, messages)]
         count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
         self.estimate = count.tokens
-        known = texts[:same + 1] if same else ()
-        shared = int(sum(sum(counter.sizes_of(text)[1]) for text in known))
+        sizes = [sum(counter.sizes_of(text)[1]) for text in texts]
+        known = sum(sizes[:same + 1]) if same else 0
+        shared = int(count.tokens * known / max(sum(sizes), 1))
         return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
 
     def _note_break(self, messages: List[ChatMessage], same: int) -> None:
@@ -11407,8 +11408,8 @@ class ShimServer(ThreadingHTTPServer):
         tokens = finish.prompt_tokens or prompt.size.tokens
         if not prompt.shared and finish.prompt_s > MIN_MISS_S:
             self._rates[model] = max(self._rates.get(model, 0.0), tokens / finish.prompt_s)
-        fresh, read, created = cache_usage(
-            tokens, prompt.shared, finish.prompt_s, self._rates.get(model))
+        shared = prompt.shared * tokens // max(prompt.size.tokens, 1)
+        fresh, read, created = cache_usage(tokens, shared, finish.prompt_s, self._rates.get(model))
         return Usage(fresh, output, read, created)
 
     def note_turn(self, exchange: Exchange, record: TurnRecord) -> None:

@@ -399,3 +399,19 @@ def test_the_first_token_is_the_model_s_and_not_a_keep_alive(monkeypatch):
         shim.messages()
         turn = shim.request("GET", "/status").json["turns"][0]
     assert turn["first_s"] >= 0.6
+
+
+def test_what_was_cached_is_never_more_than_the_turn_before():
+    """Also where Ollama counts half of what the first estimate says."""
+    with MockOllama(text("ok"), model="qwen3-coder:30b",
+                    tokens=lambda words: len(words) // 7) as ollama, running_shim(
+            ollama.url, model=ollama.model) as shim:
+        messages = [{"role": "user", "content": "some words " * 500}]
+        for _ in range(3):
+            ask(shim, messages, "a tool")
+            messages += [{"role": "assistant", "content": "ok"},
+                         {"role": "user", "content": "more words " * 50}]
+        turns = shim.request("GET", "/status").json["turns"]
+    for later, earlier in zip(turns, turns[1:]):
+        assert 0.8 * earlier["prompt_tokens"] < later["cached_tokens"] <= (
+            earlier["prompt_tokens"] + earlier["output_tokens"])
