@@ -10649,8 +10649,9 @@ class Exchange:
         texts = [tools_json, *map(message_text, messages)]
         count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
         self.estimate = count.tokens
-        known = texts[:same + 1] if same else ()
-        shared = int(sum(sum(counter.sizes_of(text)[1]) for text in known))
+        sizes = [sum(counter.sizes_of(text)[1]) for text in texts]
+        known = sum(sizes[:same + 1]) if same else 0
+        shared = int(count.tokens * known / max(sum(sizes), 1))
         return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
 
     def _note_break(self, messages: List[ChatMessage], same: int) -> None:
@@ -10740,6 +10741,8 @@ class Exchange:
             lines += data.count(b"\n")  # Ollama writes a line for each token
             self.server.stats.progress(self, time.time(), lines)
             events = turn.feed(data) if data else turn.close()
+            if turn.heard and not self.first_at:  # not the first event, which may be ours
+                self.first_at = time.monotonic()
             if turn.error and not self.started and not events:
                 self._refuse(turn.error)
             if turn.heard and not self.started:
@@ -10780,7 +10783,6 @@ class Exchange:
 
     def _open_stream(self) -> None:
         self.started = True
-        self.first_at = self.first_at or time.monotonic()
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream and not self.audience.detached:
             self.handler.start_stream("text/event-stream; charset=utf-8")
@@ -11406,8 +11408,8 @@ class ShimServer(ThreadingHTTPServer):
         tokens = finish.prompt_tokens or prompt.size.tokens
         if not prompt.shared and finish.prompt_s > MIN_MISS_S:
             self._rates[model] = max(self._rates.get(model, 0.0), tokens / finish.prompt_s)
-        fresh, read, created = cache_usage(
-            tokens, prompt.shared, finish.prompt_s, self._rates.get(model))
+        shared = prompt.shared * tokens // max(prompt.size.tokens, 1)
+        fresh, read, created = cache_usage(tokens, shared, finish.prompt_s, self._rates.get(model))
         return Usage(fresh, output, read, created)
 
     def note_turn(self, exchange: Exchange, record: TurnRecord) -> None:
@@ -12740,7 +12742,7 @@ def run_models(args: Any, env: Mapping[str, str]) -> int:
             for tag, fact in zip(tags, facts)]
     say(f"{'MODEL':32} {'SIZE':>8} {'WINDOW':>8}  TOOLS  LOADED")
     for row in rows:
-        mark = "*" if row.name == config.model else " "
+        mark = "*" if row.name in (config.model, config.model + ":latest") else " "
         say(f"{mark}{clean(row.name):31} {row.size / 1e9:5.1f} GB {window_text(row.window):>8}"
             f"  {'yes' if 'tools' in row.capabilities else 'no':5}  {row.loaded}")
     memory = gpu_bytes(env)

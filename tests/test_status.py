@@ -8,7 +8,7 @@ import threading
 import pytest
 import qwencode as q
 from helpers import running_shim, tool
-from mock_ollama import MockOllama, model_text, text
+from mock_ollama import MockOllama, delay, model_text, text
 
 
 def config(**variables):
@@ -390,3 +390,28 @@ def test_a_rescue_is_followed_to_its_result():
         rescue = shim.request("GET", "/status").json["rescues"][0]
     assert rescue["tools"] == ["Bash"]
     assert rescue["rescue_outcome"] == "worked"
+
+
+def test_the_first_token_is_the_model_s_and_not_a_keep_alive(monkeypatch):
+    monkeypatch.setattr(q, "FIRST_EVENT_S", 0.05)
+    with MockOllama(delay(0.6) + text("ok"), model="qwen3-coder:30b") as ollama, running_shim(
+            ollama.url, model=ollama.model) as shim:
+        shim.messages()
+        turn = shim.request("GET", "/status").json["turns"][0]
+    assert turn["first_s"] >= 0.6
+
+
+def test_what_was_cached_is_never_more_than_the_turn_before():
+    """Also where Ollama counts half of what the first estimate says."""
+    with MockOllama(text("ok"), model="qwen3-coder:30b",
+                    tokens=lambda words: len(words) // 7) as ollama, running_shim(
+            ollama.url, model=ollama.model) as shim:
+        messages = [{"role": "user", "content": "some words " * 500}]
+        for _ in range(3):
+            ask(shim, messages, "a tool")
+            messages += [{"role": "assistant", "content": "ok"},
+                         {"role": "user", "content": "more words " * 50}]
+        turns = shim.request("GET", "/status").json["turns"]
+    for later, earlier in zip(turns, turns[1:]):
+        assert 0.8 * earlier["prompt_tokens"] < later["cached_tokens"] <= (
+            earlier["prompt_tokens"] + earlier["output_tokens"])
