@@ -23,6 +23,7 @@ and 1 MB in which each request ends in another sentence.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import json
@@ -687,7 +688,8 @@ def descendants(pid: int) -> List[int]:
     found = [pid]
     for parent in found:
         for listing in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in listing.read_text().split()]
+            with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+                found += [int(child) for child in listing.read_text().split()]
     return found
 
 
