@@ -482,9 +482,11 @@ FIRST_TOKEN_TIMEOUT_MS = 600_000
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("0", "false", "no", "off", "")
 WHOLE_NUMBER = Pattern(r"[0-9]{1,12}")
-BASE_URL = Pattern(r"https?://[^\s/?#]+(?:/[^\s?#]*)?", re.IGNORECASE)
+BASE_URL = Pattern(r"https?://(?:[^\s/?#]+@)?(?:\[[0-9a-f:.]+\]|[\w.~%-]+)(?::([0-9]{1,5}))?"
+                   r"(?:/[!\"$->@-~]*)?", re.IGNORECASE | re.ASCII)
+PERCENT_CODED = Pattern(r"(?:%[0-9a-fA-F]{2})+")
 BRACKETED_HOST = Pattern(r"\[([0-9a-fA-F:.]+)\](?::(.*))?")
-URL_LOGIN = Pattern(r"://([^/@\s]+)@")
+URL_LOGIN = Pattern(r"://([^/\s]+)@")
 KEEP_ALIVE = Pattern(r"-?[0-9]+(?:\.[0-9]+)?(?:(?:ns|us|ms|s|m|h)(?:[0-9.]+(?:ns|us|ms|s|m|h))*)?")
 CONTROL_CHARS = Pattern(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -527,7 +529,8 @@ class Config(NamedTuple):
 
 def parse_base_url(text: str) -> str:
     """Return the URL without a trailing slash; raise ConfigError where it is none."""
-    if not BASE_URL.fullmatch(text):
+    url = BASE_URL.fullmatch(text)
+    if not url or not 0 < int(url.group(1) or 80) < 65536:
         raise ConfigError("is not a URL such as http://127.0.0.1:11434")
     return text.rstrip("/")
 
@@ -675,10 +678,17 @@ def flag_of(option: Option) -> str:
 
 
 def secrets_of(config: Config) -> Tuple[str, ...]:
-    """List the texts that must appear in no log and no answer."""
+    """List the texts that must appear in no log and no answer, the longest first.
+
+    A URL's login counts as written, decoded, and as the header that Ollama sees.
+    """
     url = URL_LOGIN.search(config.base_url)
-    login = (url.group(1), url.group(1).partition(":")[2]) if url else ()
-    return tuple(text for text in (config.api_key, config.auth_token, *login) if len(text) > 2)
+    written = url.group(1) if url else ""
+    login = PERCENT_CODED.sub(lambda run: bytes.fromhex(
+        run.group().replace("%", "")).decode("utf-8", "replace"), written)
+    texts = {config.api_key, config.auth_token, written, written.partition(":")[2], login,
+             login.partition(":")[2], base64.b64encode(login.encode("utf-8", "replace")).decode()}
+    return tuple(sorted((text for text in texts if len(text) > 2), key=len, reverse=True))
 
 
 # ============================== 4. TYPES ==============================
