@@ -1237,9 +1237,11 @@ def types_of(schema: Any) -> List[str]:
         return []
     kind = schema.get("type")
     if kind is None:
-        choices = schema.get("anyOf") or schema.get("oneOf") or []
-        return [each for choice in choices for each in types_of(choice)]
-    return [each for each in (kind if isinstance(kind, list) else [kind]) if each in SCHEMA_TYPES]
+        choices = schema.get("anyOf") or schema.get("oneOf")
+        return [each for choice in (choices if isinstance(choices, list) else ())
+                for each in types_of(choice)]
+    return [each for each in (kind if isinstance(kind, list) else [kind])
+            if isinstance(each, str) and each in SCHEMA_TYPES]
 
 
 def schema_takes(value: Any, schema: Any) -> bool:
@@ -1344,7 +1346,8 @@ JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/",
 JSON_ESCAPE = Pattern(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.S)
 SURROGATE = Pattern("[\ud800-\udfff]")
 MAX_JSON_DEPTH = 60
-STRICT_JSON = json.JSONDecoder(strict=False)
+STRICT_JSON = json.JSONDecoder(
+    strict=False, parse_constant=_no_constant, parse_float=_finite)
 
 
 class LooseJson:
@@ -1563,7 +1566,7 @@ def _shell_by_shape(tools: Sequence[Tool]) -> List[str]:
     if any(tool.name in CORE_TOOLS for tool in tools):
         return []
     shells = [tool.name for tool in tools
-              if "command" in (tool.schema.get("required") or ()) and not mcp_server(tool.name)]
+              if "command" in required_of(tool.schema) and not mcp_server(tool.name)]
     return shells[:1]
 
 
@@ -2219,7 +2222,7 @@ class WindowChoice(NamedTuple):
 
 
 def natural(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 0
+    return value if type(value) is int and 0 < value < 1 << 63 else 0
 
 
 def kv_bytes_per_token(model_info: Any) -> Optional[int]:
@@ -2502,9 +2505,7 @@ def slim_tool(tool: Tool) -> Tool:
     keep theirs up to MAX_TOOL_TEXT_CHARS. Calls are still checked by the client's schema.
     """
     row = TOOL_TEXTS.get(tool.name)
-    required = tool.schema.get("required")
-    names = required if isinstance(required, list) else ()
-    if row is None or not all(name in row[1] for name in names):
+    if row is None or not all(name in row[1] for name in required_of(tool.schema)):
         row = (clip(tool.description, MAX_TOOL_TEXT_CHARS), {})
     elif row is AGENT_TEXT:
         agents = AGENTS_IN_TOOL.search(tool.description)
@@ -2786,8 +2787,8 @@ def _trained_window(model_info: Any) -> Optional[int]:
     if not isinstance(model_info, dict):
         return None
     for key, value in model_info.items():
-        if str(key).endswith(".context_length") and isinstance(value, int) and value > 0:
-            return value
+        if str(key).endswith(".context_length") and natural(value):
+            return natural(value)
     return None
 
 
