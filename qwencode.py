@@ -145,6 +145,7 @@ KEEP_ALIVE_S = 10.0
 # Seconds: nginx gives a header or a part of a body 60, CIS asks for less.
 HEAD_PROGRESS_S = 30.0
 IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
+ACCEPT_PAUSE_S = 0.1  # when accepting fails: too many open files
 CONNECT_S = 10.0  # a server that takes longer to accept is not there
 HEALTH_S = 0.8  # /health answers within a second
 HEALTH_TTL_S = 5.0  # for the status page: /api/show of a large model is 1 MB
@@ -157,6 +158,9 @@ FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
 MAX_MODELS = 64  # models whose facts are remembered
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
+LINGER_S = 3.0  # a client that still sends may read its refusal for so long
+MAX_TRAILERS = 100  # header lines behind a chunked body; nobody sends any
+MIN_SECRET_CHARS = 8  # a client's shorter key is a word such as `local`, not a secret
 BASH_CHECK_S = 2.0
 MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
 MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
@@ -382,6 +386,10 @@ class UpstreamFailedError(ShimError):
         super().__init__(message)
         self.retry = retry
         self.status = status
+
+
+class InternalError(ShimError):
+    """A bug: told as such; the log says where."""
 
 
 class ClientGoneError(Exception):
@@ -838,7 +846,6 @@ class FileOp(NamedTuple):
 
 # ============================== 5. CODECS ==============================
 
-_scan_json = json.JSONDecoder().raw_decode
 _quote = json.encoder.encode_basestring_ascii
 
 LOW_SURROGATES = Pattern(r"[\ud800-\udfff]")
@@ -867,14 +874,26 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    """Read a float; 1e999 would become Infinity, which no reader of JSON takes."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+_strict_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_scan_json = _strict_json.raw_decode
+
+
 def parse_json(data: bytes) -> Any:
     """Read a JSON document strictly; raise ValueError with the reason.
 
-    Refuses NaN and Infinity, bad UTF-8 (replaced bytes would change the user's code)
-    and nesting beyond what Python reads.
+    Refuses NaN, Infinity and what would become it, bad UTF-8 (replaced bytes would
+    change the user's code) and nesting beyond what Python reads.
     """
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        return _strict_json.decode(data.decode("utf-8"))
     except UnicodeDecodeError as problem:
         raise ValueError(f"byte {problem.start} is not UTF-8") from None
     except RecursionError:
@@ -970,6 +989,7 @@ class ChunkDecoder:
         self.rest = b""
         self._need = 0
         self._in_trailer = False
+        self._trailers = 0
 
     def feed(self, data: bytes) -> bytes:
         buffer = self.rest + data if self.rest else data
@@ -1014,6 +1034,9 @@ class ChunkDecoder:
     def _size_line(self, line: bytes) -> None:
         if self._in_trailer:
             self.finished = not line
+            self._trailers += 1
+            if self._trailers > MAX_TRAILERS:
+                raise ValueError("more header lines follow it than anybody sends")
             return
         size = CHUNK_SIZE.fullmatch(line.decode("latin-1"))
         if not size:
@@ -3283,7 +3306,7 @@ def upstream_error(
     if MODEL_MISSING.search(text) and status in (404, 400, 500):
         return ModelMissingError(
             f"Ollama has no model {model!r}. Get it with: ollama pull {model}  (Ollama said{said})")
-    made = REFUSALS.get(status)
+    made = REFUSALS.get(status) or (_NO_ANSWER if status < 400 else None)
     if made:
         return made(f"({status}){said}", retry_after)
     if status < 500:
@@ -3303,6 +3326,8 @@ _DENIED = _refusal(UpstreamDeniedError, "Ollama denied the request",
                    " Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
 _NO_SUCH_CALL = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
                          " Is it an Ollama server?")
+_NO_ANSWER = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL gave no answer",
+                      " It may point elsewhere: set OLLAMA_BASE_URL to Ollama itself.")
 _BUSY = _refusal(BusyError, "Ollama is busy")
 _LATE = _refusal(UpstreamTimeoutError, "Ollama timed out")
 REFUSALS: Dict[int, Callable[[str, Optional[str]], ShimError]] = {
@@ -3410,7 +3435,7 @@ class ThinkSplitter:
 
 
 def _count(value: Any) -> Optional[int]:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def _seconds(value: Any) -> float:
@@ -3468,7 +3493,10 @@ class ChatDecoder:
         """Decode whole lines: one sweep costs a third of json.loads a line."""
         try:
             text = whole.decode("utf-8")
-        except UnicodeDecodeError:
+        except UnicodeDecodeError as problem:
+            good = whole.rfind(b"\n", 0, problem.start) + 1
+            if good:
+                self._read(whole[:good], parts)
             raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.") from None
         at, end = 0, len(text)
         run: List[str] = []
