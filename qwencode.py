@@ -9253,6 +9253,7 @@ class UpstreamCall:
 
     def read_head(self, until: float) -> None:
         """Read status and headers; raise UpstreamBrokenError where they make no sense."""
+        size = 0
         while True:
             head, found, rest = self._buffer.partition(b"\r\n\r\n")
             if found:
@@ -9261,9 +9262,10 @@ class UpstreamCall:
                 if self.status >= 200:
                     return
                 continue
-            if len(self._buffer) > 4 * MAX_HEAD_BYTES:
+            if size > 4 * MAX_HEAD_BYTES:  # also of 1xx answers together
                 raise UpstreamBrokenError("The server at OLLAMA_BASE_URL sent endless headers.")
             data = self._receive(until)
+            size += len(data)
             if not data:
                 raise UpstreamBrokenError(
                     "Ollama closed the connection without an answer." if not self._buffer
@@ -9279,8 +9281,16 @@ class UpstreamCall:
         self.status = int(status.group(1))
         pairs = (line.partition(":") for line in lines[1:])
         self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        if self.status < 200:
+            return
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UpstreamBrokenError(
+                "The server at OLLAMA_BASE_URL sent a compressed answer, which was not asked for;"
+                " turn compression off in the proxy before Ollama.")
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
             self._chunks = ChunkDecoder()
+        elif self.status in (204, 304):
+            self._left = 0
         elif WHOLE_NUMBER.fullmatch(self.headers.get("content-length", "")):
             self._left = int(self.headers["content-length"])
 
@@ -9380,7 +9390,7 @@ class Upstream:
         sock = self._connect(waiter, min(until, time.monotonic() + CONNECT_S))
         call = UpstreamCall(sock, waiter, self.url)
         try:
-            call.send(head.encode("latin-1") + b"\r\n" + payload, until)
+            call.send(head.encode("utf-8", "surrogateescape") + b"\r\n" + payload, until)
         except BaseException:
             call.close()
             raise
@@ -9394,7 +9404,11 @@ class Upstream:
             raise self._refused(f"the name cannot be resolved ({problem})") from None
         reason = "no address"
         for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError as problem:  # no such family here, or too many open files
+                reason = os.strerror(problem.errno or 0)
+                continue
             try:
                 reason = self._connect_one(sock, address, waiter, until)
                 if not reason:
@@ -9446,7 +9460,7 @@ class Upstream:
             call.read_head(until)
             text = call.read_all(until).decode("utf-8", "replace")
         try:
-            parsed = json.loads(text)
+            parsed = _strict_json.decode(text)
         except (ValueError, RecursionError):
             parsed = None
         return Answer(call.status, text, parsed, call.headers.get("retry-after"))
