@@ -9525,6 +9525,7 @@ class ClientLink(Waiter):
         self._sock, self._stop = sock, stop
         self.input = bytearray()
         self._pending = bytearray()
+        self._largest = 0  # of the pieces that wait: one long line is no lag
         self._taken_at = 0.0
         self._eof = False
         self._watched: Any = None
@@ -9535,28 +9536,20 @@ class ClientLink(Waiter):
 
     def send(self, data: bytes) -> None:
         """Send now what the client takes and keep the rest."""
-        if self._pending:
-            self._pending += data
-            self._check_pending()
-            return
-        try:
-            sent = self._sock.send(data)
-        except WOULD_BLOCK:
-            sent = 0
-        except OSError:
-            raise ClientGoneError from None
+        sent = 0
+        if not self._pending:
+            self._taken_at = time.monotonic()
+            try:
+                sent = self._sock.send(data)
+            except WOULD_BLOCK:
+                pass
+            except OSError:
+                raise ClientGoneError from None
         if sent < len(data):
             self._pending += memoryview(data)[sent:]
-            self._taken_at = time.monotonic()
-            self._check_pending()
-
-    def _check_pending(self) -> None:
-        if len(self._pending) > MAX_PENDING_BYTES and self._lagged > 0:
-            raise ClientGoneError
-
-    @property
-    def _lagged(self) -> float:
-        return time.monotonic() - self._taken_at
+            self._largest = max(self._largest, len(data))
+            if len(self._pending) > MAX_PENDING_BYTES + self._largest:
+                raise ClientGoneError
 
     def _flush(self) -> None:
         try:
@@ -9567,6 +9560,8 @@ class ClientLink(Waiter):
             raise ClientGoneError from None
         del self._pending[:sent]
         self._taken_at = time.monotonic()
+        if not self._pending:
+            self._largest = 0
 
     def _take_input(self) -> None:
         """Read what the client sends; while a request is served its end means it left."""
@@ -9648,6 +9643,21 @@ class ClientLink(Waiter):
             self._flush()
 
 
+class Progress:
+    """The deadline of a body: MIN_PROGRESS_BYTES of it put it off."""
+
+    def __init__(self) -> None:
+        self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
+
+    def await_more(self, link: ClientLink, got: int) -> None:
+        """Wait for input after got bytes; raise SlowRequestError where they dribble."""
+        self._got += got
+        if self._got >= MIN_PROGRESS_BYTES:
+            self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
+        if not link.wait(None, False, self._until):
+            raise SlowRequestError("The request's body stopped arriving.")
+
+
 class HttpRequest(NamedTuple):
     """The head of a request. path has no query and no prefix before /v1."""
 
@@ -9661,8 +9671,12 @@ class HttpRequest(NamedTuple):
         return self.headers.get(name, "")
 
 
-REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (\S{1,8000}) HTTP/(1\.[01])")
-HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*")
+REQUEST_LINE = Pattern(r"([A-Z]{1,20}) ([!-~]{1,8000}) HTTP/(1\.[01])")
+# Bytes beyond ASCII are let through: a key may hold them (RFC 9110 5.5, obs-text).
+HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+# Two of these could mean one thing to us and another to whoever stands before us.
+SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "content-type", "origin",
+                  "authorization", "x-api-key")
 DOUBLED_V1 = Pattern(r".*(/v1/.*)")
 CONTENT_LENGTH = Pattern(r"[0-9]{1,15}", re.ASCII)
 
@@ -9675,18 +9689,18 @@ def parse_head(head: bytes) -> HttpRequest:
     lines = head.decode("latin-1").split("\r\n")
     first = REQUEST_LINE.fullmatch(lines[0])
     if not first:
-        raise BadRequestError(f"This is not an HTTP/1.1 request: {clean(lines[0], 60)!r}")
+        raise BadRequestError("This is not an HTTP/1.1 request.")
     if len(lines) > MAX_HEADERS + 1:
         raise HeadTooLargeError(f"More than {MAX_HEADERS} headers.")
     headers: Dict[str, str] = {}
     for line in lines[1:]:
         match = HEADER_LINE.fullmatch(line)
-        if not match or CONTROL_CHARS.search(match.group(2).replace("\t", " ")):
-            raise BadRequestError(f"Malformed header: {clean(line, 60)!r}")
+        if not match:  # not quoted: it may be the one with the key
+            raise BadRequestError("One of the request's headers is malformed.")
         name = match.group(1).lower()
-        if name in headers and name in ("host", "content-length", "transfer-encoding"):
+        if name in headers and name in SINGLE_HEADERS:
             raise BadRequestError(f"The header {name} is repeated.")
-        headers[name] = match.group(2)
+        headers[name] = match.group(2).strip(" \t")
     if first.group(3) == "1.1" and "host" not in headers:
         raise BadRequestError("The Host header is missing.")
     path = first.group(2).partition("?")[0].partition("#")[0]
@@ -9815,17 +9829,18 @@ class Registry:
             self._models[name] = (time.monotonic() + FACTS_TTL_S, model)
         return model
 
-    def _ask(self, method: str, path: str, body: Optional[Json], waiter: Waiter,
-             until: float) -> Answer:
+    def ask(self, method: str, path: str, body: Union[str, Json, None], waiter: Waiter,
+            until: float) -> Answer:
         """Ask on the shim's own account; silence and nonsense count as no answer."""
+        payload = to_json(body) if isinstance(body, dict) else body
         try:
-            return self._upstream.ask(method, path, to_json(body) if body else None, waiter, until)
+            return self._upstream.ask(method, path, payload, waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
             return Answer(0, "", None)
 
     def _learn(self, name: str, waiter: Waiter, until: float) -> LocalModel:
         config = self._config
-        answer = self._ask("POST", "/api/show", {"model": name}, waiter, until)
+        answer = self.ask("POST", "/api/show", {"model": name}, waiter, until)
         if answer.status != 200:
             error = upstream_error(answer.status, answer.text, name)
             if isinstance(error, ModelMissingError):
@@ -9874,7 +9889,7 @@ class Registry:
         until: float,
     ) -> WindowChoice:
         """Load the model without a prompt (OL 4) and see what came of it."""
-        answer = self._ask("POST", "/api/generate", {
+        answer = self.ask("POST", "/api/generate", {
             "model": facts.name, "options": load_options(num_ctx), "shift": False, "stream": False,
             "keep_alive": keep_alive_value(self._config.keep_alive)}, waiter, until)
         row = self._loaded_row(facts, waiter, until) if answer.status == 200 else None
@@ -9884,7 +9899,7 @@ class Registry:
 
     def _loaded_row(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[Json]:
         """Find the model in /api/ps, by name or by its blob's digest."""
-        rows = _mapping(self._ask("GET", "/api/ps", None, waiter, until).body).get("models")
+        rows = _mapping(self.ask("GET", "/api/ps", None, waiter, until).body).get("models")
         names = (facts.name, facts.name + ":latest")
         for row in rows if isinstance(rows, list) else ():
             if isinstance(row, dict) and (row.get("name") in names or row.get("model") in names):
@@ -9893,7 +9908,7 @@ class Registry:
 
     def _probe(self, model: LocalModel, waiter: Waiter, until: float) -> ModelFacts:
         facts = model.facts
-        answer = self._ask("POST", "/api/chat", probe_body(
+        answer = self.ask("POST", "/api/chat", probe_body(
             facts.name, load_options(model.num_ctx)), waiter, until)
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
         return facts_from_probe(facts, prompt) if prompt else facts
@@ -9910,7 +9925,7 @@ class Registry:
         """Ask Ollama's version; "" where it does not tell."""
         if self._version[0] > time.monotonic():
             return self._version[1]
-        answer = self._ask("GET", "/api/version", None, waiter, until)
+        answer = self.ask("GET", "/api/version", None, waiter, until)
         version = _mapping(answer.body).get("version") if answer.status == 200 else ""
         version = version if isinstance(version, str) else ""
         self._version = (time.monotonic() + FACTS_TTL_S, version)
@@ -10199,19 +10214,20 @@ class Exchange:
         stats = self.server.stats
         stats.begin(self, self.session_id, self.model, time.time(), "waiting")
         stats.settle(self.session_id, self.session.rescued, self.request)
-        outcome = "internal_error"
+        outcome = CLIENT_LEFT
         failure: Optional[ShimError] = None
         try:
             self._carry_out()
             outcome = "ok"
         except ClientGoneError:
-            outcome = CLIENT_LEFT
+            self.audience.failure = UpstreamBrokenError(
+                "The identical request that this one had joined was given up. Ask again.")
             raise
-        except ShimError as error:
-            outcome, failure = outcome_of(error), error
-            self.audience.failure = error
+        except Exception as problem:
+            failure = self.audience.failure = self.handler.as_told(problem)
+            outcome = outcome_of(failure)
             if not self.audience.detached:
-                self._tell(error)
+                self._tell(failure)
         finally:
             self.link.tick_at = float("inf")
             self.server.close_joint(self)
@@ -10447,19 +10463,20 @@ class Exchange:
 
     def _render(self, facts: ModelFacts, body: str, until: float) -> Optional[str]:
         """Have Ollama render the prompt; None where it cannot."""
-        answer = self.server.upstream.ask(
-            "POST", "/api/chat", render_body(body), self.link, until)
-        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        if prompt is None and answer.status != 200:
-            error = upstream_error(answer.status, answer.text, facts.name,
-                                   retry_after=answer.retry_after,
-                                   prompt_tokens=self.estimate, window=self.window)
-            if answer.status >= 500 or isinstance(error, (ModelMissingError, PromptTooLongError)):
-                raise error
-        if prompt is None:
-            self.server.registry.no_render(
-                facts, f"Ollama rendered no prompt (status {answer.status})")
-        return prompt
+        answer = self.server.registry.ask("POST", "/api/chat", render_body(body), self.link, until)
+        if answer.status == 200:
+            prompt = rendered_prompt(answer.body)
+            if prompt is None:
+                self.server.registry.no_render(facts, "Ollama rendered no prompt")
+            return prompt
+        error = upstream_error(answer.status, answer.text, facts.name,
+                               retry_after=answer.retry_after,
+                               prompt_tokens=self.estimate, window=self.window)
+        if isinstance(error, (ModelMissingError, PromptTooLongError)):
+            raise error
+        if type(error) is BadRequestError:
+            self.server.registry.no_render(facts, error.message)
+        return None  # whatever else is wrong, the chat will meet and tell
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
@@ -10579,7 +10596,6 @@ class Exchange:
 
     def _tell(self, error: ShimError) -> None:
         """Tell a failure: an HTTP status before the first byte, an event after it."""
-        error.message = redact(error.message, secrets_of(self.config))
         if not self.handler.streaming:
             self.handler.reply_error(error)
         elif self.request.stream:
@@ -10622,11 +10638,11 @@ class Handler:
     @staticmethod
     def _linger(sock: socket.socket) -> None:
         """Close without a reset that would take the answer from the client."""
+        until = time.monotonic() + LINGER_S
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(1.0)
-            for _ in range(64):
-                if not sock.recv(READ_BYTES):
+            while wait_ready((sock,), (), until - time.monotonic()) and sock.recv(READ_BYTES):
+                if time.monotonic() > until:
                     break
 
     @property
@@ -10648,23 +10664,36 @@ class Handler:
             self._guard()
             handle = self._route()
             handle(self)
-        except ShimError as error:
-            if isinstance(error, (BadRequestError, HeadTooLargeError, BodyTooLargeError,
-                                  SlowRequestError, NotImplementedCodingError, ForbiddenError)) \
-                    and not self._body_done:
-                self.keep = False
-            self.reply_error(error)
         except ClientGoneError:
             raise
-        except Exception as problem:  # a bug: told as such, and the server goes on
+        except Exception as problem:
+            # What was not read would be taken for the next request.
+            self.keep = self.keep and (self._body_done or not self._body_announced())
+            self.reply_error(self.as_told(problem))
+        self.link.drain()
+
+    def as_told(self, problem: Exception) -> ShimError:
+        """Make what the client is told of a failure: no secrets, and bugs as such."""
+        error = problem if isinstance(problem, ShimError) else InternalError(
+            "The shim met an internal error; see its log.")
+        if isinstance(problem, RecursionError):  # in the body, or what the model made of it
+            error = BadRequestError("This is nested too deeply.")
+        elif error is not problem:
             self.server.log.write("error", f"internal error: {problem!r} {trace_of(problem)}")
-            self.keep = False
-            if not self.streaming:
-                self.reply_error(ShimError("The shim met an internal error; see its log."))
-        finally:
-            self.link.drain()
+        error.message = redact(error.message, self._secrets())
+        return error
+
+    def _secrets(self) -> Tuple[str, ...]:
+        """List what no answer may hold: our secrets and the client's own key."""
+        bearer = self.http.header("authorization").rpartition(" ")[2]
+        own = (self.http.header("x-api-key"), bearer)
+        return (*self.server.secrets, *(text for text in own if len(text) >= MIN_SECRET_CHARS))
 
     _body_done = False
+
+    def _body_announced(self) -> bool:
+        return self.http.header("content-length") != "0" and any(
+            name in self.http.headers for name in ("content-length", "transfer-encoding"))
 
     def _read_head(self) -> bytes:
         """Read up to the empty line; raise for what is too long or too slow."""
@@ -10718,7 +10747,7 @@ class Handler:
     def has_key(self) -> bool:
         """Compare in constant time; bytes, since text beyond ASCII would raise."""
         hmac = late("hmac")
-        wanted = self.server.config.api_key.encode()
+        wanted = self.server.config.api_key.encode("utf-8", "surrogateescape")
         bearer = self.http.header("authorization")
         given = [self.http.header("x-api-key")]
         if bearer[:7].lower() == "bearer ":
@@ -10750,34 +10779,35 @@ class Handler:
 
     def read_body(self) -> bytes:
         """Read the request's body, by length or chunked; raise 4xx for what is not plain."""
-        http = self.http
-        coding, length = http.header("transfer-encoding"), http.header("content-length")
-        if coding and (length or http.version == "1.0"):
-            raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
-        if coding and coding.lower() != "chunked":
-            raise NotImplementedCodingError(
-                f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
-        if not coding and not length:
-            self._body_done = True
+        length = self._body_length()
+        if length == 0:
             return b""
-        if not coding and not CONTENT_LENGTH.fullmatch(length):
-            raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
-        if not coding and int(length) > MAX_BODY_BYTES:
-            raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
-        if http.header("expect").lower() == "100-continue" and not self.link.input:
+        if self.http.header("expect").lower() == "100-continue" and not self.link.input:
             self.link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunks() if coding else self._read_length(int(length))
+        body = self._read_chunks() if length is None else self._read_length(length)
         self._body_done = True
         return body
 
-    def _more_input(self, until: float) -> None:
-        if not self.link.wait(None, False, until):
-            raise SlowRequestError("The request's body stopped arriving.")
+    def _body_length(self) -> Optional[int]:
+        """Return the body's length in bytes, None where it comes in chunks."""
+        headers, version = self.http.headers, self.http.version
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if coding is not None and (length is not None or version == "1.0"):
+            raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
+        if coding is not None and coding.lower() != "chunked":
+            raise NotImplementedCodingError(
+                f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
+        if coding is not None or length is None:
+            return 0 if coding is None else None
+        if not CONTENT_LENGTH.fullmatch(length):
+            raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
+        if int(length) > MAX_BODY_BYTES:
+            raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
+        return int(length)
 
     def _read_length(self, length: int) -> bytes:
-        link = self.link
+        link, progress = self.link, Progress()
         pieces, missing = [], length
-        until = time.monotonic() + HEAD_PROGRESS_S
         while True:
             piece = bytes(link.input[:missing])
             del link.input[:len(piece)]
@@ -10785,14 +10815,11 @@ class Handler:
             missing -= len(piece)
             if not missing:
                 return b"".join(pieces)
-            if len(piece) >= MIN_PROGRESS_BYTES:
-                until = time.monotonic() + HEAD_PROGRESS_S
-            self._more_input(until)
+            progress.await_more(link, len(piece))
 
     def _read_chunks(self) -> bytes:
-        link, decoder = self.link, ChunkDecoder()
+        link, progress, decoder = self.link, Progress(), ChunkDecoder()
         pieces, size = [], 0
-        until = time.monotonic() + HEAD_PROGRESS_S
         while True:
             try:
                 piece = decoder.feed(bytes(link.input))
@@ -10806,9 +10833,7 @@ class Handler:
             if decoder.finished:
                 link.input += decoder.rest
                 return b"".join(pieces)
-            if len(piece) >= MIN_PROGRESS_BYTES:
-                until = time.monotonic() + HEAD_PROGRESS_S
-            self._more_input(until)
+            progress.await_more(link, len(piece))
 
     def read_json(self) -> Any:
         return self.json_of(self.read_body())
@@ -10835,12 +10860,13 @@ class Handler:
     def reply(self, status: int, body: bytes, kind: str = "application/json",
               headers: Optional[Dict[str, str]] = None) -> None:
         """Answer with a whole body."""
-        made = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}
+        made = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
+        made.update(headers or {})
         head = self._head(status, made)
         self.link.send(head if self.http.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any) -> None:
-        self.reply(200, to_json(value).encode())
+        self.reply(200, to_json(scrub(value, self._secrets())).encode())
 
     def reply_error(self, error: ShimError) -> None:
         """Answer with the Messages API error object."""
@@ -10917,7 +10943,7 @@ class Handler:
 
     def metrics(self) -> None:
         self.read_body()
-        text = metrics_text(self.server.stats, self.server.config)
+        text = redact(metrics_text(self.server.stats, self.server.config), self._secrets())
         self.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def root(self) -> None:
@@ -11007,6 +11033,7 @@ class ShimServer(ThreadingHTTPServer):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.secrets = secrets_of(config)
         self.log = Log(config)
         self.upstream = Upstream(config)
         self.registry = Registry(config, self.upstream, self.log)
@@ -11018,7 +11045,7 @@ class ShimServer(ThreadingHTTPServer):
         self.warmer = Warmer(self)
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
-        self._joints_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._health: Tuple[float, Json] = (0.0, {})
         self._sessions: Dict[str, Session] = {}
         self._bash_shapes: Dict[str, bool] = {}
@@ -11041,8 +11068,18 @@ class ShimServer(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept until stop(); sleeps in between (socketserver's wakes twice a second)."""
-        while self.stop_signal not in wait_ready((self.socket, self.stop_signal), (), 3600.0):
+        while self.socket.fileno() >= 0 and self.stop_signal not in wait_ready(
+                (self.socket, self.stop_signal), (), 3600.0):
             self._handle_request_noblock()  # type: ignore[attr-defined]
+        self.server_close()  # what still knocks is refused, not left waiting
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept; where no file can be opened, wait instead of spinning."""
+        try:
+            return super().get_request()
+        except OSError:
+            wait_ready((self.stop_signal,), (), ACCEPT_PAUSE_S)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         with self._idle:
@@ -11076,11 +11113,12 @@ class ShimServer(ThreadingHTTPServer):
 
     def session(self, key: str) -> Session:
         """Return the conversation's session; the least recently used go first."""
-        session = self._sessions.pop(key, None) or Session()
-        self._sessions[key] = session
-        while len(self._sessions) > MAX_SESSIONS:
-            self._sessions.pop(next(iter(self._sessions)), None)
-        return session
+        with self._lock:
+            session = self._sessions.pop(key, None) or Session()
+            self._sessions[key] = session
+            while len(self._sessions) > MAX_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+            return session
 
     def local_model(self, request: Request) -> str:
         """Choose the model: by kind, SHIM_MODEL_MAP by role, or the request's own."""
@@ -11110,11 +11148,11 @@ class ShimServer(ThreadingHTTPServer):
         """Return the running request that is identical to this one, or this one."""
         if not exchange.key:
             return exchange
-        with self._joints_lock:
+        with self._lock:
             return self._joints.setdefault(exchange.key, exchange)
 
     def close_joint(self, exchange: Exchange) -> None:
-        with self._joints_lock:
+        with self._lock:
             if self._joints.get(exchange.key) is exchange:
                 del self._joints[exchange.key]
         exchange.audience.end()
@@ -11145,7 +11183,8 @@ class ShimServer(ThreadingHTTPServer):
         try:
             answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
             upstream["reachable"] = True
-            upstream["version"] = _mapping(answer.body).get("version")
+            version = _mapping(answer.body).get("version")
+            upstream["version"] = version if isinstance(version, str) else None
             show = self.upstream.ask("POST", "/api/show", to_json({"model": self.config.model}),
                                      waiter, until)
             facts = facts_from_show(self.config.model, show.body)
