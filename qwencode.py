@@ -146,6 +146,7 @@ KEEP_ALIVE_S = 10.0
 # Seconds: nginx gives a header or a part of a body 60, CIS asks for less.
 HEAD_PROGRESS_S = 30.0
 IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
+ACCEPT_PAUSE_S = 0.1  # when accepting fails: too many open files
 CONNECT_S = 10.0  # a server that takes longer to accept is not there
 HEALTH_S = 0.8  # /health answers within a second
 HEALTH_TTL_S = 5.0  # for the status page: /api/show of a large model is 1 MB
@@ -159,6 +160,9 @@ NO_FACTS_TTL_S = 15.0  # where it said nothing: it may have been starting
 MAX_MODELS = 64  # models whose facts are remembered
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
+LINGER_S = 3.0  # a client that still sends may read its refusal for so long
+MAX_TRAILERS = 100  # header lines behind a chunked body; nobody sends any
+MIN_SECRET_CHARS = 8  # a client's shorter key is a word such as `local`, not a secret
 BASH_CHECK_S = 2.0
 MAX_RAW_TURNS = 512  # assistant turns remembered as the model wrote them
 MAX_RAW_CHARS = 16 * 1024 * 1024  # of these together
@@ -390,6 +394,10 @@ class UpstreamFailedError(ShimError):
         self.status = status
 
 
+class InternalError(ShimError):
+    """A bug: told as such; the log says where."""
+
+
 class ClientGoneError(Exception):
     """The client left: nobody is told, the upstream request is cancelled."""
 
@@ -488,9 +496,11 @@ FIRST_TOKEN_TIMEOUT_MS = 600_000
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("0", "false", "no", "off", "")
 WHOLE_NUMBER = Pattern(r"[0-9]{1,12}")
-BASE_URL = Pattern(r"https?://[^\s/?#]+(?:/[^\s?#]*)?", re.IGNORECASE)
+BASE_URL = Pattern(r"https?://(?:[^\s/?#]+@)?(?:\[[0-9a-f:.]+\]|[\w.~%-]+)(?::([0-9]{1,5}))?"
+                   r"(?:/[!\"$->@-~]*)?", re.IGNORECASE | re.ASCII)
+PERCENT_CODED = Pattern(r"(?:%[0-9a-fA-F]{2})+")
 BRACKETED_HOST = Pattern(r"\[([0-9a-fA-F:.]+)\](?::(.*))?")
-URL_LOGIN = Pattern(r"://([^/@\s]+)@")
+URL_LOGIN = Pattern(r"://([^/\s]+)@")
 KEEP_ALIVE = Pattern(r"-?[0-9]+(?:\.[0-9]+)?(?:(?:ns|us|ms|s|m|h)(?:[0-9.]+(?:ns|us|ms|s|m|h))*)?")
 CONTROL_CHARS = Pattern(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -533,7 +543,8 @@ class Config(NamedTuple):
 
 def parse_base_url(text: str) -> str:
     """Return the URL without a trailing slash; raise ConfigError where it is none."""
-    if not BASE_URL.fullmatch(text):
+    url = BASE_URL.fullmatch(text)
+    if not url or not 0 < int(url.group(1) or 80) < 65536:
         raise ConfigError("is not a URL such as http://127.0.0.1:11434")
     return text.rstrip("/")
 
@@ -681,10 +692,17 @@ def flag_of(option: Option) -> str:
 
 
 def secrets_of(config: Config) -> Tuple[str, ...]:
-    """List the texts that must appear in no log and no answer."""
+    """List the texts that must appear in no log and no answer, the longest first.
+
+    A URL's login counts as written, decoded, and as the header that Ollama sees.
+    """
     url = URL_LOGIN.search(config.base_url)
-    login = (url.group(1), url.group(1).partition(":")[2]) if url else ()
-    return tuple(text for text in (config.api_key, config.auth_token, *login) if len(text) > 2)
+    written = url.group(1) if url else ""
+    login = PERCENT_CODED.sub(lambda run: bytes.fromhex(
+        run.group().replace("%", "")).decode("utf-8", "replace"), written)
+    texts = {config.api_key, config.auth_token, written, written.partition(":")[2], login,
+             login.partition(":")[2], base64.b64encode(login.encode("utf-8", "replace")).decode()}
+    return tuple(sorted((text for text in texts if len(text) > 2), key=len, reverse=True))
 
 
 # ============================== 4. TYPES ==============================
@@ -834,7 +852,6 @@ class FileOp(NamedTuple):
 
 # ============================== 5. CODECS ==============================
 
-_scan_json = json.JSONDecoder().raw_decode
 _quote = json.encoder.encode_basestring_ascii
 
 LOW_SURROGATES = Pattern(r"[\ud800-\udfff]")
@@ -863,14 +880,26 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    """Read a float; 1e999 would become Infinity, which no reader of JSON takes."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+_strict_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_scan_json = _strict_json.raw_decode
+
+
 def parse_json(data: bytes) -> Any:
     """Read a JSON document strictly; raise ValueError with the reason.
 
-    Refuses NaN and Infinity, bad UTF-8 (replaced bytes would change the user's code)
-    and nesting beyond what Python reads.
+    Refuses NaN, Infinity and what would become it, bad UTF-8 (replaced bytes would
+    change the user's code) and nesting beyond what Python reads.
     """
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        return _strict_json.decode(data.decode("utf-8"))
     except UnicodeDecodeError as problem:
         raise ValueError(f"byte {problem.start} is not UTF-8") from None
     except RecursionError:
@@ -969,6 +998,7 @@ class ChunkDecoder:
         self.rest = b""
         self._need = 0
         self._in_trailer = False
+        self._trailers = 0
 
     def feed(self, data: bytes) -> bytes:
         buffer = self.rest + data if self.rest else data
@@ -1013,6 +1043,9 @@ class ChunkDecoder:
     def _size_line(self, line: bytes) -> None:
         if self._in_trailer:
             self.finished = not line
+            self._trailers += 1
+            if self._trailers > MAX_TRAILERS:
+                raise ValueError("more header lines follow it than anybody sends")
             return
         size = CHUNK_SIZE.fullmatch(line.decode("latin-1"))
         if not size:
@@ -1236,9 +1269,11 @@ def types_of(schema: Any) -> List[str]:
         return []
     kind = schema.get("type")
     if kind is None:
-        choices = schema.get("anyOf") or schema.get("oneOf") or []
-        return [each for choice in choices for each in types_of(choice)]
-    return [each for each in (kind if isinstance(kind, list) else [kind]) if each in SCHEMA_TYPES]
+        choices = schema.get("anyOf") or schema.get("oneOf")
+        return [each for choice in (choices if isinstance(choices, list) else ())
+                for each in types_of(choice)]
+    return [each for each in (kind if isinstance(kind, list) else [kind])
+            if isinstance(each, str) and each in SCHEMA_TYPES]
 
 
 def schema_takes(value: Any, schema: Any) -> bool:
@@ -1343,7 +1378,8 @@ JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/",
 JSON_ESCAPE = Pattern(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.S)
 SURROGATE = Pattern("[\ud800-\udfff]")
 MAX_JSON_DEPTH = 60
-STRICT_JSON = json.JSONDecoder(strict=False)
+STRICT_JSON = json.JSONDecoder(
+    strict=False, parse_constant=_no_constant, parse_float=_finite)
 
 
 class LooseJson:
@@ -1562,7 +1598,7 @@ def _shell_by_shape(tools: Sequence[Tool]) -> List[str]:
     if any(tool.name in CORE_TOOLS for tool in tools):
         return []
     shells = [tool.name for tool in tools
-              if "command" in (tool.schema.get("required") or ()) and not mcp_server(tool.name)]
+              if "command" in required_of(tool.schema) and not mcp_server(tool.name)]
     return shells[:1]
 
 
@@ -2218,7 +2254,7 @@ class WindowChoice(NamedTuple):
 
 
 def natural(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 0
+    return value if type(value) is int and 0 < value < 1 << 63 else 0
 
 
 def kv_bytes_per_token(model_info: Any) -> Optional[int]:
@@ -2501,9 +2537,7 @@ def slim_tool(tool: Tool) -> Tool:
     keep theirs up to MAX_TOOL_TEXT_CHARS. Calls are still checked by the client's schema.
     """
     row = TOOL_TEXTS.get(tool.name)
-    required = tool.schema.get("required")
-    names = required if isinstance(required, list) else ()
-    if row is None or not all(name in row[1] for name in names):
+    if row is None or not all(name in row[1] for name in required_of(tool.schema)):
         row = (clip(tool.description, MAX_TOOL_TEXT_CHARS), {})
     elif row is AGENT_TEXT:
         agents = AGENTS_IN_TOOL.search(tool.description)
@@ -2795,8 +2829,8 @@ def _trained_window(model_info: Any) -> Optional[int]:
     if not isinstance(model_info, dict):
         return None
     for key, value in model_info.items():
-        if str(key).endswith(".context_length") and isinstance(value, int) and value > 0:
-            return value
+        if str(key).endswith(".context_length") and natural(value):
+            return natural(value)
     return None
 
 
@@ -3317,7 +3351,7 @@ def upstream_error(
     if MODEL_MISSING.search(text) and status in (404, 400, 500):
         return ModelMissingError(
             f"Ollama has no model {model!r}. Get it with: ollama pull {model}  (Ollama said{said})")
-    made = REFUSALS.get(status)
+    made = REFUSALS.get(status) or (_NO_ANSWER if status < 400 else None)
     if made:
         return made(f"({status}){said}", retry_after)
     if status < 500:
@@ -3337,6 +3371,8 @@ _DENIED = _refusal(UpstreamDeniedError, "Ollama denied the request",
                    " Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
 _NO_SUCH_CALL = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
                          " Is it an Ollama server?")
+_NO_ANSWER = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL gave no answer",
+                      " It may point elsewhere: set OLLAMA_BASE_URL to Ollama itself.")
 _BUSY = _refusal(BusyError, "Ollama is busy")
 _LATE = _refusal(UpstreamTimeoutError, "Ollama timed out")
 REFUSALS: Dict[int, Callable[[str, Optional[str]], ShimError]] = {
@@ -3444,7 +3480,7 @@ class ThinkSplitter:
 
 
 def _count(value: Any) -> Optional[int]:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def _seconds(value: Any) -> float:
@@ -9494,6 +9530,7 @@ class UpstreamCall:
 
     def read_head(self, until: float) -> None:
         """Read status and headers; raise UpstreamBrokenError where they make no sense."""
+        size = 0
         while True:
             head, found, rest = self._buffer.partition(b"\r\n\r\n")
             if found:
@@ -9502,9 +9539,10 @@ class UpstreamCall:
                 if self.status >= 200:
                     return
                 continue
-            if len(self._buffer) > 4 * MAX_HEAD_BYTES:
+            if size > 4 * MAX_HEAD_BYTES:  # also of 1xx answers together
                 raise UpstreamBrokenError("The server at OLLAMA_BASE_URL sent endless headers.")
             data = self._receive(until)
+            size += len(data)
             if not data:
                 raise UpstreamBrokenError(
                     "Ollama closed the connection without an answer." if not self._buffer
@@ -9520,8 +9558,16 @@ class UpstreamCall:
         self.status = int(status.group(1))
         pairs = (line.partition(":") for line in lines[1:])
         self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        if self.status < 200:
+            return
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UpstreamBrokenError(
+                "The server at OLLAMA_BASE_URL sent a compressed answer, which was not asked for;"
+                " turn compression off in the proxy before Ollama.")
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
             self._chunks = ChunkDecoder()
+        elif self.status in (204, 304):
+            self._left = 0
         elif WHOLE_NUMBER.fullmatch(self.headers.get("content-length", "")):
             self._left = int(self.headers["content-length"])
 
@@ -9621,7 +9667,7 @@ class Upstream:
         sock = self._connect(waiter, min(until, time.monotonic() + CONNECT_S))
         call = UpstreamCall(sock, waiter, self.url)
         try:
-            call.send(head.encode("latin-1") + b"\r\n" + payload, until)
+            call.send(head.encode("utf-8", "surrogateescape") + b"\r\n" + payload, until)
         except BaseException:
             call.close()
             raise
@@ -9635,7 +9681,11 @@ class Upstream:
             raise self._refused(f"the name cannot be resolved ({problem})") from None
         reason = "no address"
         for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError as problem:  # no such family here, or too many open files
+                reason = os.strerror(problem.errno or 0)
+                continue
             try:
                 reason = self._connect_one(sock, address, waiter, until)
                 if not reason:
@@ -9687,7 +9737,7 @@ class Upstream:
             call.read_head(until)
             text = call.read_all(until).decode("utf-8", "replace")
         try:
-            parsed = json.loads(text)
+            parsed = _strict_json.decode(text)
         except (ValueError, RecursionError):
             parsed = None
         return Answer(call.status, text, parsed, call.headers.get("retry-after"))
@@ -9752,6 +9802,7 @@ class ClientLink(Waiter):
         self._sock, self._stop = sock, stop
         self.input = bytearray()
         self._pending = bytearray()
+        self._largest = 0  # of the pieces that wait: one long line is no lag
         self._taken_at = 0.0
         self._eof = False
         self._watched: Any = None
@@ -9762,28 +9813,20 @@ class ClientLink(Waiter):
 
     def send(self, data: bytes) -> None:
         """Send now what the client takes and keep the rest."""
-        if self._pending:
-            self._pending += data
-            self._check_pending()
-            return
-        try:
-            sent = self._sock.send(data)
-        except WOULD_BLOCK:
-            sent = 0
-        except OSError:
-            raise ClientGoneError from None
+        sent = 0
+        if not self._pending:
+            self._taken_at = time.monotonic()
+            try:
+                sent = self._sock.send(data)
+            except WOULD_BLOCK:
+                pass
+            except OSError:
+                raise ClientGoneError from None
         if sent < len(data):
             self._pending += memoryview(data)[sent:]
-            self._taken_at = time.monotonic()
-            self._check_pending()
-
-    def _check_pending(self) -> None:
-        if len(self._pending) > MAX_PENDING_BYTES and self._lagged > 0:
-            raise ClientGoneError
-
-    @property
-    def _lagged(self) -> float:
-        return time.monotonic() - self._taken_at
+            self._largest = max(self._largest, len(data))
+            if len(self._pending) > MAX_PENDING_BYTES + self._largest:
+                raise ClientGoneError
 
     def _flush(self) -> None:
         try:
@@ -9794,6 +9837,8 @@ class ClientLink(Waiter):
             raise ClientGoneError from None
         del self._pending[:sent]
         self._taken_at = time.monotonic()
+        if not self._pending:
+            self._largest = 0
 
     def _take_input(self) -> None:
         """Read what the client sends; while a request is served its end means it left."""
@@ -9875,6 +9920,21 @@ class ClientLink(Waiter):
             self._flush()
 
 
+class Progress:
+    """The deadline of a body: MIN_PROGRESS_BYTES of it put it off."""
+
+    def __init__(self) -> None:
+        self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
+
+    def await_more(self, link: ClientLink, got: int) -> None:
+        """Wait for input after got bytes; raise SlowRequestError where they dribble."""
+        self._got += got
+        if self._got >= MIN_PROGRESS_BYTES:
+            self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
+        if not link.wait(None, False, self._until):
+            raise SlowRequestError("The request's body stopped arriving.")
+
+
 class HttpRequest(NamedTuple):
     """The head of a request. path has no query and no prefix before /v1."""
 
@@ -9888,8 +9948,12 @@ class HttpRequest(NamedTuple):
         return self.headers.get(name, "")
 
 
-REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (\S{1,8000}) HTTP/(1\.[01])")
-HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*")
+REQUEST_LINE = Pattern(r"([A-Z]{1,20}) ([!-~]{1,8000}) HTTP/(1\.[01])")
+# Bytes beyond ASCII are let through: a key may hold them (RFC 9110 5.5, obs-text).
+HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+# Two of these could mean one thing to us and another to whoever stands before us.
+SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "content-type", "origin",
+                  "authorization", "x-api-key")
 DOUBLED_V1 = Pattern(r".*(/v1/.*)")
 CONTENT_LENGTH = Pattern(r"[0-9]{1,15}", re.ASCII)
 
@@ -9902,18 +9966,18 @@ def parse_head(head: bytes) -> HttpRequest:
     lines = head.decode("latin-1").split("\r\n")
     first = REQUEST_LINE.fullmatch(lines[0])
     if not first:
-        raise BadRequestError(f"This is not an HTTP/1.1 request: {clean(lines[0], 60)!r}")
+        raise BadRequestError("This is not an HTTP/1.1 request.")
     if len(lines) > MAX_HEADERS + 1:
         raise HeadTooLargeError(f"More than {MAX_HEADERS} headers.")
     headers: Dict[str, str] = {}
     for line in lines[1:]:
         match = HEADER_LINE.fullmatch(line)
-        if not match or CONTROL_CHARS.search(match.group(2).replace("\t", " ")):
-            raise BadRequestError(f"Malformed header: {clean(line, 60)!r}")
+        if not match:  # not quoted: it may be the one with the key
+            raise BadRequestError("One of the request's headers is malformed.")
         name = match.group(1).lower()
-        if name in headers and name in ("host", "content-length", "transfer-encoding"):
+        if name in headers and name in SINGLE_HEADERS:
             raise BadRequestError(f"The header {name} is repeated.")
-        headers[name] = match.group(2)
+        headers[name] = match.group(2).strip(" \t")
     if first.group(3) == "1.1" and "host" not in headers:
         raise BadRequestError("The Host header is missing.")
     path = first.group(2).partition("?")[0].partition("#")[0]
@@ -10043,17 +10107,18 @@ class Registry:
             self._models[name] = (time.monotonic() + ttl_s, model)
         return model
 
-    def _ask(self, method: str, path: str, body: Optional[Json], waiter: Waiter,
-             until: float) -> Answer:
+    def ask(self, method: str, path: str, body: Union[str, Json, None], waiter: Waiter,
+            until: float) -> Answer:
         """Ask on the shim's own account; silence and nonsense count as no answer."""
+        payload = to_json(body) if isinstance(body, dict) else body
         try:
-            return self._upstream.ask(method, path, to_json(body) if body else None, waiter, until)
+            return self._upstream.ask(method, path, payload, waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
             return Answer(0, "", None)
 
     def _learn(self, name: str, waiter: Waiter, until: float) -> LocalModel:
         config = self._config
-        answer = self._ask("POST", "/api/show", {"model": name}, waiter, until)
+        answer = self.ask("POST", "/api/show", {"model": name}, waiter, until)
         if answer.status != 200:
             error = upstream_error(answer.status, answer.text, name)
             if isinstance(error, ModelMissingError):
@@ -10102,7 +10167,7 @@ class Registry:
         until: float,
     ) -> WindowChoice:
         """Load the model without a prompt (OL 4) and see what came of it."""
-        answer = self._ask("POST", "/api/generate", {
+        answer = self.ask("POST", "/api/generate", {
             "model": facts.name, "options": load_options(num_ctx), "shift": False, "stream": False,
             "keep_alive": keep_alive_value(self._config.keep_alive)}, waiter, until)
         row = self._loaded_row(facts, waiter, until) if answer.status == 200 else None
@@ -10112,7 +10177,7 @@ class Registry:
 
     def _loaded_row(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[Json]:
         """Find the model in /api/ps, by name or by its blob's digest."""
-        rows = _mapping(self._ask("GET", "/api/ps", None, waiter, until).body).get("models")
+        rows = _mapping(self.ask("GET", "/api/ps", None, waiter, until).body).get("models")
         names = (facts.name, facts.name + ":latest")
         for row in rows if isinstance(rows, list) else ():
             if isinstance(row, dict) and (row.get("name") in names or row.get("model") in names):
@@ -10121,7 +10186,7 @@ class Registry:
 
     def _probe(self, model: LocalModel, waiter: Waiter, until: float) -> ModelFacts:
         facts = model.facts
-        answer = self._ask("POST", "/api/chat", probe_body(
+        answer = self.ask("POST", "/api/chat", probe_body(
             facts.name, load_options(model.num_ctx)), waiter, until)
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
         return facts_from_probe(facts, prompt) if prompt else facts
@@ -10138,7 +10203,7 @@ class Registry:
         """Ask Ollama's version; "" where it does not tell."""
         if self._version[0] > time.monotonic():
             return self._version[1]
-        answer = self._ask("GET", "/api/version", None, waiter, until)
+        answer = self.ask("GET", "/api/version", None, waiter, until)
         version = _mapping(answer.body).get("version") if answer.status == 200 else ""
         version = version if isinstance(version, str) else ""
         self._version = (time.monotonic() + FACTS_TTL_S, version)
@@ -10435,19 +10500,20 @@ class Exchange:
         stats = self.server.stats
         stats.begin(self, self.session_id, self.model, time.time(), "waiting")
         stats.settle(self.session_id, self.session.rescued, self.request)
-        outcome = "internal_error"
+        outcome = CLIENT_LEFT
         failure: Optional[ShimError] = None
         try:
             self._carry_out()
             outcome = "ok"
         except ClientGoneError:
-            outcome = CLIENT_LEFT
+            self.audience.failure = UpstreamBrokenError(
+                "The identical request that this one had joined was given up. Ask again.")
             raise
-        except ShimError as error:
-            outcome, failure = outcome_of(error), error
-            self.audience.failure = error
+        except Exception as problem:
+            failure = self.audience.failure = self.handler.as_told(problem)
+            outcome = outcome_of(failure)
             if not self.audience.detached:
-                self._tell(error)
+                self._tell(failure)
         finally:
             self.link.tick_at = float("inf")
             self.server.close_joint(self)
@@ -10688,27 +10754,21 @@ class Exchange:
         return text
 
     def _render(self, facts: ModelFacts, body: str, until: float) -> Optional[str]:
-        """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
-        try:
-            answer = self.server.upstream.ask(
-                "POST", "/api/chat", render_body(body), self.audience, until)
-        except UpstreamBrokenError as problem:  # chat tells what is wrong, if it lasts
-            self.notes.append(f"not verbatim: {problem.message}")
-            return None
-        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        if prompt is not None:
-            return prompt if facts.renderer != "qwen3.5" else with_empty_thoughts(
-                prompt, body.count('{"role":"assistant",'))
-        if answer.status != 200:
-            error = upstream_error(answer.status, answer.text, facts.name,
-                                   retry_after=answer.retry_after,
-                                   prompt_tokens=self.estimate, window=self.window)
-            lasting = isinstance(error, (ModelMissingError, PromptTooLongError)) \
-                or NO_TOOLS_ERROR.search(error.message) or NO_THINKING_ERROR.search(error.message)
-            if answer.status not in NO_RENDERING or lasting:
-                raise error
-        self.unrendered = f"Ollama rendered no prompt (status {answer.status})"
-        return None
+        """Have Ollama render the prompt; None where it cannot."""
+        answer = self.server.registry.ask("POST", "/api/chat", render_body(body), self.link, until)
+        if answer.status == 200:
+            prompt = rendered_prompt(answer.body)
+            if prompt is None:
+                self.server.registry.no_render(facts, "Ollama rendered no prompt")
+            return prompt
+        error = upstream_error(answer.status, answer.text, facts.name,
+                               retry_after=answer.retry_after,
+                               prompt_tokens=self.estimate, window=self.window)
+        if isinstance(error, (ModelMissingError, PromptTooLongError)):
+            raise error
+        if type(error) is BadRequestError:
+            self.server.registry.no_render(facts, error.message)
+        return None  # whatever else is wrong, the chat will meet and tell
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
@@ -10839,7 +10899,6 @@ class Exchange:
 
     def _tell(self, error: ShimError) -> None:
         """Tell a failure: an HTTP status before the first byte, an event after it."""
-        error.message = redact(error.message, secrets_of(self.config))
         if not self.handler.streaming:
             self.handler.reply_error(error)
         elif self.request.stream:
@@ -10882,11 +10941,11 @@ class Handler:
     @staticmethod
     def _linger(sock: socket.socket) -> None:
         """Close without a reset that would take the answer from the client."""
+        until = time.monotonic() + LINGER_S
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(1.0)
-            for _ in range(64):
-                if not sock.recv(READ_BYTES):
+            while wait_ready((sock,), (), until - time.monotonic()) and sock.recv(READ_BYTES):
+                if time.monotonic() > until:
                     break
 
     @property
@@ -10908,23 +10967,36 @@ class Handler:
             self._guard()
             handle = self._route()
             handle(self)
-        except ShimError as error:
-            if isinstance(error, (BadRequestError, HeadTooLargeError, BodyTooLargeError,
-                                  SlowRequestError, NotImplementedCodingError, ForbiddenError)) \
-                    and not self._body_done:
-                self.keep = False
-            self.reply_error(error)
         except ClientGoneError:
             raise
-        except Exception as problem:  # a bug: told as such, and the server goes on
+        except Exception as problem:
+            # What was not read would be taken for the next request.
+            self.keep = self.keep and (self._body_done or not self._body_announced())
+            self.reply_error(self.as_told(problem))
+        self.link.drain()
+
+    def as_told(self, problem: Exception) -> ShimError:
+        """Make what the client is told of a failure: no secrets, and bugs as such."""
+        error = problem if isinstance(problem, ShimError) else InternalError(
+            "The shim met an internal error; see its log.")
+        if isinstance(problem, RecursionError):  # in the body, or what the model made of it
+            error = BadRequestError("This is nested too deeply.")
+        elif error is not problem:
             self.server.log.write("error", f"internal error: {problem!r} {trace_of(problem)}")
-            self.keep = False
-            if not self.streaming:
-                self.reply_error(ShimError("The shim met an internal error; see its log."))
-        finally:
-            self.link.drain()
+        error.message = redact(error.message, self._secrets())
+        return error
+
+    def _secrets(self) -> Tuple[str, ...]:
+        """List what no answer may hold: our secrets and the client's own key."""
+        bearer = self.http.header("authorization").rpartition(" ")[2]
+        own = (self.http.header("x-api-key"), bearer)
+        return (*self.server.secrets, *(text for text in own if len(text) >= MIN_SECRET_CHARS))
 
     _body_done = False
+
+    def _body_announced(self) -> bool:
+        return self.http.header("content-length") != "0" and any(
+            name in self.http.headers for name in ("content-length", "transfer-encoding"))
 
     def _read_head(self) -> bytes:
         """Read up to the empty line; raise for what is too long or too slow."""
@@ -10978,7 +11050,7 @@ class Handler:
     def has_key(self) -> bool:
         """Compare in constant time; bytes, since text beyond ASCII would raise."""
         hmac = late("hmac")
-        wanted = self.server.config.api_key.encode()
+        wanted = self.server.config.api_key.encode("utf-8", "surrogateescape")
         bearer = self.http.header("authorization")
         given = [self.http.header("x-api-key")]
         if bearer[:7].lower() == "bearer ":
@@ -11010,34 +11082,35 @@ class Handler:
 
     def read_body(self) -> bytes:
         """Read the request's body, by length or chunked; raise 4xx for what is not plain."""
-        http = self.http
-        coding, length = http.header("transfer-encoding"), http.header("content-length")
-        if coding and (length or http.version == "1.0"):
-            raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
-        if coding and coding.lower() != "chunked":
-            raise NotImplementedCodingError(
-                f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
-        if not coding and not length:
-            self._body_done = True
+        length = self._body_length()
+        if length == 0:
             return b""
-        if not coding and not CONTENT_LENGTH.fullmatch(length):
-            raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
-        if not coding and int(length) > MAX_BODY_BYTES:
-            raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
-        if http.header("expect").lower() == "100-continue" and not self.link.input:
+        if self.http.header("expect").lower() == "100-continue" and not self.link.input:
             self.link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunks() if coding else self._read_length(int(length))
+        body = self._read_chunks() if length is None else self._read_length(length)
         self._body_done = True
         return body
 
-    def _more_input(self, until: float) -> None:
-        if not self.link.wait(None, False, until):
-            raise SlowRequestError("The request's body stopped arriving.")
+    def _body_length(self) -> Optional[int]:
+        """Return the body's length in bytes, None where it comes in chunks."""
+        headers, version = self.http.headers, self.http.version
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if coding is not None and (length is not None or version == "1.0"):
+            raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
+        if coding is not None and coding.lower() != "chunked":
+            raise NotImplementedCodingError(
+                f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
+        if coding is not None or length is None:
+            return 0 if coding is None else None
+        if not CONTENT_LENGTH.fullmatch(length):
+            raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
+        if int(length) > MAX_BODY_BYTES:
+            raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
+        return int(length)
 
     def _read_length(self, length: int) -> bytes:
-        link = self.link
+        link, progress = self.link, Progress()
         pieces, missing = [], length
-        until = time.monotonic() + HEAD_PROGRESS_S
         while True:
             piece = bytes(link.input[:missing])
             del link.input[:len(piece)]
@@ -11045,14 +11118,11 @@ class Handler:
             missing -= len(piece)
             if not missing:
                 return b"".join(pieces)
-            if len(piece) >= MIN_PROGRESS_BYTES:
-                until = time.monotonic() + HEAD_PROGRESS_S
-            self._more_input(until)
+            progress.await_more(link, len(piece))
 
     def _read_chunks(self) -> bytes:
-        link, decoder = self.link, ChunkDecoder()
+        link, progress, decoder = self.link, Progress(), ChunkDecoder()
         pieces, size = [], 0
-        until = time.monotonic() + HEAD_PROGRESS_S
         while True:
             try:
                 piece = decoder.feed(bytes(link.input))
@@ -11066,9 +11136,7 @@ class Handler:
             if decoder.finished:
                 link.input += decoder.rest
                 return b"".join(pieces)
-            if len(piece) >= MIN_PROGRESS_BYTES:
-                until = time.monotonic() + HEAD_PROGRESS_S
-            self._more_input(until)
+            progress.await_more(link, len(piece))
 
     def read_json(self) -> Any:
         return self.json_of(self.read_body())
@@ -11095,12 +11163,13 @@ class Handler:
     def reply(self, status: int, body: bytes, kind: str = "application/json",
               headers: Optional[Dict[str, str]] = None) -> None:
         """Answer with a whole body."""
-        made = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}
+        made = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
+        made.update(headers or {})
         head = self._head(status, made)
         self.link.send(head if self.http.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any) -> None:
-        self.reply(200, to_json(value).encode())
+        self.reply(200, to_json(scrub(value, self._secrets())).encode())
 
     def reply_error(self, error: ShimError) -> None:
         """Answer with the Messages API error object."""
@@ -11177,7 +11246,7 @@ class Handler:
 
     def metrics(self) -> None:
         self.read_body()
-        text = metrics_text(self.server.stats, self.server.config)
+        text = redact(metrics_text(self.server.stats, self.server.config), self._secrets())
         self.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def root(self) -> None:
@@ -11310,6 +11379,7 @@ class ShimServer(ThreadingHTTPServer):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.secrets = secrets_of(config)
         self.log = Log(config)
         self.upstream = Upstream(config)
         self.registry = Registry(config, self.upstream, self.log)
@@ -11321,7 +11391,7 @@ class ShimServer(ThreadingHTTPServer):
         self.warmer = Warmer(self)
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
-        self._joints_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._health: Tuple[float, Json] = (0.0, {})
         self._last_way: Optional[str] = None  # how the last answer of the model was read
         self._sessions: Dict[str, Session] = {}
@@ -11347,8 +11417,18 @@ class ShimServer(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept until stop(); sleeps in between (socketserver's wakes twice a second)."""
-        while self.stop_signal not in wait_ready((self.socket, self.stop_signal), (), 3600.0):
+        while self.socket.fileno() >= 0 and self.stop_signal not in wait_ready(
+                (self.socket, self.stop_signal), (), 3600.0):
             self._handle_request_noblock()  # type: ignore[attr-defined]
+        self.server_close()  # what still knocks is refused, not left waiting
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept; where no file can be opened, wait instead of spinning."""
+        try:
+            return super().get_request()
+        except OSError:
+            wait_ready((self.stop_signal,), (), ACCEPT_PAUSE_S)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         with self._idle:
@@ -11390,11 +11470,12 @@ class ShimServer(ThreadingHTTPServer):
 
     def session(self, key: str) -> Session:
         """Return the conversation's session; the least recently used go first."""
-        session = self._sessions.pop(key, None) or Session()
-        self._sessions[key] = session
-        while len(self._sessions) > MAX_SESSIONS:
-            self._sessions.pop(next(iter(self._sessions)), None)
-        return session
+        with self._lock:
+            session = self._sessions.pop(key, None) or Session()
+            self._sessions[key] = session
+            while len(self._sessions) > MAX_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+            return session
 
     def local_model(self, request: Request) -> str:
         """Choose the model: by kind, the picker's, SHIM_MODEL_MAP by role, the request's own."""
@@ -11435,11 +11516,11 @@ class ShimServer(ThreadingHTTPServer):
         """Return the running request that is identical to this one, or this one."""
         if not exchange.key:
             return exchange
-        with self._joints_lock:
+        with self._lock:
             return self._joints.setdefault(exchange.key, exchange)
 
     def close_joint(self, exchange: Exchange) -> None:
-        with self._joints_lock:
+        with self._lock:
             if self._joints.get(exchange.key) is exchange:
                 del self._joints[exchange.key]
         exchange.audience.end()
@@ -11470,7 +11551,8 @@ class ShimServer(ThreadingHTTPServer):
         try:
             answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
             upstream["reachable"] = True
-            upstream["version"] = _mapping(answer.body).get("version")
+            version = _mapping(answer.body).get("version")
+            upstream["version"] = version if isinstance(version, str) else None
             show = self.upstream.ask("POST", "/api/show", to_json({"model": self.config.model}),
                                      waiter, until)
             facts = facts_from_show(self.config.model, show.body)

@@ -1,4 +1,5 @@
 """Section 3: flags over environment over defaults, one line for a bad value."""
+import base64
 import re
 from pathlib import Path
 
@@ -89,9 +90,21 @@ def test_ollama_host_is_read_as_ollama_does(host, url):
 
 
 def test_secrets_are_the_keys_and_the_url_login():
+    """As written, decoded, and as the Basic header that the upstream may quote."""
     config = load_config({}, {"SHIM_API_KEY": "abc123", "OLLAMA_AUTH_TOKEN": "tok456",
-                              "OLLAMA_BASE_URL": "http://me:hush@h:1"})
-    assert secrets_of(config) == ("abc123", "tok456", "me:hush", "hush")
+                              "OLLAMA_BASE_URL": "http://me:hu%40sh@x@h:1"})
+    basic = base64.b64encode(b"me:hu@sh@x").decode()
+    assert set(secrets_of(config)) == {
+        "abc123", "tok456", "me:hu%40sh@x", "hu%40sh@x", "me:hu@sh@x", "hu@sh@x", basic}
+    assert [*secrets_of(config)] == sorted(secrets_of(config), key=len, reverse=True)
+
+
+@pytest.mark.parametrize("url", [
+    "http://h:99999", "http://[::1", "http://", "http://user@", "http://:80", "ftp://h",
+    "http://h\n:1", "http://h:0", "http://h:x", "http://例え:1", "http://h:1/é"])
+def test_urls_that_cannot_be_used_are_refused(url):
+    with pytest.raises(ConfigError, match="is not a URL such as"):
+        load_config({}, {"OLLAMA_BASE_URL": url})
 
 
 def test_every_option_has_its_own_names():
