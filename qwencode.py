@@ -6209,7 +6209,7 @@ def _plan_mode(notices: Sequence[str]) -> bool:
     return planning
 
 
-def _working_directory(notices: Sequence[str]) -> str:
+def working_directory(notices: Sequence[str]) -> str:
     """Return the announced working directory; "" when none or more than one is named."""
     naming = [notice for notice in notices
               for lower in (notice.lower(),) if "working directory" in lower or "cwd" in lower]
@@ -8062,7 +8062,7 @@ def find_rescue(
         return None
     if _declined(masked.text):
         return None
-    cwd = _working_directory(notices)
+    cwd = working_directory(notices)
     rescue = _asked_for(words, masked, Scope(home_ok, cwd))
     if rescue is None and PRIVATE_USE.search(answer) is None:
         rescue = _told(words, masked, Scope(False, cwd, True))
@@ -10468,6 +10468,12 @@ class Audience(Waiter):
         raise ClientGoneError
 
 
+def is_new_file(ops: Sequence[FileOp], cwd: str) -> bool:
+    """Say whether the one file that ops make is known not to exist."""
+    return len(ops) == 1 and os.path.isdir(cwd) \
+        and not os.path.lexists(os.path.join(cwd, os.path.expanduser(ops[0].path)))
+
+
 class Exchange:
     """One Messages request, from the parsed body to the last byte."""
 
@@ -10784,14 +10790,28 @@ class Exchange:
         found = find_rescue(self.request.messages, answer)
         if not found:
             return None
-        call = rescue_call(found.ops, table.offered, self.config.bash_style,
-                           self.config.max_read_bytes)
+        cwd = self._client_folder()
+        try:
+            call = rescue_call(found.ops, table.offered, self.config.bash_style,
+                               self.config.max_read_bytes, cwd, is_new=is_new_file(found.ops, cwd))
+        except CannotCarryError as problem:
+            self.server.log.write("info", f"no rescue: {problem}")
+            return None
         if not call or not self.server.bash_accepts(call[1].get("command")):
             return None
         choice = self.request.tool_choice
         if choice.kind == "tool" and choice.name != call[0]:
             return None
         return Call(call[0], call[1], f"intent:{found.rule}")
+
+    def _client_folder(self) -> str:
+        """Return the folder the client works in, where it is surely one of this machine."""
+        if not is_loopback(self.config.host):
+            return ""
+        texts = [block.text for message in self.request.messages if message.role != "assistant"
+                 for block in message.blocks if isinstance(block, Text)
+                 and (message.role == "system" or block.text.startswith(REMINDER_START))]
+        return working_directory([*self.request.system, *texts])
 
     def _pump(self, call: UpstreamCall, turn: Turn, until: float) -> None:
         """Relay Ollama's answer until the turn is done."""
