@@ -515,20 +515,22 @@ def test_full_sends_what_the_client_sent(place):
 
 WRITE = {"file_path": "n.txt", "content": "a<b=c>\n"}
 LEAKS = [
-    ("bare JSON", json.dumps({"name": "Write", "arguments": WRITE})),
+    ("bare JSON", json.dumps({"name": "Write", "arguments": WRITE}), "qwen3-coder:30b"),
     ("fenced JSON after prose", "I'll write it now:\n\n```json\n"
-     + json.dumps({"name": "Write", "arguments": WRITE}, indent=2) + "\n```"),
+     + json.dumps({"name": "Write", "arguments": WRITE}, indent=2) + "\n```", "c-import:latest"),
     ("XML without its opening tag", "<function=Write>\n<parameter=file_path>\nn.txt\n</parameter>"
-     "\n<parameter=content>\na<b=c>\n\n</parameter>\n</function>\n</tool_call>"),
+     "\n<parameter=content>\na<b=c>\n\n</parameter>\n</function>\n</tool_call>",
+     "qwen3-coder:30b"),
     ("other names", json.dumps({"tool": "write_file",
-                                "input": {"path": "n.txt", "contents": "a<b=c>\n"}})),
+                                "input": {"path": "n.txt", "contents": "a<b=c>\n"}}),
+     "qwen2.5-coder:7b"),
     ("arguments as a string", "<tool_call>\n" + json.dumps(
-        {"name": "Write", "arguments": json.dumps(WRITE)}) + "\n</tool_call>"),
+        {"name": "Write", "arguments": json.dumps(WRITE)}) + "\n</tool_call>", "qwen2.5-coder:7b"),
 ]
 
 
-@pytest.mark.parametrize("model", ["qwen3-coder:30b", "qwen2.5-coder:7b", "c-import:latest"])
-@pytest.mark.parametrize("leak", [row[1] for row in LEAKS], ids=[row[0] for row in LEAKS])
+@pytest.mark.parametrize(("leak", "model"), [row[1:] for row in LEAKS],
+                         ids=[row[0] for row in LEAKS])
 def test_a_call_that_was_written_as_text_runs(place, leak, model):
     place.serve([model_text(leak), text("Written.")], model=model)
     assert place.ask("write n.txt").out == "Written.\n"
@@ -574,10 +576,12 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["acceptEdits", "bypassPermissions"])
-@pytest.mark.parametrize(("files", "prompt", "answer", "holds"), [row[1:] for row in ASKED],
-                         ids=[row[0] for row in ASKED])
-def test_what_was_asked_for_is_done_once(place, files, prompt, answer, holds, mode):
+MODES = [("acceptEdits", row) for row in ASKED] + [("bypassPermissions", row) for row in ASKED[:2]]
+
+
+@pytest.mark.parametrize(("mode", "asked"), MODES, ids=[f"{mode}, {row[0]}" for mode, row in MODES])
+def test_what_was_asked_for_is_done_once(place, mode, asked):
+    _, files, prompt, answer, holds = asked
     for name, content in files.items():
         place.write(name, content)
     mock = place.serve([text(answer), text("It is done.")])
