@@ -10548,9 +10548,6 @@ class Exchange:
                 self._tell(failure)
         finally:
             self.link.tick_at = float("inf")
-            if outcome != "ok" and not failure:  # for those who joined at the last moment
-                self.audience.failure = UpstreamBrokenError(
-                    "The identical request that this one had joined was given up; ask again.")
             self.server.close_joint(self)
             self._record(outcome, failure)
         if self.audience.detached:
