@@ -3136,11 +3136,11 @@ def move_volatile(
     system: List[str], turns: List[Tuple[int, Message]],
 ) -> Tuple[List[str], List[Tuple[int, Message]]]:
     """Move what changes between sessions from the system text into the first user turn."""
-    found = [VOLATILE_END.search(text) for text in system]
-    moved = tuple(Text(as_reminder(match.group(1))) for match in found if match)
+    moved = tuple(Text(as_reminder(match.group(1))) for match in
+                  map(VOLATILE_END.search, system) if match)
     if not moved or not turns or turns[0][1].role != "user":
         return system, turns
-    stable = [text[:match.start()] if match else text for text, match in zip(system, found)]
+    stable = [VOLATILE_END.sub("", text) for text in system]
     index, first = turns[0]
     return stable, [(index, Message("user", moved + first.blocks)), *turns[1:]]
 
@@ -10760,8 +10760,9 @@ class Exchange:
         texts = [tools_json, *map(message_text, messages)]
         count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
         self.estimate = count.tokens
-        known = texts[:same + 1] if same else ()
-        shared = int(sum(sum(counter.sizes_of(text)[1]) for text in known))
+        sizes = [sum(counter.sizes_of(text)[1]) for text in texts]
+        known = sum(sizes[:same + 1]) if same else 0
+        shared = int(count.tokens * known / max(sum(sizes), 1))
         answers = tuple(m.content for m in messages if m.role == "assistant")
         return Prompt(table, messages_json, tools_json, answers, count, shared, request.max_tokens)
 
@@ -12918,7 +12919,7 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
     """Say what a request becomes: the upstream body, what was left out and why, tokens."""
     session = Session()
     table = session.table(request, config.max_tools)
-    tools, tools_json = session.tools(table, config.prompt == "slim", facts)
+    tools, tools_json = session.tools(table, config.prompt == "slim", facts, "")
     names, left_out = [tool.name for tool in table.sent], []
 
     def shorten(text: str) -> str:
