@@ -345,14 +345,13 @@ def test_an_mcp_tool_inline(place):
     assert "mcp__sums__add" in mock.turns[0].prompt
 
 
-def test_an_mcp_tool_that_is_searched_for(place, request):
-    if request.node.callspec.params["claude"] != "2.1.330":
-        pytest.skip("2.1.197 has no tool search by default")
+def test_an_mcp_tool_that_is_searched_for(place):
     config = place.write("mcp.json", json.dumps({"mcpServers": {"sums": {
         "command": sys.executable, "args": [str(place.write("mcp.py", MCP_SERVER))]}}}))
     mock = place.serve([call("ToolSearch", {"query": "select:mcp__sums__add", "max_results": 3}),
                         call("mcp__sums__add", {"a": 2, "b": 3}), text("Five.")])
-    said = place.ask("add", "--mcp-config", str(config), "--strict-mcp-config")
+    said = place.ask("add", "--mcp-config", str(config), "--strict-mcp-config",
+                     ENABLE_TOOL_SEARCH="1")  # the default of 2.1.330 only
     assert said.out == "Five.\n"
     assert "sum=5" in mock.turns[2].prompt
     assert "DeferredToolPlaceholder" not in "".join(turn.prompt for turn in mock.turns)
@@ -397,6 +396,21 @@ def test_a_large_file_lands_byte_for_byte(place):
     place.serve([call("Write", {"file_path": "big.py", "content": content}), text("Big.")])
     assert place.ask("write it").out == "Big.\n"
     assert place.read("big.py") == content
+
+
+def test_a_call_that_is_written_slowly_lands_byte_for_byte(place):
+    content = "".join(f"row {n}: a<b=c> && \"d\"\n" for n in range(60))
+    place.serve([call("Write", {"file_path": "slow.txt", "content": content}),
+                 text("Slow.")], token_delay=0.01)
+    said = place.ask("write it", "--output-format", "stream-json", "--verbose",
+                     "--include-partial-messages")
+    assert said.events()[-1]["result"] == "Slow."
+    assert place.read("slow.txt") == content
+    pieces = [event["event"]["delta"]["partial_json"] for event in said.events()
+              if event["type"] == "stream_event"
+              and event["event"].get("delta", {}).get("type") == "input_json_delta"]
+    assert len([piece for piece in pieces if piece]) > 3
+    assert json.loads("".join(pieces))["content"] == content
 
 
 def test_reminders_of_a_long_session_are_survived(place):
