@@ -4633,11 +4633,13 @@ class HeadScan:
 
 
 def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
-    """Tell whether a tag that is cut in its name may open a call."""
-    name = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())[0]
+    """Tell whether a tag that is cut, maybe in its name, may open a call."""
+    name, *rest = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())
     bare = TAG_NAMESPACE.sub("", name)
     names = [*CALL_TAGS, *tools, *(word for kind in TOOL_KINDS for word in plain_words(kind.names))]
     folded = plain_name(bare)
+    if rest:  # the name is whole: "if a <b and" holds nothing back
+        return folded in map(plain_name, names)
     return any(plain_name(word).startswith(folded) for word in names) or any(
         space.startswith(name) for space in TAG_NAMESPACES)
 
