@@ -10999,14 +10999,14 @@ class Handler:
                 self._serve_one()
             self._linger(sock)
 
-    @staticmethod
-    def _linger(sock: socket.socket) -> None:
+    def _linger(self, sock: socket.socket) -> None:
         """Close without a reset that would take the answer from the client."""
-        until = time.monotonic() + LINGER_S
+        until, stop = time.monotonic() + LINGER_S, self.server.stop_signal
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-            while wait_ready((sock,), (), until - time.monotonic()) and sock.recv(READ_BYTES):
-                if time.monotonic() > until:
+            while time.monotonic() < until:
+                ready = wait_ready((sock, stop), (), until - time.monotonic())
+                if sock not in ready or not sock.recv(READ_BYTES):
                     break
 
     @property
