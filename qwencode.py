@@ -2763,8 +2763,8 @@ class ModelFacts(NamedTuple):
     path is A (Ollama's own renderer), B (Go template), C (the GGUF's own template) or
     "" (contract/ollama.md 0). tools_in_text: tool definitions must go into the system
     text, since the template would misprint them or the model has no tool support.
-    drops_calls: the template prints no tool calls beside text. chatml: prompts are
-    ChatML, so that the raw way can serve.
+    drops_calls: the template prints no tool calls beside text. tools_first: tools come
+    before the system text. chatml: prompts are ChatML, so that the raw way can serve.
     """
 
     name: str
@@ -2777,6 +2777,7 @@ class ModelFacts(NamedTuple):
     remote: bool = False
     tools_in_text: bool = False
     drops_calls: bool = False
+    tools_first: bool = False
     chatml: bool = False
     think_refused: bool = False
 
@@ -2788,6 +2789,7 @@ class ModelFacts(NamedTuple):
         return self.capabilities is not None and capability not in self.capabilities
 
 
+TOOLS_FIRST_RENDERERS = ("qwen3.5", "qwen3.8")
 RENDERER_LINE = Pattern(r"^RENDERER\s+(\S+)", re.MULTILINE)
 FROM_DIGEST = Pattern(r"^FROM\s.*sha256-([0-9a-f]{12,64})", re.MULTILINE)
 NUM_CTX_LINE = Pattern(r"^num_ctx\s+([0-9]{1,9})\s*$", re.MULTILINE)
@@ -2812,6 +2814,7 @@ def facts_from_show(name: str, show: Any) -> ModelFacts:
         digest=digest.group(1) if digest else "",
         remote=bool(show.get("remote_model") or show.get("remote_host")),
         tools_in_text=isinstance(capabilities, list) and "tools" not in capabilities,
+        tools_first=bool(renderer) and renderer.group(1).startswith(TOOLS_FIRST_RENDERERS),
     )
 
 
@@ -2872,6 +2875,7 @@ def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:
         tools_in_text=facts.tools_in_text or bool(GO_STRUCT.search(prompt))
         or "ProbeTool" not in prompt.partition("probe question")[0],
         drops_calls="probe value" not in prompt,
+        tools_first=0 <= prompt.find("ProbeTool") < prompt.find("probe system"),
         chatml=CHATML_START in prompt)
 
 
@@ -3210,18 +3214,19 @@ class ReusedJson:
 
     def __init__(self) -> None:
         self.first: Optional[ChatMessage] = None
+        self.same = 0  # messages that the last list had too
         self._messages: List[ChatMessage] = []
         self._written: List[str] = []
 
     def write(self, messages: List[ChatMessage]) -> Tuple[str, int]:
-        """Return the messages' JSON, comma-separated, and how many the last list had."""
+        """Return the messages' JSON, comma-separated, and same."""
         same = 0
         for old, new in zip(self._messages, messages):
             if old != new:
                 break
             same += 1
         written = self._written[:same] + [to_json(message_json(m)) for m in messages[same:]]
-        self._messages, self._written = messages, written
+        self._messages, self._written, self.same = messages, written, same
         self.first = messages[0] if messages else None
         return ",".join(written), same
 
@@ -3542,6 +3547,8 @@ class ChatDecoder:
             good = whole.rfind(b"\n", 0, problem.start) + 1
             if good:
                 self._read(whole[:good], parts)
+            if self.finished or self.failed:
+                return
             raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.") from None
         at, end = 0, len(text)
         run: List[str] = []
@@ -10256,6 +10263,7 @@ class Session:
         self._tools: Tuple[Tool, ...] = ()
         self._slimmed: Tuple[Tool, ...] = ()
         self.tools_json = ""
+        self.tools_changed = False
         self._renderer: Optional[str] = None
         self.tool_segments: List[Segment] = []
         self.message_segments: List[Segment] = []
@@ -10269,15 +10277,21 @@ class Session:
         return self._table
 
     def tools(
-        self, table: ToolTable, slim: bool, facts: ModelFacts,
+        self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str,
     ) -> Tuple[Tuple[Tool, ...], str]:
         """Return the forwarded tools and their JSON ("" where the text holds them).
 
-        Translating 8 tools costs 1 ms; a session's are alike from turn to turn.
+        Translating 8 tools costs 1 ms; a session's are alike from turn to turn. Where
+        they come before the system text, an agent's line stands in the first of them.
         """
-        if table.sent != self._tools or self._renderer != facts.renderer:
+        self.tools_changed = table.sent != self._tools or self._renderer != facts.renderer
+        if self.tools_changed:
             self._tools, self._renderer = table.sent, facts.renderer
             self._slimmed = tuple(map(slim_tool, table.sent)) if slim else table.sent
+            if agent and facts.tools_first and self._slimmed:
+                first = self._slimmed[0]
+                first = first._replace(description=f"{agent_line(agent)} {first.description}")
+                self._slimmed = (first, *self._slimmed[1:])
             each = [to_json(tool_json(tool, facts.renderer)) for tool in self._slimmed]
             self.tools_json = f"[{','.join(each)}]"
             self.tool_segments = [
@@ -10377,8 +10391,8 @@ class Warmer:
             model = server.registry.model(server.config.model, Waiter(), until)
             if not known:
                 server.log.write("info", f"{model.facts.name}: {model.reason or 'ready'}")
+            self._reading = waiter  # before the look: a request cancels what it sees
             if self.prefix and not server.gate.load[0]:
-                self._reading = waiter
                 server.upstream.ask("POST", *self.prefix, waiter, until)
         except ShimError as error:
             server.log.write("warn", error.message)
@@ -10484,7 +10498,8 @@ class Exchange:
         self.session_id = handler.session_id or request.session
         self.agent = handler.http.header("x-claude-code-agent-id")
         self.is_compaction = COMPACTION_MARK in last_user_text(request)
-        self.session = self.server.session(self.session_id)
+        # A side request without tools must not take the conversation's place.
+        self.session = self.server.session(self.session_id + ("" if request.tools else " -"))
         self.started = False
         self.begun_at, self.first_at = time.monotonic(), 0.0
         self.translator = StreamTranslator(
@@ -10569,6 +10584,8 @@ class Exchange:
             first_s=self.first_at - self.begun_at if self.first_at else None,
             total_s=now - self.begun_at, output_tokens=usage.output_tokens,
             prompt_tokens=usage.input_tokens + usage.cache_read + usage.cache_creation,
+            new_tokens=None if finish.prompt_tokens is None
+            else usage.input_tokens + usage.cache_creation,
             cached_tokens=usage.cache_read, prefill_s=finish.prompt_s,
             tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
@@ -10668,7 +10685,7 @@ class Exchange:
             self._pump(call, turn, until)
         if self.unrendered:  # and chat has served: the rendering is at fault
             server.registry.no_render(facts, self.unrendered)
-        if not self.agent:
+        if self.request.tools and not self.agent:
             self._offer_prefix(facts, options, text)
         if turn.finish:
             server.counter.observe(facts.name, prompt.size, turn.finish.prompt_tokens)
@@ -10715,7 +10732,8 @@ class Exchange:
         session, counter = self.session, self.server.counter
         with session.lock:
             table = session.table(request, self.config.max_tools)
-            tools, tools_json = session.tools(table, self.config.prompt == "slim", facts)
+            tools, tools_json = session.tools(
+                table, self.config.prompt == "slim", facts, self.agent)
             names = [tool.name for tool in table.sent]
             if self.agent:
                 request = request._replace(system=(agent_line(self.agent), *request.system))
@@ -10724,8 +10742,10 @@ class Exchange:
                 lambda index, turn: self.server.raw_turns.recall(self.session_id, index, turn),
                 lambda text: self._slim(text, names))
             messages_json, same = session.written.write(messages)
+            if session.tools_changed:
+                same = 0
             self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
-            self._note_break(messages, same)
+            self._note_break(messages)
         texts = [tools_json, *map(message_text, messages)]
         count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
         self.estimate = count.tokens
@@ -10734,10 +10754,10 @@ class Exchange:
         shared = int(count.tokens * known / max(sum(sizes), 1))
         return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
 
-    def _note_break(self, messages: List[ChatMessage], same: int) -> None:
-        """Compare the prompt with the session's last one, of which it has same messages."""
+    def _note_break(self, messages: List[ChatMessage]) -> None:
+        """Compare the prompt with the session's last one."""
         session = self.session
-        now = session.message_segments[:same]
+        now = session.message_segments[:session.written.same]
         for place, message in enumerate(messages[len(now):], len(now)):
             tokens = int(sum(self.server.counter.sizes_of(message_text(message))[1]))
             name = "system text" if message.role == "system" and not place else \

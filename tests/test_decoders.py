@@ -192,10 +192,13 @@ def test_lines_of_chat(name, size):
     assert decoder.finished == (rows[-1][0] == "finish")
 
 
-def test_bytes_that_are_not_utf8_are_told():
+@pytest.mark.parametrize("size", [0, 1, 17])
+def test_bytes_that_are_not_utf8_are_told(size):
+    bad, decoder = b'{"message":{"content":"\xff"},"done":false}\n', ChatDecoder("m")
+    parts = [part for some in cut(line("a").encode() + bad, size) for part in decoder.feed(some)]
+    assert joined(parts) == [("text", "a"), ("Failure", "UpstreamBrokenError")]
     decoder = ChatDecoder("m")
-    assert joined(decoder.feed(b'{"message":{"content":"\xff"},"done":false}\n')) == [
-        ("Failure", "UpstreamBrokenError")]
+    assert joined(decoder.feed(END.encode() + bad)) == [("finish", "stop")]
 
 
 RAW = {
