@@ -3680,6 +3680,10 @@ class GenerateDecoder(ChatDecoder):
 USER_TURN = "<|im_start|>user\n"
 
 
+# Text after these is no part of an answer; /api/chat stops there by itself, raw
+# generation only where the Modelfile says so.
+CHATML_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+CHATML_END = Pattern(r"<\|(?:im_end|im_start|endoftext)\|>")
 THINK_OPENING = Pattern(r"<think>\s*(?:</think>\s*)?\Z")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 ANSWER_START = "<|im_start|>assistant\n"
@@ -3691,17 +3695,27 @@ def opening_of(prompt: str) -> str:
     return found.group() if found else ""
 
 
-def with_empty_thoughts(prompt: str, answers: int) -> str:
-    """Begin past answers as this prompt begins the next: with an empty think block.
+def restored(prompt: str, answers: Sequence[str]) -> str:
+    """Put past answers into a prompt as they were written, think blocks to the byte.
 
-    The qwen3.5 renderer leaves it out of the history, so that each answer would be read
-    again (OL 5). A prompt that holds other than so many answers is left as it is: a
-    file's text may speak ChatML too.
+    Renderers that take think blocks apart strip white space, and qwen3.5 leaves out the
+    empty ones with which an answer without thought begins: each answer would be read
+    again (OL 5). Thought that the template dropped stays out. A prompt that holds other
+    than these answers is left as it is: a file's text may speak ChatML too.
     """
-    parts = prompt.split(ANSWER_START)
-    if parts[-1] != NO_THOUGHT or len(parts) != answers + 2:
+    head, *parts = prompt.split(ANSWER_START)
+    if len(parts) != len(answers) + 1:
         return prompt
-    return (ANSWER_START + NO_THOUGHT).join(parts[:-1]) + ANSWER_START + NO_THOUGHT
+    made = [head]
+    for part, answer in zip(parts, answers):
+        rendered, end, rest = part.partition(CHATML_ENDS[0])
+        if parts[-1] == NO_THOUGHT and not answer.startswith(NO_THOUGHT):
+            rendered = NO_THOUGHT + rendered
+        elif answer.startswith(THINK_OPEN) and \
+                (parts[-1] == NO_THOUGHT or rendered.startswith(THINK_OPEN)):
+            rendered = answer
+        made.append(rendered + end + rest)
+    return ANSWER_START.join([*made, parts[-1]])
 
 
 class Dialect(NamedTuple):
@@ -8367,10 +8381,6 @@ class StopScanner:
         return held
 
 
-# Text after these is no part of an answer; /api/chat stops there by itself, raw
-# generation only where the Modelfile says so.
-CHATML_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
-CHATML_END = Pattern(r"<\|(?:im_end|im_start|endoftext)\|>")
 # Tokens beyond what the shown characters can account for until an answer counts as
 # swallowed: a Qwen token holds 1.7 Chinese characters or 4 of code (OL 5a), and small
 # differences are white space that Ollama's parsers drop.
@@ -10413,6 +10423,7 @@ class Prompt(NamedTuple):
     table: ToolTable
     messages_json: str
     tools_json: str
+    answers: Tuple[str, ...]
     size: Count
     shared: int
     num_predict: int
@@ -10671,7 +10682,7 @@ class Exchange:
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
         dialect, text = DIALECTS["chat"], None
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
-            text = self._render(facts, body, own_until)
+            text = self._render(facts, body, prompt.answers, own_until)
             if text is not None:
                 dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
                 body = generate_body(self.request, facts, text, self.config, options)
@@ -10752,7 +10763,8 @@ class Exchange:
         sizes = [sum(counter.sizes_of(text)[1]) for text in texts]
         known = sum(sizes[:same + 1]) if same else 0
         shared = int(count.tokens * known / max(sum(sizes), 1))
-        return Prompt(table, messages_json, tools_json, count, shared, request.max_tokens)
+        answers = tuple(m.content for m in messages if m.role == "assistant")
+        return Prompt(table, messages_json, tools_json, answers, count, shared, request.max_tokens)
 
     def _note_break(self, messages: List[ChatMessage]) -> None:
         """Compare the prompt with the session's last one."""
@@ -10779,21 +10791,29 @@ class Exchange:
             self.server.log.write("debug", f"left out of the prompt: {', '.join(left_out)}")
         return text
 
-    def _render(self, facts: ModelFacts, body: str, until: float) -> Optional[str]:
-        """Have Ollama render the prompt; None where it cannot."""
-        answer = self.server.registry.ask("POST", "/api/chat", render_body(body), self.link, until)
+    def _render(
+        self, facts: ModelFacts, body: str, answers: Sequence[str], until: float,
+    ) -> Optional[str]:
+        """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
+        try:
+            answer = self.server.upstream.ask(
+                "POST", "/api/chat", render_body(body), self.audience, until)
+        except UpstreamBrokenError:  # the chat tells what is wrong, if it lasts
+            return None
+        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
+        if prompt is not None:
+            return prompt if facts.path == "B" else restored(prompt, answers)
         if answer.status == 200:
-            prompt = rendered_prompt(answer.body)
-            if prompt is None:
-                self.server.registry.no_render(facts, "Ollama rendered no prompt")
-            return prompt
+            self.unrendered = "Ollama rendered no prompt"
+            return None
         error = upstream_error(answer.status, answer.text, facts.name,
                                retry_after=answer.retry_after,
                                prompt_tokens=self.estimate, window=self.window)
-        if isinstance(error, (ModelMissingError, PromptTooLongError)):
+        if isinstance(error, (ModelMissingError, PromptTooLongError)) or \
+                NO_TOOLS_ERROR.search(error.message) or NO_THINKING_ERROR.search(error.message):
             raise error
-        if type(error) is BadRequestError:
-            self.server.registry.no_render(facts, error.message)
+        if answer.status in NO_RENDERING:
+            self.unrendered = error.message
         return None  # whatever else is wrong, the chat will meet and tell
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:

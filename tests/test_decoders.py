@@ -14,8 +14,8 @@ from qwencode import (
     ThinkSplitter,
     held_prefix,
     opening_of,
+    restored,
     upstream_error,
-    with_empty_thoughts,
 )
 
 NEW, OLD = "0.33.0-rc2", "0.24.0"
@@ -105,12 +105,36 @@ def test_what_the_prompt_opens(prompt, opening):
     assert opening_of(prompt) == opening
 
 
-def test_past_answers_begin_as_the_next_does():
-    start, none = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
-    prompt = f"sys{start}one{start}two{start}{none}"
-    assert with_empty_thoughts(prompt, 2) == f"sys{start}{none}one{start}{none}two{start}{none}"
-    assert with_empty_thoughts(prompt, 1) == prompt, "a text that speaks ChatML is left alone"
-    assert with_empty_thoughts(prompt + "x", 2) == prompt + "x"
+START, NONE, END_TURN = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n", "<|im_end|>\n"
+
+
+def prompt_of(*answers, opening):
+    return "sys" + "".join(f"{START}{one}{END_TURN}user" for one in answers) + START + opening
+
+
+RESTORED = {
+    # name: rendered answers, what the model wrote, how the prompt ends, restored answers
+    "no thought, remembered": (["Hi"], [NONE + "Hi \n"], NONE, [NONE + "Hi \n"]),
+    "no thought, not remembered": (["Hi"], [""], NONE, [NONE + "Hi"]),
+    "thought": (["<think>\nh\n</think>\n\nHi"], ["<think>\n\nh</think>\nHi"], "<think>\n",
+                ["<think>\n\nh</think>\nHi"]),
+    "thought that the template dropped": (["Hi"], ["<think>\nh</think>Hi"], "<think>\n", ["Hi"]),
+    "not remembered": (["<think>\n\n</think>\n\nHi"], ["Hi "], "<think>\n",
+                       ["<think>\n\n</think>\n\nHi"]),
+    "no thinking model": (["Hi"], ["Hi"], "", ["Hi"]),
+    "thought before it was switched off": (["Hi"], ["<think>\nh\n</think>\nHi"], NONE,
+                                           [NONE + "Hi"]),
+    "two": (["a", "b"], [NONE + "a\n", ""], NONE, [NONE + "a\n", NONE + "b"]),
+    "a text that speaks ChatML": (["a", "b"], [NONE + "a"], NONE, ["a", "b"]),
+    "none": ([], [], NONE, []),
+}
+
+
+@pytest.mark.parametrize("name", RESTORED)
+def test_past_answers_are_put_in_as_they_were_written(name):
+    rendered, written, opening, wanted = RESTORED[name]
+    prompt = restored(prompt_of(*rendered, opening=opening), written)
+    assert prompt == prompt_of(*wanted, opening=opening)
 
 
 @pytest.mark.parametrize(("text", "size"), [
