@@ -2801,20 +2801,21 @@ def facts_from_show(name: str, show: Any) -> ModelFacts:
     texts = {key: show[key] if isinstance(show.get(key), str) else ""
              for key in ("modelfile", "template", "parameters")}
     renderer = RENDERER_LINE.search(texts["modelfile"])
+    renderer_name = renderer.group(1) if renderer else ""
     digest = FROM_DIGEST.search(texts["modelfile"])
     window = NUM_CTX_LINE.search(texts["parameters"])
     capabilities = show.get("capabilities")
     return ModelFacts(
         name=name,
         path=_path_of(bool(renderer), texts["template"]),
-        renderer=renderer.group(1) if renderer else "",
+        renderer=renderer_name,
         capabilities=frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None,
         trained=_trained_window(show.get("model_info")),
         num_ctx=int(window.group(1)) if window else None,
         digest=digest.group(1) if digest else "",
         remote=bool(show.get("remote_model") or show.get("remote_host")),
         tools_in_text=isinstance(capabilities, list) and "tools" not in capabilities,
-        tools_first=bool(renderer) and renderer.group(1).startswith(TOOLS_FIRST_RENDERERS),
+        tools_first=renderer_name.startswith(TOOLS_FIRST_RENDERERS),
     )
 
 
@@ -10806,16 +10807,18 @@ class Exchange:
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
         if prompt is not None:
             return prompt if facts.path == "B" else restored(prompt, answers)
-        if answer.status != 200:
-            error = upstream_error(answer.status, answer.text, facts.name,
-                                   retry_after=answer.retry_after,
-                                   prompt_tokens=self.estimate, window=self.window)
-            lasting = isinstance(error, (ModelMissingError, PromptTooLongError)) \
-                or NO_TOOLS_ERROR.search(error.message) or NO_THINKING_ERROR.search(error.message)
-            if answer.status not in NO_RENDERING or lasting:
-                raise error
-        self.unrendered = f"Ollama rendered no prompt (status {answer.status})"
-        return None
+        if answer.status == 200:
+            self.unrendered = "Ollama rendered no prompt"
+            return None
+        error = upstream_error(answer.status, answer.text, facts.name,
+                               retry_after=answer.retry_after,
+                               prompt_tokens=self.estimate, window=self.window)
+        if isinstance(error, (ModelMissingError, PromptTooLongError)) or \
+                NO_TOOLS_ERROR.search(error.message) or NO_THINKING_ERROR.search(error.message):
+            raise error
+        if answer.status in NO_RENDERING:
+            self.unrendered = error.message
+        return None  # whatever else is wrong, the chat will meet and tell
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
