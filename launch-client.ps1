@@ -4,6 +4,11 @@ $ErrorActionPreference = 'Continue'
 $program = Join-Path $PSScriptRoot 'qwencode.py'
 $newEnough = 'import sys; sys.exit(sys.version_info < (3, 9))'
 $names = 'python3', 'python', 'python3.13', 'python3.12', 'python3.11', 'python3.10', 'python3.9', 'py'
+# PowerShell takes a bare -- away from a script's arguments; the typed line still has it.
+$given = $args
+if ($args -notcontains '--' -and $MyInvocation.Line -match 'launch-client(\.ps1)?[''"]?\s+--(\s|$)') {
+    $given = @('--') + $args
+}
 foreach ($name in $names) {
     $found = Get-Command $name -CommandType Application -ErrorAction SilentlyContinue
     $python = $found | Select-Object -First 1
@@ -12,7 +17,7 @@ foreach ($name in $names) {
     if ($name -eq 'py') { $which = @('-3') }
     & $python.Path @which -c $newEnough 2>&1 | Out-Null
     if ($LASTEXITCODE -ne 0) { continue }
-    & $python.Path @which $program 'client' @args
+    & $python.Path @which $program 'client' @given
     exit $LASTEXITCODE
 }
 [Console]::Error.WriteLine('launch-client: Python 3.9 or newer is needed, and python3, python and py are not that.')

@@ -190,7 +190,8 @@ def test_both_twins_try_the_same_pythons_and_ask_the_same_question(name):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_both_twins_pass_on_the_same_and_fail_alike(name):
     words = "".join(f"'{word}' " for word in WORDS[name])
-    assert f"$program {words}@args" in of_powershell(name)
+    given = {"launch-shim": "@args", "launch-client": "@given"}[name]
+    assert f"$program {words}{given}" in of_powershell(name)
     assert "exit $LASTEXITCODE" in of_powershell(name)
     for text in (of_shell(name), of_powershell(name)):
         assert text.rstrip().endswith("exit 127")
@@ -213,3 +214,19 @@ def test_powershell_runs_the_program(place, name):
         [shutil.which("pwsh"), "-NoProfile", "-File", program / f"{name}.ps1", "a b", "-p", "x"],
         env={**os.environ, "PATH": str(commands)}, timeout=60, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == (f"{[*WORDS[name], 'a b', '-p', 'x']}\n", 7)
+
+
+LINES = [
+    (r".\launch-client.ps1 -- --dangerously-skip-permissions", True),
+    (r"& 'C:\my projects\launch-client.ps1' -- -p 'x'", True),
+    (r".\launch-client --", True),
+    (r".\launch-client.ps1 --port 8001", False),
+    (r".\launch-client.ps1 --dangerously-skip-permissions", False),
+    (r".\launch-client.ps1", False),
+]
+
+
+@pytest.mark.parametrize(("line", "found"), LINES, ids=[row[0] for row in LINES])
+def test_the_dashes_that_powershell_takes_away_are_found_in_the_line(line, found):
+    pattern = re.search(r"-match '(.*)'\)", of_powershell("launch-client")).group(1)
+    assert bool(re.search(pattern.replace("''", "'"), line)) == found
