@@ -2527,22 +2527,34 @@ NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties")
 # Numbers that only say "a whole number of JavaScript".
 MAX_SAFE_INTEGER = 2**53 - 1
 AGENTS_IN_TOOL = Pattern(r"(?m)^.{0,40}vailable agent types.{0,60}:\n(?:- .*\n?)+")
+SKILL_IN_TOOL = Pattern(
+    r"<skill>\s*<name>([^<]{1,99})</name>\s*<description>([^<]{0,9999})</description>")
 ENTRY = Pattern(r"(?m)^- (?:\*\*)?(?:([\w-]{1,80})(?:\*\*)?: )?")
 
 
 def slim_tool(tool: Tool) -> Tool:
     """Say the same of a tool in fewer words; same input, same bytes.
 
-    Known tools get our own text (and keep a list of agents that stands in theirs), others
-    keep theirs up to MAX_TOOL_TEXT_CHARS. Calls are still checked by the client's schema.
+    Known tools get our own text (and keep a list of agents or skills that stands in theirs),
+    others keep theirs up to MAX_TOOL_TEXT_CHARS. Calls are still checked by the client's
+    schema.
     """
     row = TOOL_TEXTS.get(tool.name)
     if row is None or not all(name in row[1] for name in required_of(tool.schema)):
         row = (clip(tool.description, MAX_TOOL_TEXT_CHARS), {})
-    elif row is AGENT_TEXT:
-        agents = AGENTS_IN_TOOL.search(tool.description)
-        row = (row[0] + "\n" + clip_entries(agents.group().rstrip()) if agents else row[0], row[1])
+    elif row in (AGENT_TEXT, SKILL_TEXT):
+        row = ("\n".join([row[0], *_list_in_tool(tool.description)]), row[1])
     return Tool(tool.name, row[0], slim_schema(tool.schema, row[1]))
+
+
+def _list_in_tool(description: str) -> List[str]:
+    """The agents or skills that older clients name in the tool, not in a message."""
+    agents = AGENTS_IN_TOOL.search(description)
+    if agents:
+        return [clip_entries(agents.group().rstrip())]
+    skills = [f"- {found.group(1).strip()}: {' '.join(found.group(2).split())}"
+              for found in SKILL_IN_TOOL.finditer(description)]
+    return ["Available skills:", clip_entries("\n".join(skills))] if skills else []
 
 
 def slim_schema(schema: Json, texts: Mapping[str, Optional[str]]) -> Json:
@@ -2721,7 +2733,7 @@ def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) ->
 
 def _passage_at(lines: Sequence[str], here: int) -> Optional[Passage]:
     first = here == 0 or not lines[here - 1].strip()
-    for row in PASSAGES if lines[here] else ():
+    for row in PASSAGES if lines[here].strip() else ():
         if (first or not row.paragraph) and row.start.match(lines[here]):
             return row
     return None

@@ -157,6 +157,16 @@ def test_a_list_of_agents_within_the_tool_stays():
     assert len(slim) < 700
 
 
+def test_a_list_of_skills_within_the_tool_stays():
+    text = FILLER + "\n<available_skills>\n<skill>\n<name>\nreview\n</name>\n<description>\n" \
+        + FILLER * 3 + "\n</description>\n</skill>\n<skill>\n<name>\nteam:deploy\n</name>\n" \
+        "<description>\nHow we\ndeploy.\n</description>\n</skill>\n</available_skills>\n"
+    slim = slim_tool(Tool("skill", text, SKILL.schema)).description
+    assert slim.endswith("\n- team:deploy: How we deploy.")
+    assert "\nAvailable skills:\n- review: This sentence" in slim
+    assert len(slim) < 400
+
+
 CLIPS = [
     ("short", "abc", 10, "abc"),
     ("at a sentence", "One two. Three four five six", 16, "One two. …"),
@@ -295,13 +305,15 @@ def test_qwen_codes_list_of_skills_goes():
 
 @pytest.mark.parametrize("piece", [
     "<system-reminder>\n", "- a: b\n", "Available agent types for the Agent tool:\n\n", "\n \n",
-    "# Session-specific guidance\n", "<total_tokens>", " - When the user types `/a`", "- ",
+    "# Session-specific guidance\n", "<total_tokens>", " - When the user types `/a`", "- ", "<skill><name>a", "<skill>  ",
+    "<skill><name>a</name>  ",
 ])
 def test_hostile_text_takes_linear_time(piece):
     text = piece * (300_000 // len(piece))
     slim, _ = slim_text(text, ())
     assert len(slim) <= len(text)
     slim_tool(Tool("Task", text, AGENT.schema))
+    slim_tool(Tool("Skill", text, SKILL.schema))
 
 
 # ------------------------------ which tools ------------------------------
