@@ -10695,12 +10695,15 @@ class Exchange:
         options = {**load_options(model.num_ctx), "num_predict": prompt.num_predict}
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
-        dialect, text = DIALECTS["chat"], None
+        prompt = prompt._replace(messages_json="")  # a long answer need not hold it
+        dialect, prefix = DIALECTS["chat"], None
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
             text = self._render(facts, body, prompt.answers, own_until)
             if text is not None:
                 dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
+                prefix = text[:max(text.find(USER_TURN), 0)]
                 body = generate_body(self.request, facts, text, self.config, options)
+            del text
         self.way = dialect.way
         if server.log.on("debug"):
             server.log.write("debug", f"{dialect.path} {body}")
@@ -10708,21 +10711,21 @@ class Exchange:
         turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.audience, until) as call:
+            del body
             self._pump(call, turn, until)
         if self.unrendered:  # and chat has served: the rendering is at fault
             server.registry.no_render(facts, self.unrendered)
         if self.request.tools and not self.agent:
-            self._offer_prefix(facts, options, text)
+            self._offer_prefix(facts, options, prefix)
         if turn.finish:
             server.counter.observe(facts.name, prompt.size, turn.finish.prompt_tokens)
 
-    def _offer_prefix(self, facts: ModelFacts, options: Json, prompt: Optional[str]) -> None:
+    def _offer_prefix(self, facts: ModelFacts, options: Json, prefix: Optional[str]) -> None:
         """Give the warmer what reads system text and tools, and nothing of the turns."""
         options, warmer = {**options, "num_predict": 1}, self.server.warmer
-        if prompt is not None:
-            before, user_turn, _ = prompt.partition(USER_TURN)
-            warmer.offer(before, lambda: ("/api/generate", generate_body(
-                self.request, facts, before + user_turn, self.config, options)))
+        if prefix is not None:
+            warmer.offer(prefix, lambda: ("/api/generate", generate_body(
+                self.request, facts, prefix + USER_TURN, self.config, options)))
             return
         first = self.session.written.first
         if first is not None and first.role == "system":
@@ -11292,8 +11295,10 @@ class Handler:
         if self.http.header("x-claude-code-session-id"):
             digest = late("hashlib").sha256(body).hexdigest()
             self.join_key = f"{self.session_id} {digest}"
-        Exchange(self, parse_request(self.json_of(body))).run()
-        del body
+        request = parse_request(self.json_of(body))
+        del body  # a long answer need not hold it
+        Exchange(self, request).run()
+        del request
         self.server.tidy()
 
     def count_tokens(self) -> None:
