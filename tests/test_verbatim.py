@@ -246,6 +246,10 @@ FALLBACKS = {
     "a stream": (model_text("Hello there"), True),
     "cut": (raw('{"_debug_info": {"rend') + cut(), None),
     "reset": (reset(), False),
+    "500": (status(500, {"error": "template: :1:2: boom"}), False),
+    "busy": (status(503, {"error": "server busy"}), False),
+    "rate": (status(429, {"error": "slow down"}), False),
+    "denied": (status(401, {"error": "unauthorized"}), False),
 }
 
 
@@ -269,10 +273,6 @@ LASTING = {
     "model gone": (status(404, {"error": "model 'b-x' not found"}), 400, "ollama pull b-x"),
     "overflow": (status(400, {"error": "the input length exceeds the context length"}), 400,
                  "prompt is too long"),
-    "500": (status(500, {"error": "template: :1:2: boom"}), 500, "boom"),
-    "busy": (status(503, {"error": "server busy"}), 529, "busy"),
-    "rate": (status(429, {"error": "slow down"}), 429, "slow down"),
-    "denied": (status(401, {"error": "unauthorized"}), 502, "unauthorized"),
     "silent": (hang(), 504, "timed out"),
 }
 
