@@ -10295,7 +10295,7 @@ class Session:
         return self._table
 
     def tools(
-        self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str,
+        self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str = "",
     ) -> Tuple[Tuple[Tool, ...], str]:
         """Return the forwarded tools and their JSON ("" where the text holds them).
 
