@@ -5141,8 +5141,8 @@ class ToolTextParser:
         piece, self._text = self._text, ""
         self._pieces.append(piece)
         self._length += len(piece)
-        if self._may_stream and self._length - self._head.at < MAX_HEADER_CHARS and \
-                self._stream_json("".join(self._pieces)):
+        short = self._length - self._head.at < MAX_HEADER_CHARS
+        if self._may_stream and short and self._stream_json("".join(self._pieces)):
             return True
         at, self._from = self._from, 0
         self._wake = None if self._may_stream and self._length < MAX_HEADER_CHARS else CLOSERS
@@ -5155,6 +5155,10 @@ class ToolTextParser:
                 self._next_try = length + max(0, length - MAX_HEADER_CHARS) // 2
                 if self._attempt(length, False):
                     return True
+        if self._may_stream and not (short or final):  # a first piece of many tokens
+            self._may_stream = False
+            if self._stream_json("".join(self._pieces)):
+                return True
         return final and self._attempt(self._length, True)
 
     def _attempt(self, length: int, final: bool) -> bool:
@@ -5254,6 +5258,7 @@ class ToolTextParser:
         if not match or len(meant) != 1:
             return False
         self._reader, self._from = JsonInput(), match.end()
+        self._scan, self._next_try = BracketScan(), 0
         self._open_stream(meant[0])
         self._text, self._pieces = text, []
         return True
@@ -8939,7 +8944,7 @@ def prefix_break(before: Sequence[Segment], now: Sequence[Segment]) -> str:
     """
     same = next((place for place, (old, new) in enumerate(zip(before, now))
                  if old.key != new.key), min(len(before), len(now)))
-    again = sum(segment.tokens for segment in now[same:len(before)])
+    again = min(sum(segment.tokens for segment in part[same:]) for part in (before, now))
     return f"{now[same].name}: {again:,} tokens read again" if again >= LEAST_REREAD else ""
 
 
@@ -10302,7 +10307,7 @@ class Session:
         return self._table
 
     def tools(
-        self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str,
+        self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str = "",
     ) -> Tuple[Tuple[Tool, ...], str]:
         """Return the forwarded tools and their JSON ("" where the text holds them).
 
@@ -10716,11 +10721,13 @@ class Exchange:
         if self.unrendered:  # and chat has served: the rendering is at fault
             server.registry.no_render(facts, self.unrendered)
         if self.request.tools and not self.agent:
-            self._offer_prefix(facts, options, prefix)
+            self._offer_prefix(facts, options, prefix, prompt.tools_json)
         if turn.finish:
             server.counter.observe(facts.name, prompt.size, turn.finish.prompt_tokens)
 
-    def _offer_prefix(self, facts: ModelFacts, options: Json, prefix: Optional[str]) -> None:
+    def _offer_prefix(
+        self, facts: ModelFacts, options: Json, prefix: Optional[str], tools_json: str,
+    ) -> None:
         """Give the warmer what reads system text and tools, and nothing of the turns."""
         options, warmer = {**options, "num_predict": 1}, self.server.warmer
         if prefix is not None:
@@ -10732,7 +10739,7 @@ class Exchange:
             messages = to_json([message_json(first), {"role": "user", "content": "."}])[1:-1]
             warmer.offer(messages, lambda: ("/api/chat", chat_body(
                 self.request, facts, self.config, options, messages_json=messages,
-                tools_json=self.session.tools_json)))
+                tools_json=tools_json)))
 
     def _prepare(self, model: LocalModel, over: int = 0) -> Prompt:
         """Translate tools and messages, and fit them to the window.

@@ -1,6 +1,7 @@
 """The model never reads the same thing twice: prompts of consecutive turns extend each other."""
 import json
 import threading
+import time
 
 import pytest
 from conversation import Conversation
@@ -305,8 +306,10 @@ def test_a_change_of_tools_is_explained():
         talk.say("go " * 1500)
         talk.fields["tools"] = [BASH, tool("mcp__x__search", text="string"), READ, WRITE]
         talk.results("one")
-        talk.shim.server.finish(0.0)
-        (record,) = list(talk.shim.server.stats.turns)[-1:]
+        until = time.monotonic() + KEEP_S
+        while len(talk.shim.server.stats.turns) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        record = talk.shim.server.stats.turns[-1]
         assert record.notes[0].startswith("tools changed at mcp__x__search: ")
         assert record.notes[0].endswith(" tokens read again")
         assert record.new_tokens > 500

@@ -242,10 +242,15 @@ FALLBACKS = {
     "field renamed": (status(200, {"_debug": {"prompt": "x"}}), True),
     "field of another type": (status(200, {"_debug_info": {"rendered_template": ["x"]}}), True),
     "empty prompt": (status(200, {"_debug_info": {"rendered_template": ""}}), True),
+    "null": (status(200, None), True),
     "not JSON": (status(200, "<html>"), True),
     "a stream": (model_text("Hello there"), True),
     "cut": (raw('{"_debug_info": {"rend') + cut(), None),
     "reset": (reset(), False),
+    "500": (status(500, {"error": "template: :1:2: boom"}), False),
+    "busy": (status(503, {"error": "server busy"}), False),
+    "rate": (status(429, {"error": "slow down"}), False),
+    "denied": (status(401, {"error": "unauthorized"}), False),
 }
 
 
@@ -269,10 +274,6 @@ LASTING = {
     "model gone": (status(404, {"error": "model 'b-x' not found"}), 400, "ollama pull b-x"),
     "overflow": (status(400, {"error": "the input length exceeds the context length"}), 400,
                  "prompt is too long"),
-    "500": (status(500, {"error": "template: :1:2: boom"}), 500, "boom"),
-    "busy": (status(503, {"error": "server busy"}), 529, "busy"),
-    "rate": (status(429, {"error": "slow down"}), 429, "slow down"),
-    "denied": (status(401, {"error": "unauthorized"}), 502, "unauthorized"),
     "silent": (hang(), 504, "timed out"),
 }
 
@@ -360,10 +361,11 @@ def test_a_client_that_leaves_cancels_what_ollama_does(step):
                 assert time.monotonic() < until
                 time.sleep(0.01)
             if step.endswith("writing"):
-                assert b"one" in sock.recv(65536) + sock.recv(65536)
+                got = b""
+                while b"one" not in got:
+                    got += sock.recv(65536)
         assert found[0].closed_by_client.wait(3.0)
         begin.set()
-        assert send_hi(shim, model="other").status == 200 or True
 
 
 def test_verbatim_is_for_text_of_new_local_chatml_models():
@@ -499,7 +501,7 @@ def test_who_joined_gets_the_whole_stream_when_the_first_leaves(step):
         second = threading.Thread(target=lambda: answers.append(
             shim.request("POST", "/v1/messages", data, headers)))
         second.start()
-        wait_until(lambda: shim.server.stats.running and any(
+        wait_until(lambda: any(
             one.audience._wakers for one in list(shim.server._joints.values())))
         sock.close()
         begin.set()
@@ -534,9 +536,8 @@ def test_a_request_cancels_the_warming():
     begin = threading.Event()
 
     def reply(request):
-        if request.body["options"].get("num_predict") == 1:
-            begin.wait(5.0)
-        return model_text("ok")
+        warming = request.body["options"].get("num_predict") == 1
+        return hold(begin) if warming else model_text("ok")
 
     with MockOllama(reply, model="b-x", parallel=1) as mock, \
             running_shim(mock.url, model="b-x", num_ctx="16384", warm="on") as shim:
