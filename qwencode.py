@@ -9782,6 +9782,8 @@ class Upstream:
 
 # ============================== 16. SERVER ==============================
 
+# ------------------------------ the log ------------------------------
+
 class Log:
     """Write one line per message to stderr; secrets never pass."""
 
@@ -9824,6 +9826,8 @@ class Log:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
+
+# ------------------------------ the connection to a client ------------------------------
 
 class ClientLink(Waiter):
     """The connection to one client: reads requests, writes without blocking.
@@ -9972,6 +9976,8 @@ class Progress:
             raise SlowRequestError("The request's body stopped arriving.")
 
 
+# ------------------------------ the head of a request ------------------------------
+
 class HttpRequest(NamedTuple):
     """The head of a request. path has no query and no prefix before /v1."""
 
@@ -10044,6 +10050,8 @@ def header_host(value: str) -> Optional[str]:
     return (match.group(1) or match.group(2) or "") if match else None
 
 
+# ------------------------------ places and queues ------------------------------
+
 class Gate:
     """Let at most limit requests work at once; queue more wait in order."""
 
@@ -10098,6 +10106,8 @@ class Gate:
         """Requests at work and waiting."""
         return self._working, len(self._waiting)
 
+
+# ------------------------------ what is known of a model ------------------------------
 
 class LocalModel(NamedTuple):
     """A model as it is used: what is known of it, and its window in tokens.
@@ -10281,6 +10291,8 @@ def new_enough(version: str) -> bool:
     return number >= (0, 24) or version.startswith("0.0.0")
 
 
+# ------------------------------ between the turns ------------------------------
+
 class Session:
     """What is kept between the turns of one conversation; bounded, lost at the end."""
 
@@ -10433,6 +10445,8 @@ class Warmer:
             waiter.close()
             self._lock.release()
 
+
+# ------------------------------ one request ------------------------------
 
 class Prompt(NamedTuple):
     """A request translated: its tools, the JSON of its parts, and its size.
@@ -11008,6 +11022,8 @@ REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized"
            504: "Gateway Timeout", 529: "Overloaded"}
 
 
+# ------------------------------ requests and routes ------------------------------
+
 class Handler:
     """One client connection: read requests, guard them, route them, answer."""
 
@@ -11456,6 +11472,8 @@ def heap_trimmer() -> Callable[[], object]:
         return lambda: None
     return lambda: trim(0)
 
+
+# ------------------------------ the server itself ------------------------------
 
 class ShimServer(ThreadingHTTPServer):
     """The server: one daemon thread for each connection."""
