@@ -418,6 +418,10 @@ def test_reminders_of_a_long_session_are_survived(place):
     mock = place.serve([*calls, text("Thirteen.")])
     assert place.ask("count").out == "Thirteen.\n"
     assert len(mock.turns) == 14
+    for before, after in zip(mock.turns, mock.turns[1:]):
+        assert after.prompt.startswith(before.prompt)
+    assert "haven't been used" not in mock.turns[-1].prompt  # of tools that were not forwarded
+    assert "<system-reminder>\n\n" not in mock.turns[-1].prompt
 
 
 # ------------------------------ thinking ------------------------------
