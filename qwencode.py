@@ -146,6 +146,7 @@ KEEP_ALIVE_S = 10.0
 # Seconds: nginx gives a header or a part of a body 60, CIS asks for less.
 HEAD_PROGRESS_S = 30.0
 IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
+MAX_DESCRIPTORS = 4096  # 1,536 connections and what their requests open
 ACCEPT_PAUSE_S = 0.1  # when accepting fails: too many open files
 CONNECT_S = 10.0  # a server that takes longer to accept is not there
 HEALTH_S = 0.8  # /health answers within a second
@@ -11753,10 +11754,21 @@ def open_server(config: Config) -> ShimServer:
                           f" ({problem.strerror or problem})") from None
 
 
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as many clients need: macOS starts with 256."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
+        resource = late("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def run_serve(args: Any, env: Mapping[str, str]) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 and 130."""
     signal = late("signal")
     config = load_config(vars(args), env)
+    raise_descriptor_limit()
     server = open_server(config)
     ended: List[int] = []
 

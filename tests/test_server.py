@@ -446,7 +446,7 @@ def lagging_client(shim):
 
 def test_a_client_that_takes_nothing_is_cut_off(monkeypatch):
     monkeypatch.setattr(qwencode, "CLIENT_STALL_S", 0.5)
-    reply = text("x" * 3_500_000, pieces=20)
+    reply = text("x" * 20_000_000, pieces=1)  # more than the system's buffers take
     with MockOllama([reply + hang()], model=MODEL) as mock, running_shim(mock.url) as shim, \
             lagging_client(shim) as sock:
         sock.sendall(post({**HI, "stream": True, "max_tokens": 1000}))
