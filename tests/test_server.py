@@ -231,10 +231,12 @@ def test_a_key_guards_every_route_but_health(headers, wanted):
     with MockOllama([text("ok")], model=MODEL) as mock, \
             running_shim(mock.url, api_key="sésame") as shim:
         for method, path in (("POST", "/v1/messages"), ("GET", "/v1/models"), ("GET", "/metrics"),
-                             ("GET", "/status")):
+                             ("GET", "/status"), ("GET", "/"), ("GET", "/v1/models/a"),
+                             ("POST", "/v1/messages/count_tokens")):
             assert shim.request(method, path, HI, coded).status == wanted
         answer = shim.request("GET", "/health")
         assert (answer.status, answer.json) == (200, {"ok": True, "status": "ok"})
+        assert shim.request("GET", "/", None, {"Accept": "text/html"}).data.startswith(b"<!")
 
 
 def test_another_bind_needs_a_key():
