@@ -146,6 +146,7 @@ KEEP_ALIVE_S = 10.0
 # Seconds: nginx gives a header or a part of a body 60, CIS asks for less.
 HEAD_PROGRESS_S = 30.0
 IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
+MAX_DESCRIPTORS = 4096  # 1,536 connections and what their requests open
 ACCEPT_PAUSE_S = 0.1  # when accepting fails: too many open files
 CONNECT_S = 10.0  # a server that takes longer to accept is not there
 HEALTH_S = 0.8  # /health answers within a second
@@ -9462,6 +9463,7 @@ JSON and <a href="metrics">metrics</a> for Prometheus.</p></noscript>
 
 # ============================== 15. UPSTREAM ==============================
 
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")  # looked up without a resolver
 STATUS_LINE = Pattern(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)")
 # What a socket that would block raises; TLS sockets have errors of their own, whose
 # module is loaded only when TLS is used.
@@ -9712,12 +9714,8 @@ class Upstream:
 
     def _connect(self, waiter: Waiter, until: float) -> socket.socket:
         """Try each address in turn; raise UpstreamRefusedError with the reason."""
-        try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as problem:
-            raise self._refused(f"the name cannot be resolved ({problem})") from None
         reason = "no address"
-        for family, kind, protocol, _, address in found:
+        for family, kind, protocol, _, address in self._addresses(waiter, until):
             try:
                 sock = socket.socket(family, kind, protocol)
             except OSError as problem:  # no such family here, or too many open files
@@ -9732,6 +9730,29 @@ class Upstream:
                 raise
             sock.close()
         raise self._refused(reason)
+
+    def _addresses(self, waiter: Waiter, until: float) -> List[Any]:
+        """Look the name up, on a thread: a resolver may take half a minute to give up."""
+        found: List[Any] = []
+        mine, wake = socket.socketpair()
+
+        def look_up() -> None:
+            try:
+                found.append(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as problem:
+                found.append(problem)
+            wake.close()
+
+        with mine:
+            if self.host in LOCAL_NAMES:
+                look_up()
+            else:
+                threading.Thread(target=look_up, daemon=True).start()
+                waiter.wait(mine, False, until)
+        if not found or isinstance(found[0], Exception):
+            reason = found[0] if found else "the lookup takes too long"
+            raise self._refused(f"the name cannot be resolved ({reason})")
+        return list(found[0])
 
     @staticmethod
     def _connect_one(
@@ -11145,9 +11166,12 @@ class Handler:
                                     " or as Bearer token.")
 
     def _needs_key(self) -> bool:
-        public = self.http.path == "/health" or self.http.method == "OPTIONS" \
-            or (self.http.path == "/" and self.http.method in ("GET", "HEAD"))
-        return not public
+        """The status page asks for the key itself, so that it must be shown without one."""
+        return not (self.http.path == "/health" or self.http.method == "OPTIONS"
+                    or (self.http.path == "/" and self._wants_page()))
+
+    def _wants_page(self) -> bool:
+        return self.http.method == "GET" and "text/html" in self.http.header("accept")
 
     def has_key(self) -> bool:
         """Compare in constant time; bytes, since text beyond ASCII would raise."""
@@ -11361,7 +11385,7 @@ class Handler:
         self.read_body()
         if self.http.method == "HEAD":
             self.server.warmer.start()
-        if self.http.method == "GET" and "text/html" in self.http.header("accept"):
+        if self._wants_page():
             self.reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
             return
         self.reply(200, f"qwencode {__version__} is running\n".encode(),
@@ -11753,10 +11777,21 @@ def open_server(config: Config) -> ShimServer:
                           f" ({problem.strerror or problem})") from None
 
 
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as many clients need: macOS starts with 256."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
+        resource = late("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def run_serve(args: Any, env: Mapping[str, str]) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 and 130."""
     signal = late("signal")
     config = load_config(vars(args), env)
+    raise_descriptor_limit()
     server = open_server(config)
     ended: List[int] = []
 

@@ -437,6 +437,18 @@ def test_a_hundred_slow_streams_and_health_at_once():
         assert shim.server.gate.load == (0, 0)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_few_descriptors_at_the_start_keep_nobody_out():
+    few = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (64, r.getrlimit(" \
+          "r.RLIMIT_NOFILE)[1])); runpy.run_path(sys.argv.pop(), run_name='__main__')"
+    with MockOllama([text("ok")], model=MODEL) as mock, \
+            process(mock.url, start=("-c", few, str(ROOT / "qwencode.py"))) as (_, port):
+        idle = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(300)]
+        assert b'"text":"ok"' in exchange(port, post(HI))
+        for sock in idle:
+            sock.close()
+
+
 def test_a_joined_request_whose_leader_is_given_up_may_ask_again():
     with MockOllama([hang()], model=MODEL) as mock, running_shim(mock.url) as shim:
         with socket.create_connection(("127.0.0.1", shim.port), 5) as sock:
@@ -451,12 +463,12 @@ def test_a_joined_request_whose_leader_is_given_up_may_ask_again():
 # ---- ends ----
 
 @contextlib.contextmanager
-def process(base_url, **env):
+def process(base_url, start=(str(ROOT / "qwencode.py"),), **env):
     """The shim as a program; yields it and its port once it listens."""
     kept = {key: value for key, value in os.environ.items()
             if not key.startswith(("SHIM_", "OLLAMA_", "HOST", "PORT"))}
     with subprocess.Popen(
-            [sys.executable, str(ROOT / "qwencode.py")], stdout=subprocess.PIPE,
+            [sys.executable, *start], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env={
                 **kept, "PORT": "0", "OLLAMA_BASE_URL": base_url, "OLLAMA_MODEL": MODEL,
                 "SHIM_WARM": "off", "PYTHONUNBUFFERED": "1", **env}) as running:
@@ -501,7 +513,7 @@ def test_a_signal_ends_streams_with_an_error_event(number, code):
 
 
 def test_a_second_interrupt_ends_at_once():
-    big = text("x" * 3_000_000, pieces=20)  # waits for a client that takes nothing
+    big = text("x" * 20_000_000, pieces=1)  # waits for a client that takes nothing
     with MockOllama([text("Hel") + big + done()], model=MODEL) as mock, \
             process(mock.url) as (shim, port), stream_begun(port):
         mock.turns[0].finished.wait(5)
@@ -517,10 +529,10 @@ def test_a_second_interrupt_ends_at_once():
 
 def test_a_client_that_lags_holds_no_stop_for_longer_than_five_seconds(monkeypatch):
     monkeypatch.setattr(qwencode, "DRAIN_S", 0.2)
-    with MockOllama([text("x" * 3_000_000, pieces=20) + done()], model=MODEL) as mock, \
+    with MockOllama([text("x" * 20_000_000, pieces=1) + done()], model=MODEL) as mock, \
             running_shim(mock.url) as shim, \
             socket.create_connection(("127.0.0.1", shim.port)) as sock:
-        sock.sendall(post({**HI, "stream": True, "max_tokens": 100}))
+        sock.sendall(post({**HI, "stream": True}))
         mock.wait_for().finished.wait(5)
         begun = time.monotonic()
         shim.server.stop()

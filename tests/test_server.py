@@ -231,10 +231,12 @@ def test_a_key_guards_every_route_but_health(headers, wanted):
     with MockOllama([text("ok")], model=MODEL) as mock, \
             running_shim(mock.url, api_key="sésame") as shim:
         for method, path in (("POST", "/v1/messages"), ("GET", "/v1/models"), ("GET", "/metrics"),
-                             ("GET", "/status")):
+                             ("GET", "/status"), ("GET", "/"), ("GET", "/v1/models/a"),
+                             ("POST", "/v1/messages/count_tokens")):
             assert shim.request(method, path, HI, coded).status == wanted
         answer = shim.request("GET", "/health")
         assert (answer.status, answer.json) == (200, {"ok": True, "status": "ok"})
+        assert shim.request("GET", "/", None, {"Accept": "text/html"}).data.startswith(b"<!")
 
 
 def test_another_bind_needs_a_key():
@@ -446,7 +448,7 @@ def lagging_client(shim):
 
 def test_a_client_that_takes_nothing_is_cut_off(monkeypatch):
     monkeypatch.setattr(qwencode, "CLIENT_STALL_S", 0.5)
-    reply = text("x" * 3_500_000, pieces=20)
+    reply = text("x" * 20_000_000, pieces=1)  # more than the system's buffers take
     with MockOllama([reply + hang()], model=MODEL) as mock, running_shim(mock.url) as shim, \
             lagging_client(shim) as sock:
         sock.sendall(post({**HI, "stream": True, "max_tokens": 1000}))

@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -355,6 +356,26 @@ def test_error_lines_first_keep_their_words():
         assert answer.status == 500
         assert "process has terminated" in answer.error[1]
         assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_slow_resolver_holds_up_nobody(monkeypatch):
+    go = threading.Event()
+    usual = socket.getaddrinfo
+
+    def slow(host, *rest, **options):
+        if host == "ollama.example":
+            go.wait(10)
+        return usual(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with running_shim("http://ollama.example:1", timeout_ms="300") as shim:
+        begun = time.monotonic()
+        assert shim.request("GET", "/health").json["ok"] is False
+        assert time.monotonic() - begun < 1.5
+        begun = time.monotonic()
+        assert "takes too long" in shim.messages().error[1]
+        assert time.monotonic() - begun < 1.5
+        go.set()
 
 
 def test_one_broken_upstream_call_leaves_the_others_alone():
