@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from bench import prefix
 from conversation import Conversation
 from helpers import BASH, READ, WRITE, running_shim, tool
 from mock_ollama import MockOllama, Model, SimulatedSlot, common_length, model_text
@@ -369,3 +370,11 @@ def test_who_waits_in_the_queue_is_kept_alive(monkeypatch):
         second.join(KEEP_S)
     kept = [e for e in two.events if e.name == "message_delta" and not e.payload["delta"]]
     assert len(kept) >= 2
+
+
+def test_a_session_reads_a_fifth_of_what_direct_translation_reads():
+    """Thirty turns with a title and two agents on one slot: 12 to 29 times on five paths."""
+    shim = prefix.through_shim("b")
+    assert prefix.prefill_s(prefix.through_nothing("b")) >= 5 * prefix.prefill_s(shim)
+    assert len(shim.turns) == 40, "the title was answered without the model"
+    assert prefix.shared(shim) >= 0.995
