@@ -3697,6 +3697,7 @@ USER_TURN = "<|im_start|>user\n"
 # generation only where the Modelfile says so.
 CHATML_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 CHATML_END = Pattern(r"<\|(?:im_end|im_start|endoftext)\|>")
+CALL_START = Pattern(r"<tool_call>\s*[{<]")
 THINK_OPENING = Pattern(r"<think>\s*(?:</think>\s*)?\Z")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 ANSWER_START = "<|im_start|>assistant\n"
@@ -3706,6 +3707,17 @@ def opening_of(prompt: str) -> str:
     """Return the think block, open or empty, with which a prompt begins the answer."""
     found = THINK_OPENING.search(prompt[-60:])
     return found.group() if found else ""
+
+
+def closed_thought(text: str) -> str:
+    """Close a think block before the call within it, or templates drop both.
+
+    Returns "" where it cannot be told where the thought ends.
+    """
+    if THINK_OPEN not in text or THINK_CLOSE in text:
+        return text
+    call = CALL_START.search(text)
+    return f"{text[:call.start()].rstrip()}\n</think>\n\n{text[call.start():]}" if call else ""
 
 
 def restored(prompt: str, answers: Sequence[str]) -> str:
@@ -10932,16 +10944,12 @@ class Exchange:
                 "an invalid streaming response: not JSON", "invalid JSON"))
 
     def _remember(self, turn: Turn) -> None:
-        """Keep the turn as the model wrote it, unless a rescue or a stop changed it.
-
-        A think block that was not closed is left to the template: some would take the
-        call within it for thought.
-        """
+        """Keep the turn as the model wrote it, unless a rescue or a stop changed it."""
         rescued = any(rule.startswith("intent:") for _, rule in turn.calls)
         if turn.raw is None or rescued or turn.stop_reason == "stop_sequence":
             return
-        text = self.opening + turn.raw
-        if THINK_OPEN not in text or THINK_CLOSE in text:
+        text = closed_thought(self.opening + turn.raw)
+        if text:
             self.server.raw_turns.remember(RawTurns.key(
                 self.session_id, len(self.request.messages), turn.call_ids, turn.answer), text)
 

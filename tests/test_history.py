@@ -134,7 +134,7 @@ def test_thirty_tool_turns_read_only_what_is_new():
     assert seen == [0] * 30
 
 
-def test_a_call_in_a_thought_that_was_never_closed_goes_back_in_the_templates_form():
+def test_a_thought_that_was_never_closed_is_closed_before_the_call_in_it():
     for name in ("a35 thinking", "q3 thinking"):
         kind = KINDS[name]
         opened = "" if kind.path == "a35" else "<think>\n"
@@ -145,8 +145,9 @@ def test_a_call_in_a_thought_that_was_never_closed_goes_back_in_the_templates_fo
             talk.results("one")
 
         prompt = played(kind, "on", script, play=play).turns[1].prompt
-        assert prompt.count("</think>") == 1, name
-        assert prompt.index("</think>") < prompt.rindex("<tool_call>"), name
+        answer = prompt.split("<|im_start|>assistant\n")[1].partition("<|im_end|>")[0]
+        assert answer == "<think>\nI will read.\n</think>\n\n" + kind.write(
+            "Read", file_path="/a"), name
 
 
 def test_each_turn_is_found_however_soon_the_next_one_comes():
