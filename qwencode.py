@@ -10566,6 +10566,7 @@ class Exchange:
         self.way, self.model, self.window = "chat", self.config.model, 0
         self.turn: Optional[Turn] = None
         self.opening = self.unrendered = ""
+        self.recalled: List[bool] = []  # earlier answers: as the model wrote them?
         self.notes: List[str] = []
         self.left_out: Tuple[str, ...] = ()
         self.key = handler.join_key
@@ -10733,10 +10734,14 @@ class Exchange:
             if text is not None:
                 dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
                 prefix = text[:max(text.find(USER_TURN), 0)]
+                if False in self.recalled[-1:]:
+                    self.notes.append("the last answer went back in the template's form")
                 body = generate_body(self.request, facts, text, self.config, options)
             del text
         self.way = dialect.way
         if server.log.on("debug"):
+            server.log.write("debug", f"history: {sum(self.recalled)} of {len(self.recalled)}"
+                                      " answers as the model wrote them")
             server.log.write("debug", f"{dialect.path} {body}")
         thinking = self.opening.rstrip().endswith(THINK_OPEN)
         turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
@@ -10799,10 +10804,9 @@ class Exchange:
             names = [tool.name for tool in table.sent]
             if self.agent:
                 request = request._replace(system=(agent_line(self.agent), *request.system))
+            self.recalled.clear()
             messages = chat_messages(
-                request, tools, facts,
-                lambda index, turn: self.server.raw_turns.recall(self.session_id, index, turn),
-                lambda text: self._slim(text, names))
+                request, tools, facts, self._recall, lambda text: self._slim(text, names))
             messages_json, same = session.written.write(messages)
             if session.tools_changed:
                 same = 0
@@ -10816,6 +10820,12 @@ class Exchange:
         shared = int(count.tokens * known / max(sum(sizes), 1))
         answers = tuple(m.content for m in messages if m.role == "assistant")
         return Prompt(table, messages_json, tools_json, answers, count, shared, request.max_tokens)
+
+    def _recall(self, index: int, turn: Message) -> Optional[str]:
+        """Return an earlier answer as the model wrote it, where that is remembered."""
+        raw = self.server.raw_turns.recall(self.session_id, index, turn)
+        self.recalled.append(raw is not None)
+        return raw
 
     def _note_break(self, messages: List[ChatMessage]) -> None:
         """Compare the prompt with the session's last one."""

@@ -216,6 +216,11 @@ def test_a_restart_and_an_answer_of_chat_are_survived():
         with running_shim(mock.url, model=kind.name, num_ctx=str(WINDOW)) as shim:
             talk.shim = shim
             talk.results("one")
+            until = time.monotonic() + KEEP_S
+            while not shim.server.stats.turns and time.monotonic() < until:
+                time.sleep(0.01)
+            assert shim.server.stats.turns[0].notes == (
+                "the last answer went back in the template's form",)
     assert "I will." in mock.turns[1].prompt
     assert '"Read", "arguments": {"file_path": "/a"}' in mock.turns[1].prompt
 
