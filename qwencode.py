@@ -3698,6 +3698,7 @@ USER_TURN = "<|im_start|>user\n"
 # generation only where the Modelfile says so.
 CHATML_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 CHATML_END = Pattern(r"<\|(?:im_end|im_start|endoftext)\|>")
+CALL_START = Pattern(r"<tool_call>\s*[{<]")
 THINK_OPENING = Pattern(r"<think>\s*(?:</think>\s*)?\Z")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 ANSWER_START = "<|im_start|>assistant\n"
@@ -3707,6 +3708,17 @@ def opening_of(prompt: str) -> str:
     """Return the think block, open or empty, with which a prompt begins the answer."""
     found = THINK_OPENING.search(prompt[-60:])
     return found.group() if found else ""
+
+
+def closed_thought(text: str) -> str:
+    """Close a think block before the call within it, or templates drop both.
+
+    Returns "" where it cannot be told where the thought ends.
+    """
+    if THINK_OPEN not in text or THINK_CLOSE in text:
+        return text
+    call = CALL_START.search(text)
+    return f"{text[:call.start()].rstrip()}\n</think>\n\n{text[call.start():]}" if call else ""
 
 
 def restored(prompt: str, answers: Sequence[str]) -> str:
@@ -10575,6 +10587,7 @@ class Exchange:
         self.way, self.model, self.window = "chat", self.config.model, 0
         self.turn: Optional[Turn] = None
         self.opening = self.unrendered = ""
+        self.recalled: List[bool] = []  # earlier answers: as the model wrote them?
         self.notes: List[str] = []
         self.left_out: Tuple[str, ...] = ()
         self.key = handler.join_key
@@ -10742,10 +10755,14 @@ class Exchange:
             if text is not None:
                 dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
                 prefix = text[:max(text.find(USER_TURN), 0)]
+                if False in self.recalled[-1:]:
+                    self.notes.append("the last answer went back in the template's form")
                 body = generate_body(self.request, facts, text, self.config, options)
             del text
         self.way = dialect.way
         if server.log.on("debug"):
+            server.log.write("debug", f"history: {sum(self.recalled)} of {len(self.recalled)}"
+                                      " answers as the model wrote them")
             server.log.write("debug", f"{dialect.path} {body}")
         thinking = self.opening.rstrip().endswith(THINK_OPEN)
         turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
@@ -10808,10 +10825,9 @@ class Exchange:
             names = [tool.name for tool in table.sent]
             if self.agent:
                 request = request._replace(system=(agent_line(self.agent), *request.system))
+            self.recalled.clear()
             messages = chat_messages(
-                request, tools, facts,
-                lambda index, turn: self.server.raw_turns.recall(self.session_id, index, turn),
-                lambda text: self._slim(text, names))
+                request, tools, facts, self._recall, lambda text: self._slim(text, names))
             messages_json, same = session.written.write(messages)
             if session.tools_changed:
                 same = 0
@@ -10825,6 +10841,12 @@ class Exchange:
         shared = int(count.tokens * known / max(sum(sizes), 1))
         answers = tuple(m.content for m in messages if m.role == "assistant")
         return Prompt(table, messages_json, tools_json, answers, count, shared, request.max_tokens)
+
+    def _recall(self, index: int, turn: Message) -> Optional[str]:
+        """Return an earlier answer as the model wrote it, where that is remembered."""
+        raw = self.server.raw_turns.recall(self.session_id, index, turn)
+        self.recalled.append(raw is not None)
+        return raw
 
     def _note_break(self, messages: List[ChatMessage]) -> None:
         """Compare the prompt with the session's last one."""
@@ -10953,16 +10975,12 @@ class Exchange:
                 "an invalid streaming response: not JSON", "invalid JSON"))
 
     def _remember(self, turn: Turn) -> None:
-        """Keep the turn as the model wrote it, unless a rescue or a stop changed it.
-
-        A think block that was not closed is left to the template: some would take the
-        call within it for thought.
-        """
+        """Keep the turn as the model wrote it, unless a rescue or a stop changed it."""
         rescued = any(rule.startswith("intent:") for _, rule in turn.calls)
         if turn.raw is None or rescued or turn.stop_reason == "stop_sequence":
             return
-        text = self.opening + turn.raw
-        if THINK_OPEN not in text or THINK_CLOSE in text:
+        text = closed_thought(self.opening + turn.raw)
+        if text:
             self.server.raw_turns.remember(RawTurns.key(
                 self.session_id, len(self.request.messages), turn.call_ids, turn.answer), text)
 

@@ -12,6 +12,7 @@ from qwencode import (
     TextDelta,
     ThinkingDelta,
     ThinkSplitter,
+    closed_thought,
     held_prefix,
     opening_of,
     restored,
@@ -135,6 +136,16 @@ def test_past_answers_are_put_in_as_they_were_written(name):
     rendered, written, opening, wanted = RESTORED[name]
     prompt = restored(prompt_of(*rendered, opening=opening), written)
     assert prompt == prompt_of(*wanted, opening=opening)
+
+
+@pytest.mark.parametrize(("text", "kept"), [
+    ("Hi", "Hi"), ("<think>a</think>b", "<think>a</think>b"), ("<think>\na", ""), ("", ""),
+    ("<think>\na \n<tool_call>\n{}", "<think>\na\n</think>\n\n<tool_call>\n{}"),
+    ("<think>use <tool_call> now: <tool_call><function=x>",
+     "<think>use <tool_call> now:\n</think>\n\n<tool_call><function=x>"),
+])
+def test_a_thought_is_closed_before_the_call_in_it(text, kept):
+    assert closed_thought(text) == kept
 
 
 @pytest.mark.parametrize(("text", "size"), [

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from bench import prefix
 from conversation import Conversation
 from helpers import BASH, READ, WRITE, running_shim, tool
 from mock_ollama import MockOllama, Model, SimulatedSlot, common_length, model_text
@@ -133,7 +134,7 @@ def test_thirty_tool_turns_read_only_what_is_new():
     assert seen == [0] * 30
 
 
-def test_a_call_in_a_thought_that_was_never_closed_goes_back_in_the_templates_form():
+def test_a_thought_that_was_never_closed_is_closed_before_the_call_in_it():
     for name in ("a35 thinking", "q3 thinking"):
         kind = KINDS[name]
         opened = "" if kind.path == "a35" else "<think>\n"
@@ -144,8 +145,9 @@ def test_a_call_in_a_thought_that_was_never_closed_goes_back_in_the_templates_fo
             talk.results("one")
 
         prompt = played(kind, "on", script, play=play).turns[1].prompt
-        assert prompt.count("</think>") == 1, name
-        assert prompt.index("</think>") < prompt.rindex("<tool_call>"), name
+        answer = prompt.split("<|im_start|>assistant\n")[1].partition("<|im_end|>")[0]
+        assert answer == "<think>\nI will read.\n</think>\n\n" + kind.write(
+            "Read", file_path="/a"), name
 
 
 def test_each_turn_is_found_however_soon_the_next_one_comes():
@@ -214,6 +216,11 @@ def test_a_restart_and_an_answer_of_chat_are_survived():
         with running_shim(mock.url, model=kind.name, num_ctx=str(WINDOW)) as shim:
             talk.shim = shim
             talk.results("one")
+            until = time.monotonic() + KEEP_S
+            while not shim.server.stats.turns and time.monotonic() < until:
+                time.sleep(0.01)
+            assert shim.server.stats.turns[0].notes == (
+                "the last answer went back in the template's form",)
     assert "I will." in mock.turns[1].prompt
     assert '"Read", "arguments": {"file_path": "/a"}' in mock.turns[1].prompt
 
@@ -369,3 +376,11 @@ def test_who_waits_in_the_queue_is_kept_alive(monkeypatch):
         second.join(KEEP_S)
     kept = [e for e in two.events if e.name == "message_delta" and not e.payload["delta"]]
     assert len(kept) >= 2
+
+
+def test_a_session_reads_a_fifth_of_what_direct_translation_reads():
+    """Thirty turns with a title and two agents on one slot: 12 to 29 times on five paths."""
+    shim = prefix.through_shim("b")
+    assert prefix.prefill_s(prefix.through_nothing("b")) >= 5 * prefix.prefill_s(shim)
+    assert len(shim.turns) == 40, "the title was answered without the model"
+    assert prefix.shared(shim) >= 0.995
