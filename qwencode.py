@@ -449,15 +449,15 @@ OPTIONS: Tuple[Option, ...] = (
     Option("api_key", "SHIM_API_KEY", "", "secret",
            "key that clients must send as x-api-key or Bearer"),
     Option("use_requested_model", "SHIM_USE_REQUESTED_MODEL", "off", "bool",
-           "use the model named in the request instead of OLLAMA_MODEL"),
+           "use the model named in the request instead of OLLAMA_MODEL: on or off"),
     Option("model_map", "SHIM_MODEL_MAP", "", "text",
            "local models by role, for example haiku=qwen3:4b,opus=qwen3-coder:30b"),
     Option("small_model", "SHIM_SMALL_MODEL", "", "text",
            "model for background requests such as session titles"),
     Option("log", "SHIM_LOG", "info", "choice",
-           "how much is logged; debug includes prompts and answers",
+           "how much is logged: error, warn, info or debug (prompts and answers too)",
            ("error", "warn", "info", "debug")),
-    Option("log_format", "SHIM_LOG_FORMAT", "text", "choice", "form of the log",
+    Option("log_format", "SHIM_LOG_FORMAT", "text", "choice", "form of the log: text or json",
            ("text", "json")),
     Option("max_read_bytes", "SHIM_MAX_READ_BYTES", "200000", "count",
            "bytes that a rescued read shows before it is cut with a notice"),
@@ -467,24 +467,25 @@ OPTIONS: Tuple[Option, ...] = (
            "longest wait for the first byte, which holds model load and prefill"
            " (600000, or SHIM_REQUEST_TIMEOUT_MS where that is set)"),
     Option("cors_wildcard", "SHIM_ALLOW_CORS_WILDCARD", "off", "bool",
-           "answer CORS preflights of every origin, not only localhost"),
+           "answer CORS preflights of every origin, not only localhost: on or off"),
     Option("keep_alive", "SHIM_KEEP_ALIVE", "-1", "text",
            "how long Ollama keeps the model loaded: seconds, a duration such as 30m, -1 for ever"),
     Option("rescue", "SHIM_RESCUE", "text,intent", "list",
-           "rescues in force: text (tool calls written as text), intent (actions described)",
+           "rescues in force: text (tool calls written as text), intent (actions described), off",
            ("text", "intent", "off")),
     Option("verbatim", "SHIM_VERBATIM", "auto", "choice",
-           "read the model's own text instead of Ollama's parse of it", ("auto", "on", "off")),
+           "read the model's own text instead of Ollama's parse of it: auto, on or off",
+           ("auto", "on", "off")),
     Option("bash_style", "SHIM_BASH_STYLE", "plain", "choice",
            "form of the rescue's commands: plain (approvable in acceptEdits) or coded"
            " (exit codes 91 to 100)", ("plain", "coded")),
     Option("prompt", "SHIM_PROMPT", "slim", "choice",
            "slim shortens tool texts; full forwards them as they came", ("slim", "full")),
     Option("local_answers", "SHIM_LOCAL_ANSWERS", "title,probe,suggestion,safety", "list",
-           "background requests answered without the model",
+           "background requests answered without the model: any of the default's, or off",
            ("title", "probe", "suggestion", "safety", "off")),
     Option("warm", "SHIM_WARM", "on", "bool",
-           "load the model, and the last session's prefix, before it is needed"),
+           "load the model, and the last session's prefix, before it is needed: on or off"),
     Option("max_concurrent", "SHIM_MAX_CONCURRENT", "256", "count",
            "requests at work at once; as many more wait"),
     Option("counts_file", "SHIM_COUNTS_FILE", "", "text",
@@ -662,11 +663,16 @@ def _finish_config(values: Dict[str, Any], timeout_given: bool) -> Config:
     if values["first_token_timeout_ms"] is None:
         values["first_token_timeout_ms"] = (
             values["timeout_ms"] if timeout_given else FIRST_TOKEN_TIMEOUT_MS)
+    for name in ("host", "model"):
+        if not values[name].strip():
+            raise ConfigError(f"{OPTION_BY_NAME[name].variable}: the value is empty")
     if values["num_ctx"] == 0:
         values["num_ctx"] = None
     if values["auto_ctx"].lower() not in ("auto", "off"):
-        values["num_ctx"] = values["num_ctx"] or read_option(
-            OPTION_BY_NAME["num_ctx"], values["auto_ctx"], "SHIM_NUM_CTX")
+        if not WHOLE_NUMBER.fullmatch(values["auto_ctx"]):
+            raise ConfigError(f"SHIM_NUM_CTX: {values['auto_ctx']!r} is neither auto, off"
+                              " nor a whole number")
+        values["num_ctx"] = values["num_ctx"] or int(values["auto_ctx"])
     if not KEEP_ALIVE.fullmatch(values["keep_alive"]):
         raise ConfigError(f"SHIM_KEEP_ALIVE: {values['keep_alive']!r} is neither seconds"
                           " nor a duration such as 30m")
@@ -11473,21 +11479,42 @@ def read_counts(config: Config, log: Log) -> TokenCounter:
     if not config.counts_file or not os.path.exists(config.counts_file):
         return TokenCounter()
     try:
-        with open(config.counts_file, encoding="utf-8") as file:
-            return TokenCounter.from_json(json.load(file))
+        return kept_counts(config.counts_file)
     except (OSError, ValueError) as problem:
-        log.write("warn", f"SHIM_COUNTS_FILE: {config.counts_file} cannot be read: {problem}")
+        log.write("warn", f"SHIM_COUNTS_FILE: {config.counts_file} cannot be read"
+                  f" ({reason_of(problem)}): counts are neither taken from it nor kept in it."
+                  " Name another file, or remove this one.")
         return TokenCounter()
 
 
+def kept_counts(path: str) -> TokenCounter:
+    """Read a file of counts; raise ValueError where it holds something else."""
+    with open(path, encoding="utf-8") as file:
+        kept = json.loads(file.read() or "{}")
+    counter = TokenCounter.from_json(kept)
+    if kept and not counter.models:
+        raise ValueError("it holds no token counts")
+    return counter
+
+
+def reason_of(problem: Exception) -> str:
+    """Say what is wrong with a file, without Python's numbers and names."""
+    return getattr(problem, "strerror", None) or str(problem)
+
+
 def write_counts(path: str, counter: TokenCounter, log: Log) -> None:
-    """Keep what was learned; written beside and moved over, so a crash loses nothing."""
+    """Keep what was learned; written beside and moved over, so a crash loses nothing.
+
+    A file that holds something else, named by mistake, stays as it is.
+    """
     try:
+        if os.path.exists(path):
+            kept_counts(path)
         with open(path + ".new", "w", encoding="utf-8") as file:
             json.dump(counter.to_json(), file)
         os.replace(path + ".new", path)
-    except OSError as problem:
-        log.write("warn", f"SHIM_COUNTS_FILE: {path} cannot be written: {problem}")
+    except (OSError, ValueError) as problem:
+        log.write("warn", f"SHIM_COUNTS_FILE: {path} was not written ({reason_of(problem)})")
 
 
 # The page needs nothing from elsewhere, so nothing else is allowed to load.
@@ -11758,20 +11785,28 @@ def make_parser() -> Any:
     """Make the command line from COMMANDS and OPTIONS."""
     argparse = late("argparse")
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("options of every command, each also a variable")
     for option in OPTIONS:
         default = f" (default {option.default})" if option.default else ""
-        common.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
-                            help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
+        group.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
+                           help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
     parser = argparse.ArgumentParser(
         prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
-        " of Ollama.", parents=[common])
+        " of Ollama.", parents=[common], usage="%(prog)s [COMMAND] [OPTIONS]")
+    parser.error = one_line_error(parser)
     parser.add_argument("--version", action="version", version=f"qwencode {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="qwencode")
     for command in COMMANDS:
         sub = commands.add_parser(command.name, help=command.help, parents=[common],
-                                  description=command.help)
+                                  description=command.help, usage="%(prog)s [OPTIONS] ...")
+        sub.error = one_line_error(sub)
         command.arguments(sub)
     return parser
+
+
+def one_line_error(parser: Any) -> Callable[[str], None]:
+    """Answer a mistake in one line; argparse would print a page of usage before it."""
+    return lambda message: parser.exit(2, f"{parser.prog}: {message}. See --help.\n")
 
 
 def say(text: str) -> None:
@@ -11942,7 +11977,7 @@ TRY_TOOLS = {"Bash": Tool("Bash", "", {"type": "object", "required": ["command"]
 def run_try(args: Any, env: Mapping[str, str]) -> int:
     """Carry out one request here, as the rescue would; return the command's exit code."""
     config = load_config(vars(args), env)
-    found = find_rescue((Message("user", (Text(args.request),)),), "I'll do that now.")
+    found = find_rescue((Message("user", (Text(" ".join(args.request)),)),), "I'll do that now.")
     if not found:
         say("No rescue: these words are not one clear file operation, so the shim would not act.")
         return 1
@@ -11966,7 +12001,7 @@ def run_try(args: Any, env: Mapping[str, str]) -> int:
 
 
 def _try_arguments(sub: Any) -> None:
-    sub.add_argument("request", help="what to do, in words")
+    sub.add_argument("request", nargs="+", help="what to do, in words")
     sub.add_argument("--dry-run", action="store_true", help="show the command, run nothing")
 
 
@@ -12192,6 +12227,9 @@ def run_client(args: Any, env: Mapping[str, str]) -> int:
         return 127
     named = args.url or ("" if env.get("HOST") or env.get("PORT")
                          else env.get("ANTHROPIC_BASE_URL", ""))
+    if named and not BASE_URL.fullmatch(named):
+        raise ConfigError("the address of the shim is not a URL such as http://127.0.0.1:8000;"
+                          " it comes as an argument or as ANTHROPIC_BASE_URL")
     url = named.rstrip("/") or local_url(config)
     key = args.key or config.api_key or env.get("ANTHROPIC_AUTH_TOKEN") \
         or env.get("ANTHROPIC_API_KEY") or ""
@@ -13002,7 +13040,9 @@ def run_models(args: Any, env: Mapping[str, str]) -> int:
     best = recommend(rows, memory)
     room = f" in {memory / 1e9:.0f} GB of graphics memory" if memory else ""
     pull = next(name for least, name in PULLS if memory / 1e9 >= least)
-    say(f"* is OLLAMA_MODEL. Recommended{room}: " + (best or f"ollama pull {pull}"))
+    there = any(row.name in (config.model, config.model + ":latest") for row in rows)
+    say(("* is OLLAMA_MODEL." if there else f"OLLAMA_MODEL, {config.model}, is not among them.")
+        + f" Recommended{room}: " + (best or f"ollama pull {pull}"))
     return 0
 
 
@@ -13064,9 +13104,11 @@ def run_explain(args: Any, env: Mapping[str, str]) -> int:
             late("pathlib").Path(args.file).read_bytes()
         request = parse_request(parse_json(data))
     except OSError as problem:
-        raise ConfigError(f"{args.file}: {problem.strerror}") from None
+        raise ConfigError(f"{args.file} cannot be read ({problem.strerror}); name a file that"
+                          " holds a request body, or - for standard input") from None
     except (ValueError, BadRequestError) as problem:
-        raise ConfigError(f"{args.file}: {clean(str(problem))}") from None
+        raise ConfigError(f"{args.file} holds no request for /v1/messages:"
+                          f" {clean(str(problem))}") from None
     upstream = Upstream(config)
     facts = ModelFacts(config.model)
     with contextlib.suppress(ShimError):

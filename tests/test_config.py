@@ -68,6 +68,8 @@ def test_values_are_read(flags, env, field, value):
      "SHIM_ALLOW_CORS_WILDCARD: 'maybe' is neither on nor off"),
     ({"SHIM_MODEL_MAP": "haiku"}, "SHIM_MODEL_MAP: 'haiku' is not ROLE=MODEL"),
     ({"SHIM_MAX_CONCURRENT": "0"}, "SHIM_MAX_CONCURRENT: '0' would let no request work"),
+    ({"SHIM_NUM_CTX": "big"}, "SHIM_NUM_CTX: 'big' is neither auto, off nor a whole number"),
+    ({"OLLAMA_MODEL": " "}, "OLLAMA_MODEL: the value is empty"),
 ])
 def test_a_bad_value_is_one_clear_line(env, line):
     with pytest.raises(ConfigError) as problem:

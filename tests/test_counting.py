@@ -1,6 +1,7 @@
 """Counting: estimates, learning, windows, overflow errors, the CLI's variables."""
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import counted_texts
@@ -234,6 +235,24 @@ def test_what_was_learned_survives_a_restart():
 )
 def test_a_counts_file_that_cannot_be_read_is_left_out(kept):
     assert TokenCounter.from_json(kept).models == {}
+
+
+@pytest.mark.parametrize("text", ["MIT License", '{"name": "x"}', "[1]", '{"m": [1'])
+def test_a_file_that_holds_no_counts_is_never_overwritten(tmp_path, text):
+    """A name mistaken for the counts file must not cost that file."""
+    path, said = tmp_path / "counts", []
+    path.write_text(text)
+    log = SimpleNamespace(write=lambda level, line: said.append(level))
+    config = qwencode.load_config({"counts_file": str(path)}, {})
+    qwencode.write_counts(str(path), qwencode.read_counts(config, log), log)
+    assert (path.read_text(), said) == (text, ["warn", "warn"])
+
+
+def test_an_empty_counts_file_is_used(tmp_path):
+    path = tmp_path / "counts"
+    path.write_text("")
+    qwencode.write_counts(str(path), TokenCounter(), qwencode.Log(qwencode.load_config({}, {})))
+    assert path.read_text() == "{}"
 
 
 # ---------------------------------------------------------------- the window
