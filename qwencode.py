@@ -8440,6 +8440,10 @@ CUT_BEFORE_ANYTHING = (
     " window or max_tokens is too small for this conversation.")
 
 
+# In the model's own text its own markup is no rescue: Hermes JSON and Qwen3-Coder XML.
+OWN_FORMATS = ("tool_call", "function_xml")
+
+
 class TurnTools(NamedTuple):
     """What a turn may do beyond translating.
 
@@ -8578,7 +8582,8 @@ class Turn:
 
     def _note_call(self, delta: Delta) -> None:
         if isinstance(delta, (Call, CallStart)):
-            self.calls.append((delta.name, delta.rule))
+            own = isinstance(self._decoder, GenerateDecoder) and delta.rule in OWN_FORMATS
+            self.calls.append((delta.name, "" if own else delta.rule))
         if isinstance(delta, Call):
             self._shown_chars += len(to_json(delta.input)) + len(delta.name)
         elif isinstance(delta, CallInput):

@@ -158,8 +158,8 @@ def running_shim(base_url: str, **flags: str) -> Iterator[Shim]:
         yield Shim(server)
     finally:
         server.stop()
-        server.finish()
         thread.join(5)
+        server.finish()
 
 
 def tool(name: str, **properties: str) -> Dict[str, Any]:
