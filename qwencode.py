@@ -10652,9 +10652,9 @@ class Exchange:
             self._follow(leader)
             return
         with contextlib.ExitStack() as places:
-            places.enter_context(self.server.gate.place(self.audience))
             if self.agent:  # subagents in turn: each switch costs the model a re-read (OL 5b)
                 places.enter_context(self.server.side_gate.place(self.audience))
+            places.enter_context(self.server.gate.place(self.audience))
             self.server.stats.progress(self, time.time(), state="prefill")
             self.server.warmer.cancel()
             self._relay()
