@@ -10,6 +10,8 @@ from conversation import Conversation
 from helpers import BASH, READ, WRITE, running_shim, tool
 from mock_ollama import MockOllama, Model, SimulatedSlot, common_length, hold, model_text, text
 
+import qwencode
+
 WINDOW = 262_144
 KEEP_S = 5.0
 
@@ -384,7 +386,6 @@ def test_agents_wait_in_turn_and_the_conversation_does_not():
 
 
 def test_who_waits_in_the_queue_is_kept_alive(monkeypatch):
-    import qwencode
     monkeypatch.setattr(qwencode, "FIRST_EVENT_S", 0.05)
     monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.05)
     kind, begin = KINDS["B"], threading.Event()

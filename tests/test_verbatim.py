@@ -6,14 +6,23 @@ import time
 
 import pytest
 from conversation import Conversation
-from helpers import BASH, READ, WRITE, check_events, is_keep_alive, joined, read_sse, running_shim, tool
+from helpers import (
+    BASH,
+    READ,
+    WRITE,
+    check_events,
+    is_keep_alive,
+    joined,
+    read_sse,
+    running_shim,
+)
 from mock_ollama import (
+    Fit,
     MockOllama,
     Model,
+    Turn,
     as_reply,
-    call,
     cut,
-    delay,
     done,
     error_line,
     hang,
@@ -24,6 +33,8 @@ from mock_ollama import (
     status,
     text,
 )
+
+import qwencode
 from qwencode import fold
 
 MODELS = {"A": "a-x", "B": "b-x", "a35": "a35-x", "q3": "q3-x", "C": "c-x"}
@@ -136,7 +147,7 @@ def test_a_long_input_streams_while_it_is_written(path):
     with MockOllama(model_text(script, pieces), model=MODELS[path], default_num_ctx=131072,
                     token_delay=2.0 / pieces) as mock, \
             running_shim(mock.url, model=MODELS[path], num_ctx="131072") as shim:
-        shim.server.registry.model(MODELS[path], __import__("qwencode").Waiter(),
+        shim.server.registry.model(MODELS[path], qwencode.Waiter(),
                                    time.monotonic() + 5)
         arrived = timed_events(shim, HI)
     events = [event for _, event in arrived]
@@ -152,7 +163,6 @@ def test_a_long_input_streams_while_it_is_written(path):
 
 
 def test_on_chat_the_same_call_is_held_and_the_client_kept_alive(monkeypatch):
-    import qwencode
     monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.1)
     script = "Writing it.\n" + hermes("Write", file_path="/tmp/l", content=LINES[:4000])
     with MockOllama(model_text(script, 40), model="b-x", token_delay=0.02) as mock, \
@@ -214,7 +224,6 @@ class Faulty(MockOllama):
             super()._generation(answer, request)
             return
         asked = self._check(request)
-        from mock_ollama import Fit, Turn
         Turn(self, answer, asked, Fit("", 1, None)).serve(as_reply(reply))
 
 
@@ -525,7 +534,6 @@ def test_a_knock_reads_the_last_sessions_prefix(way):
     with MockOllama([text("ok")], model="b-x") as mock, \
             running_shim(mock.url, model="b-x", num_ctx="16384", warm="on", verbatim=way) as shim:
         assert shim.request("HEAD", "/").status == 200
-        time.sleep(0)
         talk = Conversation(shim)
         talk.say("What is new?", system="a reminder")
         turn = mock.turns[-1]
@@ -582,5 +590,3 @@ def test_without_warming_a_knock_asks_nothing():
         shim.request("HEAD", "/")
     assert mock.requests == []
 
-
-__all__ = ["call", "delay", "tool"]
