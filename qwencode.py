@@ -10281,6 +10281,11 @@ class Registry:
             return WindowChoice(num_ctx, "not confirmed by /api/ps")
         return judge_window(num_ctx, row, kv_bytes)
 
+    def load_again(self, model: LocalModel, waiter: Waiter, until: float) -> None:
+        """Load a known model where Ollama has unloaded it meanwhile."""
+        if model.num_ctx:
+            self._load(model.facts, model.num_ctx, None, waiter, until)
+
     def _loaded_row(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[Json]:
         """Find the model in /api/ps, by name or by its blob's digest."""
         rows = _mapping(self.ask("GET", "/api/ps", None, waiter, until).body).get("models")
@@ -10319,14 +10324,17 @@ class Registry:
         """Decide whether this turn reads the model's own text.
 
         Only where prompts are ChatML and rendering was seen to work, on a local model,
-        without images (raw mode takes none, OL 6).
+        without images that it sees (raw mode takes none, OL 6), and without a schema for an
+        answer that begins with thought: raw mode would hold the thought to the schema.
         """
         mode = self._config.verbatim
         if mode == "off" or facts.remote or not facts.chatml \
                 or (facts.digest or facts.name) in self._no_render:
             return False
-        if any(isinstance(b, Image) or (isinstance(b, ToolResult) and b.images)
-               for m in request.messages for b in m.blocks):
+        images = not facts.lacks("vision") and any(
+            isinstance(b, Image) or (isinstance(b, ToolResult) and b.images)
+            for m in request.messages for b in m.blocks)
+        if images or (request.schema is not None and wants_thinking(request, facts)):
             return False
         return mode == "on" or new_enough(self.version(waiter, until))
 
@@ -10510,6 +10518,8 @@ class Warmer:
             self._reading = waiter  # before the look: a request cancels what it sees
             if self.prefix and not server.gate.load[0]:
                 server.upstream.ask("POST", *self.prefix, waiter, until)
+            elif known and not server.gate.load[0]:
+                server.registry.load_again(model, waiter, until)
         except ShimError as error:
             server.log.write("warn", error.message)
         except ClientGoneError:
@@ -10672,9 +10682,9 @@ class Exchange:
             self._follow(leader)
             return
         with contextlib.ExitStack() as places:
-            places.enter_context(self.server.gate.place(self.audience))
             if self.agent:  # subagents in turn: each switch costs the model a re-read (OL 5b)
                 places.enter_context(self.server.side_gate.place(self.audience))
+            places.enter_context(self.server.gate.place(self.audience))
             self.server.stats.progress(self, time.time(), state="prefill")
             self.server.warmer.cancel()
             self._relay()
@@ -10790,7 +10800,7 @@ class Exchange:
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
         prompt = prompt._replace(messages_json="")  # a long answer need not hold it
-        dialect, prefix = DIALECTS["chat"], None
+        dialect, prefix, self.opening = DIALECTS["chat"], None, ""
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
             text = self._render(facts, body, prompt.answers, own_until)
             if text is not None:

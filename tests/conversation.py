@@ -1,6 +1,4 @@
 """A client that holds a conversation as Claude Code does, for tests of the history."""
-import json
-
 from helpers import BASH, READ, WRITE
 from qwencode import fold
 
@@ -70,7 +68,3 @@ class Conversation:
                 content = [{k: v for k, v in b.items() if k != "cache_control"} for b in content]
                 plain = len(content) == 1 and content[0]["type"] == "text"
                 message["content"] = content[0]["text"] if plain else content
-
-
-def body_of(request):
-    return json.loads(request.body) if isinstance(request.body, (bytes, str)) else request.body

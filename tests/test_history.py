@@ -4,10 +4,13 @@ import threading
 import time
 
 import pytest
+import qwen_vocabulary
 from bench import prefix
 from conversation import Conversation
 from helpers import BASH, READ, WRITE, running_shim, tool
-from mock_ollama import MockOllama, Model, SimulatedSlot, common_length, model_text
+from mock_ollama import MockOllama, Model, SimulatedSlot, common_length, hold, model_text, text
+
+import qwencode
 
 WINDOW = 262_144
 KEEP_S = 5.0
@@ -116,6 +119,17 @@ def test_bodies_extend_each_other(name, way):
     asked = {json.dumps({k: v for k, v in r.body["options"].items() if k != "num_predict"})
              for r in mock.requests if r.body and "options" in r.body}
     assert asked == {json.dumps({"num_ctx": WINDOW})}
+
+
+@pytest.mark.skipif(bool(qwen_vocabulary.missing()), reason=qwen_vocabulary.missing() or "-")
+@pytest.mark.parametrize("name", KINDS)
+def test_in_tokens_of_the_real_vocabulary_only_the_last_is_read_twice(name):
+    count, kind = qwen_vocabulary.load(), KINDS[name]
+    mock, script = played(kind, "on", tokens=count), answers(kind)
+    for at in range(1, len(script)):
+        before, now = mock.turns[at - 1].prompt + script[at - 1], mock.turns[at].prompt
+        if at != 6 or not kind.forgets:
+            assert mock.slot.read[at] <= count(now[len(before):]) + 1, at
 
 
 def test_thirty_tool_turns_read_only_what_is_new():
@@ -326,6 +340,27 @@ def test_a_change_of_tools_is_explained():
 
 # ---- one slot for all
 
+def test_waiting_agents_leave_a_place_for_the_conversation():
+    kind, begin = KINDS["B"], threading.Event()
+
+    def reply(request):
+        return [hold(begin), text("ok")] if "task" in request.prompt else text("ok")
+
+    with MockOllama(reply, model=kind.name, default_num_ctx=WINDOW) as mock, \
+            running_shim(mock.url, model=kind.name, num_ctx=str(WINDOW),
+                         max_concurrent="2") as shim:
+        agents = [threading.Thread(target=Conversation(shim, agent=f"a{n}").say, args=("task",))
+                  for n in range(3)]
+        for thread in agents:
+            thread.start()
+        mock.wait_for(1)
+        assert Conversation(shim).say("hi")["content"][0]["text"] == "ok"
+        begin.set()
+        for thread in agents:
+            thread.join(KEEP_S)
+    assert len(mock.turns) == 4
+
+
 def test_agents_wait_in_turn_and_the_conversation_does_not():
     kind = KINDS["B"]
     begin = threading.Event()
@@ -351,7 +386,6 @@ def test_agents_wait_in_turn_and_the_conversation_does_not():
 
 
 def test_who_waits_in_the_queue_is_kept_alive(monkeypatch):
-    import qwencode
     monkeypatch.setattr(qwencode, "FIRST_EVENT_S", 0.05)
     monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.05)
     kind, begin = KINDS["B"], threading.Event()

@@ -6,14 +6,23 @@ import time
 
 import pytest
 from conversation import Conversation
-from helpers import BASH, READ, WRITE, check_events, is_keep_alive, joined, read_sse, running_shim, tool
+from helpers import (
+    BASH,
+    READ,
+    WRITE,
+    check_events,
+    is_keep_alive,
+    joined,
+    read_sse,
+    running_shim,
+)
 from mock_ollama import (
+    Fit,
     MockOllama,
     Model,
+    Turn,
     as_reply,
-    call,
     cut,
-    delay,
     done,
     error_line,
     hang,
@@ -24,6 +33,8 @@ from mock_ollama import (
     status,
     text,
 )
+
+import qwencode
 from qwencode import fold
 
 MODELS = {"A": "a-x", "B": "b-x", "a35": "a35-x", "q3": "q3-x", "C": "c-x"}
@@ -58,6 +69,7 @@ VALUES = {
     "tabs": "\tif x:\n\t\treturn\t1",
     "CR LF": "one\r\ntwo\r\n\r\nthree",
     "trailing blank lines": "one\n\n\n\n",
+    "spaces at the ends of lines": "pass  \n\t\n  \nx ",
     "leading blank lines": "\n\n  one",
     "a closing tag within": "<p>\n</parameter>\n</p>",
     "a call within": "Use <tool_call> and </tool_call>, <function=x> too",
@@ -135,7 +147,7 @@ def test_a_long_input_streams_while_it_is_written(path):
     with MockOllama(model_text(script, pieces), model=MODELS[path], default_num_ctx=131072,
                     token_delay=2.0 / pieces) as mock, \
             running_shim(mock.url, model=MODELS[path], num_ctx="131072") as shim:
-        shim.server.registry.model(MODELS[path], __import__("qwencode").Waiter(),
+        shim.server.registry.model(MODELS[path], qwencode.Waiter(),
                                    time.monotonic() + 5)
         arrived = timed_events(shim, HI)
     events = [event for _, event in arrived]
@@ -151,7 +163,6 @@ def test_a_long_input_streams_while_it_is_written(path):
 
 
 def test_on_chat_the_same_call_is_held_and_the_client_kept_alive(monkeypatch):
-    import qwencode
     monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.1)
     script = "Writing it.\n" + hermes("Write", file_path="/tmp/l", content=LINES[:4000])
     with MockOllama(model_text(script, 40), model="b-x", token_delay=0.02) as mock, \
@@ -213,7 +224,6 @@ class Faulty(MockOllama):
             super()._generation(answer, request)
             return
         asked = self._check(request)
-        from mock_ollama import Fit, Turn
         Turn(self, answer, asked, Fit("", 1, None)).serve(as_reply(reply))
 
 
@@ -368,6 +378,11 @@ def test_a_client_that_leaves_cancels_what_ollama_does(step):
         begin.set()
 
 
+SEES = Model("b-vision", capabilities=("completion", "tools", "vision"))
+SCHEMA = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+THINK = {"type": "enabled", "budget_tokens": 1024}
+
+
 def test_verbatim_is_for_text_of_new_local_chatml_models():
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
                                          "data": "iVBORw0KGgo="}}
@@ -381,7 +396,10 @@ def test_verbatim_is_for_text_of_new_local_chatml_models():
         ({"version": "0.23.9"}, {}, {}, "/api/chat"),
         ({"version": "0.23.9"}, {"verbatim": "on"}, {}, "/api/generate"),
         ({}, {"verbatim": "off"}, {}, "/api/chat"),
-        ({"model": "qwen2.5vl:7b"}, {}, {"messages": picture}, "/api/chat"),
+        ({"model": SEES}, {}, {"messages": picture}, "/api/chat"),
+        ({}, {}, {"messages": picture}, "/api/generate"),  # left out, and said so
+        ({"model": "q3-x"}, {}, {"output_config": SCHEMA}, "/api/generate"),
+        ({"model": "q3-x"}, {}, {"output_config": SCHEMA, "thinking": THINK}, "/api/chat"),
         ({"model": "plain:latest"}, {}, {}, "/api/chat"),
         ({"model": "plain:latest"}, {"verbatim": "on"}, {}, "/api/chat"),
     ]
@@ -389,7 +407,7 @@ def test_verbatim_is_for_text_of_new_local_chatml_models():
         with MockOllama([text("ok")], **{"model": "b-x", **settings}) as mock, \
                 running_shim(mock.url, **{"model": mock.model, "num_ctx": "16384", **flags}) as shim:
             got = send_hi(shim, **body)
-            assert ways(mock) == [way] or got.status == 400, (settings, flags)
+            assert (got.status, ways(mock)) == (200, [way]), (settings, flags, got.data)
 
 
 def test_remote_models_and_strange_versions_stay_on_chat():
@@ -516,7 +534,6 @@ def test_a_knock_reads_the_last_sessions_prefix(way):
     with MockOllama([text("ok")], model="b-x") as mock, \
             running_shim(mock.url, model="b-x", num_ctx="16384", warm="on", verbatim=way) as shim:
         assert shim.request("HEAD", "/").status == 200
-        time.sleep(0)
         talk = Conversation(shim)
         talk.say("What is new?", system="a reminder")
         turn = mock.turns[-1]
@@ -554,11 +571,22 @@ def test_a_request_cancels_the_warming():
         assert talk.answer["content"][0]["text"] == "ok"
 
 
+def test_a_knock_loads_a_model_that_was_unloaded():
+    with MockOllama([text("ok")], model="b-x") as mock, \
+            running_shim(mock.url, model="b-x", num_ctx="16384", warm="on") as shim:
+        plain = {key: value for key, value in HI.items() if key != "tools"}
+        assert shim.request("POST", "/v1/messages", plain).status == 200
+        wait_until(lambda: not shim.server.gate.load[0])
+        mock._unload(mock.models[0])
+        assert shim.request("HEAD", "/").status == 200
+        wait_until(lambda: len(mock.loads) == 2)
+        assert mock.loads[0] == mock.loads[1]
+        assert len(mock.turns) == 1
+
+
 def test_without_warming_a_knock_asks_nothing():
     with MockOllama([text("ok")], model="b-x") as mock, \
             running_shim(mock.url, model="b-x", warm="off") as shim:
         shim.request("HEAD", "/")
     assert mock.requests == []
 
-
-__all__ = ["call", "delay", "tool"]
