@@ -833,6 +833,8 @@ class FileOp(NamedTuple):
     append_line file        a line          -            begins on a line of its own
     replace file            new text        old text     every occurrence, left to right
     insert_before / insert_after  file, new text, anchor text
+    replace_line, insert_before_line, insert_after_line  the same for whole lines, without
+                            line ends; an empty new text removes the lines
     prepend file            text for the top  -
     rename  source          -               destination  never overwrites
     copy    source          -               destination  never overwrites
@@ -5740,26 +5742,44 @@ SED_OLD_SPECIAL = Pattern(r"[\\.*\[^$]")
 SED_NEW_SPECIAL = Pattern(r"[\\&]")
 
 
-def sed_text(old: str, new: str) -> str:
-    """Return a readable s///g for the two texts, or "" where there is none."""
-    for text in (old, new or "x"):
+def sed_text(old: str, new: str, lined: bool) -> str:
+    """Return a readable s/// for the two texts or lines, or "" where there is none."""
+    for text in (old, new or ("" if lined else "x")):
         if not SED_TEXT.fullmatch(text) or SED_REFUSED.search(text):
             return ""
     pattern = SED_OLD_SPECIAL.sub(r"\\\g<0>", old)
     replacement = SED_NEW_SPECIAL.sub(r"\\\g<0>", new)
-    return shell_word(f"s/{pattern}/{replacement}/g")
+    return shell_word(f"s/^{pattern}$/{replacement}/" if lined else f"s/{pattern}/{replacement}/g")
 
 
-def substitution(job: Job) -> Tuple[bytes, bytes, bool]:
-    """Return old bytes, new bytes, and whether only the first place is meant."""
-    op = job.op
+# Stand-ins among octal bytes where whole lines are looked for: 777 begins a line, 776
+# ends one, 775 ends the file. No byte is that large.
+MARK_LINES = (r" | sed 's/ 012/ 776 012 777/g' | sed 's/^/ 777/' | sed 's/ *$/ 776 775/'")
+UNMARK_LINES = " | sed 's/ 77[5-7]//g'"
+
+
+class Substitution(NamedTuple):
+    """Old and new bytes in octal; after: what may follow the old ones and goes too."""
+
+    old: str
+    new: str
+    after: Tuple[str, ...] = ("",)
+
+
+def substitution(op: FileOp) -> Substitution:
+    """Return what a replacement or an insertion exchanges for what."""
     if not op.other:
         raise CannotCarryError("The text to look for is empty.")
-    old = op.other.encode()
-    if op.kind == "replace":
-        return old, op.text.encode(), False
-    pair = (op.text, op.other) if op.kind == "insert_before" else (op.other, op.text)
-    return old, "".join(pair).encode(), True
+    kind, lined, _ = op.kind.partition("_line")
+    old, text, gap = octal(op.other.encode()), octal(op.text.encode()), " 012" if lined else ""
+    new = {"replace": text, "insert_before": text + gap + old,
+           "insert_after": old + gap + text}[kind]
+    if not lined:
+        return Substitution(old, new)
+    old = " 777" + old.replace(" 012", " 776 012 777") + " 776"
+    if not op.text:
+        return Substitution(old, "", (" 012", " 775"))
+    return Substitution(old, f" 777{new} 776")
 
 
 def replace_step(job: Job) -> Step:
@@ -5770,13 +5790,16 @@ def replace_step(job: Job) -> Step:
     exchanges the occurrences and sorts them back; that the octal lines were the whole
     file is proven too, by writing them as bytes and comparing.
     """
-    old, new, first = substitution(job)
-    base, file = job.base, f"{job.base}.first"
-    before, after = octal(old), octal(new)
-    hit = " .* .*" if len(old) > 1 else before  # only an occurrence has two bytes a line
-    script = "" if first else sed_text(job.op.other, job.op.text)
+    old, new, after = substitution(job.op)
+    base, file, first = job.base, f"{job.base}.first", job.op.kind.startswith("insert")
+    lined = job.op.kind.endswith("_line")
+    mark, unmark = (MARK_LINES, UNMARK_LINES) if lined else ("", "")
+    wanted = "|".join(old + end for end in after)
+    hit = " .* .*" if len(old) > 4 else old  # only an occurrence has two bytes a line
+    script = "" if first else sed_text(job.op.other, job.op.text, lined)
+    exchange = "".join(f" | sed 's/{old}{end}/{new}/{'' if first else 'g'}'" for end in after)
     work = f"sed {script} {file}" if script else (
-        f"tr -d '\\n' < {base}.bytes | sed 's/{before}/{after}/{'' if first else 'g'}'"
+        f"tr -d '\\n' < {base}.bytes{exchange}{unmark}"
         f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'"
     )
     hits = f"grep -nx '{hit}' {base}.bytes"
@@ -5786,16 +5809,16 @@ def replace_step(job: Job) -> Step:
     if job.coded and not first:
         absent = leave(job, absent, REPLACE_ABSENT, [file, f"{base}.bytes"])
     lines = [
-        f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
-        f" | grep -oE '{before}| [0-7][0-7][0-7]' > {base}.bytes",
+        f"od -An -v -to1 {file} | tr -s ' \\n' ' '{mark}"
+        f" | grep -oE '{wanted}| [0-7][0-7][0-7]' > {base}.bytes",
         f"grep -qx '{hit}' {base}.bytes || {absent}",
         f"{work} > {base}.new || rm -f -- {base}.new",
         f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
         *kept,
-        f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{after}\\n' >> {base}.parts",
-        f"sort -n {base}.parts | cut -d: -f2- | tr -d ' \\n' > {base}.want",
+        f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{new}\\n' >> {base}.parts",
+        f"sort -n {base}.parts | cut -d: -f2-{unmark} | tr -d ' \\n' > {base}.want",
         f"grep -qx '{hit}' {base}.bytes"
-        f" && sed 's/ /\\\\\\\\0/g' {base}.bytes | xargs printf '%b' | cmp - {file}"
+        f" && cat {base}.bytes{unmark} | sed 's/ /\\\\\\\\0/g' | xargs printf '%b' | cmp - {file}"
         f" && od -An -v -to1 {base}.new | tr -d ' \\n' | cmp - {base}.want"
         f" && cp {base}.new {base}.check",
     ]
@@ -5928,6 +5951,12 @@ RECIPES: Dict[str, Recipe] = {
                             "Insert {new} before the first {old} in {path}" + CHECKED),
     "insert_after": Recipe(replace_step, INSERT,
                            "Insert {new} after the first {old} in {path}" + CHECKED),
+    "replace_line": Recipe(replace_step, Exit("replace", 94),
+                           "Replace every line {old} by {new} in {path}" + CHECKED),
+    "insert_before_line": Recipe(replace_step, INSERT,
+                                 "Insert {new} before the first line {old} in {path}" + CHECKED),
+    "insert_after_line": Recipe(replace_step, INSERT,
+                                "Insert {new} after the first line {old} in {path}" + CHECKED),
     "rename": Recipe(rename_step, Exit("rename", 99), "Rename {path} to {other}" + FREE),
     "copy": Recipe(copy_step, Exit("copy", 99), "Copy {path} to {other}" + FREE),
     "delete": Recipe(delete_step, Exit("delete", 97),
@@ -7117,8 +7146,7 @@ def _replace(found: Reading, kind: str) -> Ops:
     if found.group("old_line") and found.value("old") is None:
         return ()
     if found.group("old_line"):
-        # The line end keeps a longer line that begins with the same words apart.
-        old, new = old.rstrip("\n") + "\n", new.rstrip("\n") + "\n" if new else ""
+        return (FileOp("replace_line", path, new.rstrip("\n"), old.rstrip("\n")),)
     return (FileOp("replace", path, new, old),)
 
 
@@ -7129,7 +7157,8 @@ def _insert(found: Reading, _kind: str) -> Ops:
     where = " ".join(found.group("where").lower().split())
     own_line = found.group("line") or found.group("own_line") or found.group("bare_line")
     if found.group("anchor_line") or own_line or where in ON_OWN_LINES:
-        text, anchor = text.rstrip("\n") + "\n", anchor.rstrip("\n") + "\n"
+        return (FileOp(INSERT_KINDS[where] + "_line", path, text.rstrip("\n"),
+                       anchor.rstrip("\n")),)
     return (FileOp(INSERT_KINDS[where], path, text, anchor),)
 
 
