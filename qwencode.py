@@ -6634,7 +6634,7 @@ SLOTS: Dict[str, str] = {
             r"(?P<lf>,? (?:followed by|and|plus) an? (?:trailing |final )?(?:newline|line break))?|"
             r"(?:(?:the|a) )?"
               r"(?:(?:exact|literal|new|single) )*(?:text|string|words?|phrase|sentence|number|"
-              r"(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
+              r"content|(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
               r"(?P<bare>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?)|"
               r"(?P<loose>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?))",
     "quoted": r"(?:{noun}(?P<text>{q}))",
@@ -6666,6 +6666,7 @@ SLOTS: Dict[str, str] = {
     "new": r"(?:the |a )?(?:new |exact |literal )?(?:line |text |string |word |phrase |value |"
              r"sentence )?(?P<new>{q}|(?:an? )?(?:the )?empty(?: string)?|nothing|"
              r"[^\s,\ue000-\uf8ff]+)",
+    "block": r"(?:(?:this|the|following|code|block|text|snippet|section|part|that):? )*",
     "anchor": r"(?:the )?(?:exact |literal |existing )?(?:(?P<anchor_line>line)|text|string|"
                 r"word|phrase|sentence)?(?: (?:that (?:says|reads)|which says|saying))? ?"
                 r"(?P<anchor>{q})",
@@ -6809,6 +6810,8 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("write", "set the file {file} to {quoted}"),
     ("write", "(?:make|update|change) {file} (?:to |so (?:that )?it )?"
               "(?:contains?|says?|reads?|ha(?:ve|s))(?: only| just| exactly)* {text}"),
+    ("write", "(?:i|we) (?:want|need|would like) {file} to (?:contain|say|read|hold)"
+              " (?:only|just|exactly) {text}"),
     ("clear", "(?:erase|delete|remove|wipe)(?: out)? {of}{file}"),
     ("clear", "(?:empty|clear|truncate|blank)(?: out)? {of}?{file}"),
     ("rename", "(?:change|update) (?:the )?(?:file ?)?name of {file} (?:to|into) {dest}"),
@@ -6819,6 +6822,10 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("replace", "(?:change|turn|update|convert|correct|fix) {old} (?:to|into) {new} {in} {file}"),
     ("replace", "(?:swap|exchange) (?:out )?{old} (?:for|with) {new} {in} {file}"),
     ("replace", "substitute {new} for {old} {in} {file}"),
+    ("replace", "(?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into) {block}(?P<new>{q})"
+                " {in} {file}"),
+    ("replace", "(?:in|inside) {file},? (?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into)"
+                " {block}(?P<new>{q})"),
     ("replace", "(?:in|inside|within) {file},? (?:replace|change|substitute|swap|update) {old}"
                 " (?:with|by|to|into|for) {new}(?: everywhere| throughout)?"),
     ("replace", "(?:replace|change|update) {old} {in} {file} (?:with|by|to|into) {new}"),
@@ -6904,7 +6911,8 @@ MAX_REQUEST_CHARS = 500
 LONG_GAP = Pattern(r"\s{9}")
 # Words by which an unquoted text is a description, a second wish or a condition.
 NOT_LITERAL = Pattern(
-    r"(?:of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
+    r"(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|necessary|required|"
+    r"appropriate|suitable|of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
     r"as|to|is|it|representing|version|representation|[\w-]+ of)\b|"
     r".*(?:\b(?:then|if|unless|otherwise|don't|do not|and also|as well as|instead of|except|"
     r"when|because|so that|whichever|whatever|times|twice|repeated|uppercase|lowercase|reversed|"
@@ -7591,6 +7599,7 @@ LEAD = Pattern(
 SHOWN_FIRST = Pattern(r"([\uf000-\uf8ff])\s+([^\uf000-\uf8ff]*\b(?:this|above|"
                       r"that)\b[^\uf000-\uf8ff]*)",
                       re.IGNORECASE)
+ASKED_WITH_FENCE = Pattern("\\?(\\s+[\uf000-\uf8ff])\\Z")
 PLEASE_INSIDE = Pattern(r"\A((?:in|inside|from|to|at) [^,]{1,80},)\s+please\s+", re.IGNORECASE)
 NEEDED = Pattern(r"(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|"
                  r"empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)", re.IGNORECASE)
@@ -7651,6 +7660,64 @@ def _base_form(text: str) -> str:
     return base + text[len(match.group()):] if match and base else text
 
 
+# A statement of why, before or after a request: "The port is wrong. Please change ...".
+# It must be a plain statement: no order, question, condition, quoted speech or limit.
+STATEMENT = (
+    r"(?:(?:the|our|my|we|i|it|this|these|those|they) |(?:[\w']+ ){0,6}?(?:is|are|was|were|has|"
+    r"have|had|needs?|needed|wants?|got|gets?|contains?|uses?|used|looks?|lacks?|deploy|ship|"
+    r"moved|changed|forgot|made|broke|breaks?|fails?|doesn't|don't|isn't|aren't|no longer|"
+    r"\w+'(?:s|m|re|ve)|matters?|ignores?|typo)\b)")
+REASON_BEFORE = Pattern(
+    r"\s*(" + STATEMENT + r"[^.!?;:\n\uf000-\uf8ff]{0,120}"
+    r"|typo[^.!?;:\n\uf000-\uf8ff]{0,60})"
+    r"(?:[.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|can you\b|could you\b)|,\s+(?=please\b)|"
+    r"(?<=typo):\s+|(?<=wrong):\s+|(?<=mistake):\s+)", re.IGNORECASE)
+REASON_AFTER = Pattern(
+    r"(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+(?=it's\b|we\b|i\b))"
+    r"((?:because |since |as )?(?:it|its|it's|that|that's|this|they|they're|we|i|i'm|we're|the|our|"
+    r"my|nobody|there's)\b[^.!?;:\n\uf000-\uf8ff]{0,100}"
+    r"\b(?:no longer|any ?more|obsolete|outdated|unused|misspelled|misspelt|misleading|wrong|typo|"
+    r"needed|needs? (?:it|that|this|them)|important|deprecated|useless|stale|empty|duplicate|"
+    r"confusing|incomplete|missing|out of date|too long|a mistake|garbage|junk)"
+    r"(?: here| now| today| there)?)[.!]*\s*\Z", re.IGNORECASE)
+NO_REASON = Pattern(
+    r"\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|wr(?:ote|itten|ites)|reads?|request\w*|suggest\w*|"
+    r"quot\w+|follow\w*|instruct\w*|steps?|prompts?|messages?|logs?|outputs?|results?|e?mails?|"
+    r"phrase|translat\w*|tasks?|exercise|homework|quiz|commands?|plan\w*|would|could|"
+    r"should|must|might|maybe|perhaps|pretend\w*|imagin\w+|suppos\w+|hypothe\w+|wonder\w*|"
+    r"questions?|sure|unsure|undecided|if|when|whenever|unless|once|until|before|after|later|"
+    r"first|second|third|last|only|each|every|both|except|line \d+|lines|examples?|sentence|"
+    r"how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|touch)|"
+    r"careful|backup|tested|here(?:'s| is| are)|see|below|above|recommend\w*|advi[cs]e\w*|warn\w*|"
+    r"joke|kidding|game|writing|tutorial|articles?|page|website|book|lesson|course|puzzle|"
+    r"(?:this|these|that|those)(?=\s*\Z)|according|claims?|means?|called|please|"
+    r"(?:then|and|to|please|i'll|i will|you|let me) (?:" + "|".join((
+        "delete", "remove", "rename", "move", "create", "make", "write", "append", "add",
+        "replace", "change", "overwrite", "insert", "copy", "run")) + r"))\b", re.IGNORECASE)
+
+
+def _without_reason(text: str) -> str:
+    """Return a request without the statements of why around it; "" if it has none."""
+    core = text.strip()
+    if len(core) > 4 * MAX_REQUEST_CHARS:
+        return ""
+    for _ in range(2):
+        before = REASON_BEFORE.match(core)
+        if before is None or not _is_reason(before.group(1)):
+            break
+        core = core[before.end():]
+    kept = _without_trailers(core)
+    after = REASON_AFTER.search(kept, max(0, len(kept) - 2 * MAX_TRAILER_CHARS))
+    if after is not None and after.start() and _is_reason(after.group(1)):
+        core = kept[:after.start()] + "."
+    return core if core != text.strip() else ""
+
+
+def _is_reason(statement: str) -> bool:
+    core = _freed(statement).core
+    return not (ORDERS.match(core) or WANTS_ANSWER.match(core) or NO_REASON.search(statement))
+
+
 def _without_trailers(core: str) -> str:
     """Take off what follows a request without changing it."""
     for _ in range(6):
@@ -7676,6 +7743,7 @@ def _freed(text: str) -> Asked:
         if lead is None:
             break
         core = core[lead.end():]
+    core = ASKED_WITH_FENCE.sub(r":\1", core)
     shown = SHOWN_FIRST.fullmatch(core)
     core = f"{shown.group(2)}: {shown.group(1)}" if shown else core
     core = PLEASE_INSIDE.sub(r"\1 ", core, count=1)
@@ -7714,6 +7782,9 @@ def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
     for masked in _readings(words):
         asked = _freed(masked.text)
         kind, ops = _matched(RULES, masked, asked, scope)
+        request = "" if ops else _without_reason(masked.text)
+        if request:
+            kind, ops = _matched(RULES, masked, _freed(request), scope)
         if ops and not (kind == "named" and answer.fences):
             return Rescue("asked:" + kind, ops)
         if SAYS_IT_LOOKS.search(answer.text, 0, MAX_LOOK_CHARS):
@@ -7758,7 +7829,9 @@ VERBS = ("create|make|write|build|generate|implement|add|scaffold|set ?up|develo
          "convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|"
          "overwrite|organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|"
          "clean|port|migrate|adjust|improve|increase|decrease|enable|disable|switch|swap|include|"
-         "extend|simplify|finish|complete|document|annotate|format|sort|tidy")
+         "extend|simplify|finish|complete|document|annotate|format|sort|tidy|call it|name it|"
+         "give (?!me|us)")
+ORDERS = Pattern("(?:" + VERBS + r"|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b", re.IGNORECASE)
 WANTS_CHANGE = Pattern(
     r"(?:\A|[.!?;:,\n]\s*|\b(?:and|then|please|to|you|also|just|now|let's|us)\s+)(?:" + VERBS
     + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |advice|"
@@ -7828,8 +7901,8 @@ ELIDED = Pattern(
 PLACEHOLDER = Pattern(r"(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(?:\.\w+)?)|"
                       r".*(?:path/to/|/your[_-]).*", re.IGNORECASE)
 LABEL_WORD = Pattern(
-    r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|creat\w+|writ\w+|"
-    r"sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|"
+    r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|below is|creat\w+|"
+    r"writ\w+|sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|"
     r"and)\b",
     re.IGNORECASE)
 NO_LABEL = Pattern(
@@ -7846,7 +7919,7 @@ MAKES_FILE = Pattern(
     r"\s*(?:(?:sure|certainly|okay|ok|great|of course|absolutely|first|next|then|now|done|finally)"
     r"[,.!:]*\s+){0,3}(?:(?:I'll|I will|let me|I've|I have|I|I'm going to|let's|we'll)\s+)?"
     r"(?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|"
-    r"here(?:'s| is))\b",
+    r"here(?:'s| is)|(?:below|this) is)\b",
     re.IGNORECASE)
 # "a test for app.py" is another file; "the code for app.py" is that one.
 FOR_FILE = Pattern(r"(?<!code )(?<!contents )(?<!content )(?<!source )(?<!implementation )"
@@ -8088,7 +8161,9 @@ def _requested_command(masked: Masked, words: str) -> Ops:
 
 
 ABOUT_PROJECT = Pattern(r"\b(?:project|repo|repository|code|codebase|files?|folder|directory|here|"
-                        r"bug|error|tests?)\b", re.IGNORECASE)
+                        r"bug|error|tests?|(?:fail|crash)\w*|(?:the|this|my|our) (?:\w+ )?"
+                        r"(?:build|function|class|module|app|server|script|program|config\w*|"
+                        r"package|version))\b", re.IGNORECASE)
 # Sentences of one answer that are read; more are no plan but prose.
 MAX_SENTENCES = 40
 
