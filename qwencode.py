@@ -840,6 +840,8 @@ class FileOp(NamedTuple):
     append_line file        a line          -            begins on a line of its own
     replace file            new text        old text     every occurrence, left to right
     insert_before / insert_after  file, new text, anchor text
+    replace_line, insert_before_line, insert_after_line  the same for whole lines, without
+                            line ends; an empty new text removes the lines
     prepend file            text for the top  -
     rename  source          -               destination  never overwrites
     copy    source          -               destination  never overwrites
@@ -5769,26 +5771,44 @@ SED_OLD_SPECIAL = Pattern(r"[\\.*\[^$]")
 SED_NEW_SPECIAL = Pattern(r"[\\&]")
 
 
-def sed_text(old: str, new: str) -> str:
-    """Return a readable s///g for the two texts, or "" where there is none."""
-    for text in (old, new or "x"):
+def sed_text(old: str, new: str, lined: bool) -> str:
+    """Return a readable s/// for the two texts or lines, or "" where there is none."""
+    for text in (old, new or ("" if lined else "x")):
         if not SED_TEXT.fullmatch(text) or SED_REFUSED.search(text):
             return ""
     pattern = SED_OLD_SPECIAL.sub(r"\\\g<0>", old)
     replacement = SED_NEW_SPECIAL.sub(r"\\\g<0>", new)
-    return shell_word(f"s/{pattern}/{replacement}/g")
+    return shell_word(f"s/^{pattern}$/{replacement}/" if lined else f"s/{pattern}/{replacement}/g")
 
 
-def substitution(job: Job) -> Tuple[bytes, bytes, bool]:
-    """Return old bytes, new bytes, and whether only the first place is meant."""
-    op = job.op
+# Stand-ins among octal bytes where whole lines are looked for: 777 begins a line, 776
+# ends one, 775 ends the file. No byte is that large.
+MARK_LINES = (r" | sed 's/ 012/ 776 012 777/g' | sed 's/^/ 777/' | sed 's/ *$/ 776 775/'")
+UNMARK_LINES = " | sed 's/ 77[5-7]//g'"
+
+
+class Substitution(NamedTuple):
+    """Old and new bytes in octal; after: what may follow the old ones and goes too."""
+
+    old: str
+    new: str
+    after: Tuple[str, ...] = ("",)
+
+
+def substitution(op: FileOp) -> Substitution:
+    """Return what a replacement or an insertion exchanges for what."""
     if not op.other:
         raise CannotCarryError("The text to look for is empty.")
-    old = op.other.encode()
-    if op.kind == "replace":
-        return old, op.text.encode(), False
-    pair = (op.text, op.other) if op.kind == "insert_before" else (op.other, op.text)
-    return old, "".join(pair).encode(), True
+    kind, lined, _ = op.kind.partition("_line")
+    old, text, gap = octal(op.other.encode()), octal(op.text.encode()), " 012" if lined else ""
+    new = {"replace": text, "insert_before": text + gap + old,
+           "insert_after": old + gap + text}[kind]
+    if not lined:
+        return Substitution(old, new)
+    old = " 777" + old.replace(" 012", " 776 012 777") + " 776"
+    if not op.text:
+        return Substitution(old, "", (" 012", " 775"))
+    return Substitution(old, f" 777{new} 776")
 
 
 def replace_step(job: Job) -> Step:
@@ -5799,13 +5819,16 @@ def replace_step(job: Job) -> Step:
     exchanges the occurrences and sorts them back; that the octal lines were the whole
     file is proven too, by writing them as bytes and comparing.
     """
-    old, new, first = substitution(job)
-    base, file = job.base, f"{job.base}.first"
-    before, after = octal(old), octal(new)
-    hit = " .* .*" if len(old) > 1 else before  # only an occurrence has two bytes a line
-    script = "" if first else sed_text(job.op.other, job.op.text)
+    old, new, after = substitution(job.op)
+    base, file, first = job.base, f"{job.base}.first", job.op.kind.startswith("insert")
+    lined = job.op.kind.endswith("_line")
+    mark, unmark = (MARK_LINES, UNMARK_LINES) if lined else ("", "")
+    wanted = "|".join(old + end for end in after)
+    hit = " .* .*" if len(old) > 4 else old  # only an occurrence has two bytes a line
+    script = "" if first else sed_text(job.op.other, job.op.text, lined)
+    exchange = "".join(f" | sed 's/{old}{end}/{new}/{'' if first else 'g'}'" for end in after)
     work = f"sed {script} {file}" if script else (
-        f"tr -d '\\n' < {base}.bytes | sed 's/{before}/{after}/{'' if first else 'g'}'"
+        f"tr -d '\\n' < {base}.bytes{exchange}{unmark}"
         f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'"
     )
     hits = f"grep -nx '{hit}' {base}.bytes"
@@ -5815,16 +5838,16 @@ def replace_step(job: Job) -> Step:
     if job.coded and not first:
         absent = leave(job, absent, REPLACE_ABSENT, [file, f"{base}.bytes"])
     lines = [
-        f"od -An -v -to1 {file} | tr -s ' \\n' ' '"
-        f" | grep -oE '{before}| [0-7][0-7][0-7]' > {base}.bytes",
+        f"od -An -v -to1 {file} | tr -s ' \\n' ' '{mark}"
+        f" | grep -oE '{wanted}| [0-7][0-7][0-7]' > {base}.bytes",
         f"grep -qx '{hit}' {base}.bytes || {absent}",
         f"{work} > {base}.new || rm -f -- {base}.new",
         f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
         *kept,
-        f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{after}\\n' >> {base}.parts",
-        f"sort -n {base}.parts | cut -d: -f2- | tr -d ' \\n' > {base}.want",
+        f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{new}\\n' >> {base}.parts",
+        f"sort -n {base}.parts | cut -d: -f2-{unmark} | tr -d ' \\n' > {base}.want",
         f"grep -qx '{hit}' {base}.bytes"
-        f" && sed 's/ /\\\\\\\\0/g' {base}.bytes | xargs printf '%b' | cmp - {file}"
+        f" && cat {base}.bytes{unmark} | sed 's/ /\\\\\\\\0/g' | xargs printf '%b' | cmp - {file}"
         f" && od -An -v -to1 {base}.new | tr -d ' \\n' | cmp - {base}.want"
         f" && cp {base}.new {base}.check",
     ]
@@ -5957,6 +5980,12 @@ RECIPES: Dict[str, Recipe] = {
                             "Insert {new} before the first {old} in {path}" + CHECKED),
     "insert_after": Recipe(replace_step, INSERT,
                            "Insert {new} after the first {old} in {path}" + CHECKED),
+    "replace_line": Recipe(replace_step, Exit("replace", 94),
+                           "Replace every line {old} by {new} in {path}" + CHECKED),
+    "insert_before_line": Recipe(replace_step, INSERT,
+                                 "Insert {new} before the first line {old} in {path}" + CHECKED),
+    "insert_after_line": Recipe(replace_step, INSERT,
+                                "Insert {new} after the first line {old} in {path}" + CHECKED),
     "rename": Recipe(rename_step, Exit("rename", 99), "Rename {path} to {other}" + FREE),
     "copy": Recipe(copy_step, Exit("copy", 99), "Copy {path} to {other}" + FREE),
     "delete": Recipe(delete_step, Exit("delete", 97),
@@ -6634,7 +6663,7 @@ SLOTS: Dict[str, str] = {
             r"(?P<lf>,? (?:followed by|and|plus) an? (?:trailing |final )?(?:newline|line break))?|"
             r"(?:(?:the|a) )?"
               r"(?:(?:exact|literal|new|single) )*(?:text|string|words?|phrase|sentence|number|"
-              r"(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
+              r"content|(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
               r"(?P<bare>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?)|"
               r"(?P<loose>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?))",
     "quoted": r"(?:{noun}(?P<text>{q}))",
@@ -6666,6 +6695,7 @@ SLOTS: Dict[str, str] = {
     "new": r"(?:the |a )?(?:new |exact |literal )?(?:line |text |string |word |phrase |value |"
              r"sentence )?(?P<new>{q}|(?:an? )?(?:the )?empty(?: string)?|nothing|"
              r"[^\s,\ue000-\uf8ff]+)",
+    "block": r"(?:(?:this|the|following|code|block|text|snippet|section|part|that):? )*",
     "anchor": r"(?:the )?(?:exact |literal |existing )?(?:(?P<anchor_line>line)|text|string|"
                 r"word|phrase|sentence)?(?: (?:that (?:says|reads)|which says|saying))? ?"
                 r"(?P<anchor>{q})",
@@ -6809,6 +6839,8 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("write", "set the file {file} to {quoted}"),
     ("write", "(?:make|update|change) {file} (?:to |so (?:that )?it )?"
               "(?:contains?|says?|reads?|ha(?:ve|s))(?: only| just| exactly)* {text}"),
+    ("write", "(?:i|we) (?:want|need|would like) {file} to (?:contain|say|read|hold)"
+              " (?:only|just|exactly) {text}"),
     ("clear", "(?:erase|delete|remove|wipe)(?: out)? {of}{file}"),
     ("clear", "(?:empty|clear|truncate|blank)(?: out)? {of}?{file}"),
     ("rename", "(?:change|update) (?:the )?(?:file ?)?name of {file} (?:to|into) {dest}"),
@@ -6819,6 +6851,10 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("replace", "(?:change|turn|update|convert|correct|fix) {old} (?:to|into) {new} {in} {file}"),
     ("replace", "(?:swap|exchange) (?:out )?{old} (?:for|with) {new} {in} {file}"),
     ("replace", "substitute {new} for {old} {in} {file}"),
+    ("replace", "(?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into) {block}(?P<new>{q})"
+                " {in} {file}"),
+    ("replace", "(?:in|inside) {file},? (?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into)"
+                " {block}(?P<new>{q})"),
     ("replace", "(?:in|inside|within) {file},? (?:replace|change|substitute|swap|update) {old}"
                 " (?:with|by|to|into|for) {new}(?: everywhere| throughout)?"),
     ("replace", "(?:replace|change|update) {old} {in} {file} (?:with|by|to|into) {new}"),
@@ -6904,7 +6940,8 @@ MAX_REQUEST_CHARS = 500
 LONG_GAP = Pattern(r"\s{9}")
 # Words by which an unquoted text is a description, a second wish or a condition.
 NOT_LITERAL = Pattern(
-    r"(?:of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
+    r"(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|necessary|required|"
+    r"appropriate|suitable|of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
     r"as|to|is|it|representing|version|representation|[\w-]+ of)\b|"
     r".*(?:\b(?:then|if|unless|otherwise|don't|do not|and also|as well as|instead of|except|"
     r"when|because|so that|whichever|whatever|times|twice|repeated|uppercase|lowercase|reversed|"
@@ -7146,8 +7183,7 @@ def _replace(found: Reading, kind: str) -> Ops:
     if found.group("old_line") and found.value("old") is None:
         return ()
     if found.group("old_line"):
-        # The line end keeps a longer line that begins with the same words apart.
-        old, new = old.rstrip("\n") + "\n", new.rstrip("\n") + "\n" if new else ""
+        return (FileOp("replace_line", path, new.rstrip("\n"), old.rstrip("\n")),)
     return (FileOp("replace", path, new, old),)
 
 
@@ -7158,7 +7194,8 @@ def _insert(found: Reading, _kind: str) -> Ops:
     where = " ".join(found.group("where").lower().split())
     own_line = found.group("line") or found.group("own_line") or found.group("bare_line")
     if found.group("anchor_line") or own_line or where in ON_OWN_LINES:
-        text, anchor = text.rstrip("\n") + "\n", anchor.rstrip("\n") + "\n"
+        return (FileOp(INSERT_KINDS[where] + "_line", path, text.rstrip("\n"),
+                       anchor.rstrip("\n")),)
     return (FileOp(INSERT_KINDS[where], path, text, anchor),)
 
 
@@ -7591,6 +7628,7 @@ LEAD = Pattern(
 SHOWN_FIRST = Pattern(r"([\uf000-\uf8ff])\s+([^\uf000-\uf8ff]*\b(?:this|above|"
                       r"that)\b[^\uf000-\uf8ff]*)",
                       re.IGNORECASE)
+ASKED_WITH_FENCE = Pattern("\\?(\\s+[\uf000-\uf8ff])\\Z")
 PLEASE_INSIDE = Pattern(r"\A((?:in|inside|from|to|at) [^,]{1,80},)\s+please\s+", re.IGNORECASE)
 NEEDED = Pattern(r"(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|"
                  r"empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)", re.IGNORECASE)
@@ -7651,6 +7689,64 @@ def _base_form(text: str) -> str:
     return base + text[len(match.group()):] if match and base else text
 
 
+# A statement of why, before or after a request: "The port is wrong. Please change ...".
+# It must be a plain statement: no order, question, condition, quoted speech or limit.
+STATEMENT = (
+    r"(?:(?:the|our|my|we|i|it|this|these|those|they) |(?:[\w']+ ){0,6}?(?:is|are|was|were|has|"
+    r"have|had|needs?|needed|wants?|got|gets?|contains?|uses?|used|looks?|lacks?|deploy|ship|"
+    r"moved|changed|forgot|made|broke|breaks?|fails?|doesn't|don't|isn't|aren't|no longer|"
+    r"\w+'(?:s|m|re|ve)|matters?|ignores?|typo)\b)")
+REASON_BEFORE = Pattern(
+    r"\s*(" + STATEMENT + r"[^.!?;:\n\uf000-\uf8ff]{0,120}"
+    r"|typo[^.!?;:\n\uf000-\uf8ff]{0,60})"
+    r"(?:[.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|can you\b|could you\b)|,\s+(?=please\b)|"
+    r"(?<=typo):\s+|(?<=wrong):\s+|(?<=mistake):\s+)", re.IGNORECASE)
+REASON_AFTER = Pattern(
+    r"(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+(?=it's\b|we\b|i\b))"
+    r"((?:because |since |as )?(?:it|its|it's|that|that's|this|they|they're|we|i|i'm|we're|the|our|"
+    r"my|nobody|there's)\b[^.!?;:\n\uf000-\uf8ff]{0,100}"
+    r"\b(?:no longer|any ?more|obsolete|outdated|unused|misspelled|misspelt|misleading|wrong|typo|"
+    r"needed|needs? (?:it|that|this|them)|important|deprecated|useless|stale|empty|duplicate|"
+    r"confusing|incomplete|missing|out of date|too long|a mistake|garbage|junk)"
+    r"(?: here| now| today| there)?)[.!]*\s*\Z", re.IGNORECASE)
+NO_REASON = Pattern(
+    r"\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|wr(?:ote|itten|ites)|reads?|request\w*|suggest\w*|"
+    r"quot\w+|follow\w*|instruct\w*|steps?|prompts?|messages?|logs?|outputs?|results?|e?mails?|"
+    r"phrase|translat\w*|tasks?|exercise|homework|quiz|commands?|plan\w*|would|could|"
+    r"should|must|might|maybe|perhaps|pretend\w*|imagin\w+|suppos\w+|hypothe\w+|wonder\w*|"
+    r"questions?|sure|unsure|undecided|if|when|whenever|unless|once|until|before|after|later|"
+    r"first|second|third|last|only|each|every|both|except|line \d+|lines|examples?|sentence|"
+    r"how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|touch)|"
+    r"careful|backup|tested|here(?:'s| is| are)|see|below|above|recommend\w*|advi[cs]e\w*|warn\w*|"
+    r"joke|kidding|game|writing|tutorial|articles?|page|website|book|lesson|course|puzzle|"
+    r"(?:this|these|that|those)(?=\s*\Z)|according|claims?|means?|called|please|"
+    r"(?:then|and|to|please|i'll|i will|you|let me) (?:" + "|".join((
+        "delete", "remove", "rename", "move", "create", "make", "write", "append", "add",
+        "replace", "change", "overwrite", "insert", "copy", "run")) + r"))\b", re.IGNORECASE)
+
+
+def _without_reason(text: str) -> str:
+    """Return a request without the statements of why around it; "" if it has none."""
+    core = text.strip()
+    if len(core) > 4 * MAX_REQUEST_CHARS:
+        return ""
+    for _ in range(2):
+        before = REASON_BEFORE.match(core)
+        if before is None or not _is_reason(before.group(1)):
+            break
+        core = core[before.end():]
+    kept = _without_trailers(core)
+    after = REASON_AFTER.search(kept, max(0, len(kept) - 2 * MAX_TRAILER_CHARS))
+    if after is not None and after.start() and _is_reason(after.group(1)):
+        core = kept[:after.start()] + "."
+    return core if core != text.strip() else ""
+
+
+def _is_reason(statement: str) -> bool:
+    core = _freed(statement).core
+    return not (ORDERS.match(core) or WANTS_ANSWER.match(core) or NO_REASON.search(statement))
+
+
 def _without_trailers(core: str) -> str:
     """Take off what follows a request without changing it."""
     for _ in range(6):
@@ -7676,6 +7772,7 @@ def _freed(text: str) -> Asked:
         if lead is None:
             break
         core = core[lead.end():]
+    core = ASKED_WITH_FENCE.sub(r":\1", core)
     shown = SHOWN_FIRST.fullmatch(core)
     core = f"{shown.group(2)}: {shown.group(1)}" if shown else core
     core = PLEASE_INSIDE.sub(r"\1 ", core, count=1)
@@ -7714,6 +7811,9 @@ def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
     for masked in _readings(words):
         asked = _freed(masked.text)
         kind, ops = _matched(RULES, masked, asked, scope)
+        request = "" if ops else _without_reason(masked.text)
+        if request:
+            kind, ops = _matched(RULES, masked, _freed(request), scope)
         if ops and not (kind == "named" and answer.fences):
             return Rescue("asked:" + kind, ops)
         if SAYS_IT_LOOKS.search(answer.text, 0, MAX_LOOK_CHARS):
@@ -7761,7 +7861,9 @@ VERBS = ("create|make|write|build|generate|implement|add|scaffold|set ?up|develo
          "convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|"
          "overwrite|organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|"
          "clean|port|migrate|adjust|improve|increase|decrease|enable|disable|switch|swap|include|"
-         "extend|simplify|finish|complete|document|annotate|format|sort|tidy")
+         "extend|simplify|finish|complete|document|annotate|format|sort|tidy|call it|name it|"
+         "give (?!me|us)")
+ORDERS = Pattern("(?:" + VERBS + r"|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b", re.IGNORECASE)
 WANTS_CHANGE = Pattern(
     r"(?:\A|[.!?;:,\n]\s*|\b(?:and|then|please|to|you|also|just|now|let's|us)\s+)(?:" + VERBS
     + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |advice|"
@@ -7831,8 +7933,8 @@ ELIDED = Pattern(
 PLACEHOLDER = Pattern(r"(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(?:\.\w+)?)|"
                       r".*(?:path/to/|/your[_-]).*", re.IGNORECASE)
 LABEL_WORD = Pattern(
-    r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|creat\w+|writ\w+|"
-    r"sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|"
+    r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|below is|creat\w+|"
+    r"writ\w+|sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|"
     r"and)\b",
     re.IGNORECASE)
 NO_LABEL = Pattern(
@@ -7849,7 +7951,7 @@ MAKES_FILE = Pattern(
     r"\s*(?:(?:sure|certainly|okay|ok|great|of course|absolutely|first|next|then|now|done|finally)"
     r"[,.!:]*\s+){0,3}(?:(?:I'll|I will|let me|I've|I have|I|I'm going to|let's|we'll)\s+)?"
     r"(?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|"
-    r"here(?:'s| is))\b",
+    r"here(?:'s| is)|(?:below|this) is)\b",
     re.IGNORECASE)
 # "a test for app.py" is another file; "the code for app.py" is that one.
 FOR_FILE = Pattern(r"(?<!code )(?<!contents )(?<!content )(?<!source )(?<!implementation )"
@@ -8091,7 +8193,9 @@ def _requested_command(masked: Masked, words: str) -> Ops:
 
 
 ABOUT_PROJECT = Pattern(r"\b(?:project|repo|repository|code|codebase|files?|folder|directory|here|"
-                        r"bug|error|tests?)\b", re.IGNORECASE)
+                        r"bug|error|tests?|(?:fail|crash)\w*|(?:the|this|my|our) (?:\w+ )?"
+                        r"(?:build|function|class|module|app|server|script|program|config\w*|"
+                        r"package|version))\b", re.IGNORECASE)
 # Sentences of one answer that are read; more are no plan but prose.
 MAX_SENTENCES = 40
 

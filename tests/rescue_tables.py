@@ -26,15 +26,22 @@ def prepend(path, text):
 
 
 def replace(path, old, new):
-    return FileOp("replace", path, new, old)
+    return line_edit("replace", path, new, old)
+
+
+def line_edit(kind, path, text, old):
+    """A multiple of whole lines is written with their ends in the tables."""
+    lined = old.endswith("\n") and text[-1:] in ("", "\n") and "```" not in text
+    return FileOp(kind + "_line", path, text[:-1], old[:-1]) if lined else FileOp(
+        kind, path, text, old)
 
 
 def after(path, anchor, text):
-    return FileOp("insert_after", path, text, anchor)
+    return line_edit("insert_after", path, text, anchor)
 
 
 def before(path, anchor, text):
-    return FileOp("insert_before", path, text, anchor)
+    return line_edit("insert_before", path, text, anchor)
 
 
 def rename(path, dest):
@@ -361,7 +368,7 @@ REQUESTS = [
     ("delete the word 'foo' from a.txt", replace("a.txt","foo","")),
     ("from a.txt, remove 'foo'", replace("a.txt","foo","")),
     ("update the string \"1.0.0\" to \"1.0.1\" in package.json", replace("package.json","1.0.0","1.0.1")),
-    ("replace\n```\nold\n```\nwith\n```\nnew\n```\nin a.txt", replace("a.txt","old\n","new\n")),
+    ("replace\n```\nold\n```\nwith\n```\nnew\n```\nin a.txt", FileOp("replace", "a.txt","new\n","old\n")),
     ("search for 'a' in f.txt and replace it with 'b'", replace("f.txt","a","b")),
     ("find and replace 'a' with 'b' in f.txt", replace("f.txt","a","b")),
     ("a.txt: replace 'a' with 'b'", ()),

@@ -263,6 +263,33 @@ CASES = {
         {"x": "a b a"}, FileOp("insert_after", "x", "-", "a"), {"x": "a- b a"}, True),
     "insert at an absent anchor": (
         {"x": "a b a"}, FileOp("insert_after", "x", "-", "zz"), None, False),
+    "replace a line, not the end of one": (
+        {"x": "ab\nb\nb c\nb\n"}, FileOp("replace_line", "x", "d", "b"),
+        {"x": "ab\nd\nb c\nd\n"}, True),
+    "replace a last line without its end": (
+        {"x": "a\n\nb"}, FileOp("replace_line", "x", "{c}\n\u00fc", "b"),
+        {"x": "a\n\n{c}\n\u00fc"}, True),
+    "replace a line by more of it": (
+        {"x": "b\nb\n"}, FileOp("replace_line", "x", "b\nb", "b"), {"x": "b\nb\nb\nb\n"}, True),
+    "replace two lines": ({"x": "a\nb\na\nb"}, FileOp("replace_line", "x", "c", "a\nb"),
+                          {"x": "c\nc"}, True),
+    "remove every such line": (
+        {"x": "b\nb\nab\nb\nbc\nb"}, FileOp("replace_line", "x", "", "b"), {"x": "ab\nbc\n"},
+        True),
+    "remove the only line": ({"x": "b"}, FileOp("replace_line", "x", "", "b"), {"x": ""}, True),
+    "remove a line that is only the end of one": (
+        {"x": "ab\n"}, FileOp("replace_line", "x", "", "b"), None, False),
+    "insert after the last line": (
+        {"x": "ab\nb"}, FileOp("insert_after_line", "x", "{c}", "b"), {"x": "ab\nb\n{c}"}, True),
+    "insert after the first such line": (
+        {"x": "b\nb\n"}, FileOp("insert_after_line", "x", "c", "b"), {"x": "b\nc\nb\n"}, True),
+    "insert before a line": (
+        {"x": "ab\n\nb\n"}, FileOp("insert_before_line", "x", "c", "b"), {"x": "ab\n\nc\nb\n"},
+        True),
+    "insert at an absent line": (
+        {"x": "ab\n"}, FileOp("insert_before_line", "x", "c", "b"), None, False),
+    "replace a line of bytes": ({"x": b"\xff\x00\nb\n\xfe"}, FileOp("replace_line", "x", "c;", "b"),
+                                {"x": b"\xff\x00\nc;\n\xfe"}, True),
     "rename": ({"x": "a"}, FileOp("rename", "x", other="d/y"), {"d/y": "a"}, True),
     "rename into a folder": ({"x": "a", "d": None}, FileOp("rename", "x", other="d/"),
                              {"d/x": "a"}, True),
@@ -367,6 +394,12 @@ BROKEN = {
                 {"x": LONG.replace("an old", "a new")}),
     "replace lines": ({"x": LONG}, [FileOp("replace", "x", "{;}\n", "enough\nline")],
                       {"x": LONG.replace("enough\nline", "{;}\n")}),
+    "replace whole lines": ({"x": LONG + "a\nb"}, [FileOp("replace_line", "x", "{;}", "a")],
+                            {"x": LONG + "{;}\nb"}),
+    "remove whole lines": ({"x": LONG + "a\nb"}, [FileOp("replace_line", "x", "", "b")],
+                           {"x": LONG + "a\n"}),
+    "insert a line": ({"x": "a\n" + LONG}, [FileOp("insert_after_line", "x", "b", "a")],
+                      {"x": "a\nb\n" + LONG}),
     "insert": ({"x": LONG}, [FileOp("insert_after", "x", " 7", "line")],
                {"x": LONG.replace("line", "line 7", 1)}),
     "rename": ({"x": LONG}, [FileOp("rename", "x", other="d/y")], {"d/y": LONG}),
