@@ -2677,8 +2677,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     """Serve until interrupted; prints one line with the URL."""
     env = dict(os.environ)
     parser = argparse.ArgumentParser(description="An Ollama server without a model.")
-    parser.add_argument("--port", type=int, default=int(env.get("MOCK_OLLAMA_PORT") or 8121))
-    parser.add_argument("--mode", default=env.get("MOCK_OLLAMA_MODE") or "delay")
+    parser.add_argument("--port", type=int, default=int(env.get("MOCK_OLLAMA_PORT") or 8121),
+                        help="port to listen on; 0 takes a free one (default 8121)")
+    parser.add_argument("--mode", default=env.get("MOCK_OLLAMA_MODE") or "delay",
+                        help="delay (default), malformed-json, rate-limit, stream-garbage,"
+                        " stream-slow, script-json, hang, cut, reset, empty or error-line;"
+                        " another word answers ok")
     parser.add_argument("--model", help="the only model it knows (default: every name)")
     parser.add_argument("--imitate", default="0.33.0", help="the version of Ollama to imitate")
     parser.add_argument("--num-ctx", type=int, default=32_768, help="default context in tokens")
@@ -2688,15 +2692,18 @@ def main(arguments: Optional[List[str]] = None) -> int:
     settings: Dict[str, Any] = {"port": given.port, "version": given.imitate}
     settings["models"] = [given.model] if given.model else "any"
     settings["default_num_ctx"] = given.num_ctx
-    if given.play:
-        mock = MockOllama.playback(given.play, timing=1.0, **settings)
-    else:
-        reply = model_text(given.text) if given.text else mode_reply(given.mode, env)
-        mock = MockOllama([reply], **settings)
-    add_reports(mock, given.mode)
-    with mock, suppress(KeyboardInterrupt):
-        print(f"mock Ollama on {mock.url} ({given.play or given.mode})", flush=True)
-        threading.Event().wait()
+    try:
+        if given.play:
+            mock = MockOllama.playback(given.play, timing=1.0, **settings)
+        else:
+            reply = model_text(given.text) if given.text else mode_reply(given.mode, env)
+            mock = MockOllama([reply], **settings)
+        add_reports(mock, given.mode)
+        with mock, suppress(KeyboardInterrupt):
+            print(f"mock Ollama on {mock.url} ({given.play or given.mode})", flush=True)
+            threading.Event().wait()
+    except (OSError, ValueError) as problem:  # no such recording, or the port is in use
+        parser.exit(2, f"mock_ollama: {problem}\n")
     return 0
 
 

@@ -10352,8 +10352,10 @@ class Registry:
         explicit = self._config.num_ctx
         if explicit:
             window = min(explicit, facts.trained or explicit)
+            said = "as set" if window == explicit else \
+                f"all that the model was trained for, of the {explicit} that were set"
             return LocalModel(facts, explicit, window, judge_explicit(window, FIRST_PROMPT_TOKENS)
-                              or f"window of {window} tokens, as set")
+                              or f"window of {window} tokens, {said}")
         if self._config.auto_ctx.lower() == "off" or facts.remote or not facts.path:
             row = self._loaded_row(facts, waiter, until)
             window = natural(_mapping(row).get("context_length")) or facts.num_ctx or 0
@@ -12087,9 +12089,9 @@ def run_demo(args: Any, env: Mapping[str, str]) -> int:
         server.stop()
         server.finish()
         model.shutdown()
-    say("\nNext: start Ollama, `ollama pull qwen2.5-coder:14b`, then `python qwencode.py` here and")
-    say("in another terminal:")
-    say("  ANTHROPIC_BASE_URL=http://127.0.0.1:8000 ANTHROPIC_AUTH_TOKEN=local claude")
+    say("\nNext, for the real thing: start Ollama, `ollama pull qwen2.5-coder:14b`, install Claude")
+    say("Code with `npm install -g @anthropic-ai/claude-code`, and in your project:")
+    say(f'  python "{os.path.abspath(__file__)}" claude')
     return 0 if done else 1
 
 
