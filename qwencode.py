@@ -3161,7 +3161,7 @@ def _pictures(
 
 # The git status at the end of the CLI's system text (2.1.197) differs from session to
 # session; behind it the tools, and all else, would be read again (OL 5b).
-VOLATILE_END = Pattern(r"\n+(gitStatus: [\s\S]*)\Z")
+VOLATILE_END = Pattern(r"(?<!\n)\n+(gitStatus: [\s\S]*)\Z")
 
 
 def move_volatile(
@@ -3918,7 +3918,7 @@ CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
 AFTER_BEGUN = Pattern(
     r"<[^\s<>]{0,60}|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|✿\w{0,12}✿?|[}\])]{1,4}|[,;]\s*")
 BLANK_RUN = Pattern(r"\s*")
-LINE_INDENT = Pattern(r"[ \t]*")
+LINE_INDENT = Pattern(r"[^\S\n]*")
 FENCE_BEGUN = Pattern(r"[ \t]{0,3}[`~]{0,16}[ \t]{0,8}")
 LIST_BEGUN = Pattern(r"\[\s*[\w.]{0,80}")
 TAG_WORD_END = Pattern(r"[\s=]")
@@ -7865,7 +7865,7 @@ VERBS = ("create|make|write|build|generate|implement|add|scaffold|set ?up|develo
          "give (?!me|us)")
 ORDERS = Pattern("(?:" + VERBS + r"|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b", re.IGNORECASE)
 WANTS_CHANGE = Pattern(
-    r"(?:\A|[.!?;:,\n]\s*|\b(?:and|then|please|to|you|also|just|now|let's|us)\s+)(?:" + VERBS
+    r"(?:\A|[.!?;:,\n][^\S\n]*|\b(?:and|then|please|to|you|also|just|now|let's|us)\s+)(?:" + VERBS
     + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |advice|"
     r"an? (?:explanation|overview|review|opinion|idea)|your|information|you to (?:explain|tell|"
     r"review|describe)))", re.IGNORECASE)
@@ -7888,8 +7888,8 @@ HOW_TO = Pattern(
     r"\b(?:dry run|hypothetical\w*|suppose|imagine|in theory|what if|an example of|tutorial|"
     r"in the chat|in chat|as text|paste it here|one-?liner)\b", re.IGNORECASE)
 CONDITION = Pattern(
-    r"(?:\A|[.,;!\n]\s*|\b(?:but|and|only)\s+)(?:if|unless|when|once|in case|provided|as soon as|"
-    r"whenever)\b|\bif (?:it|they|there|the file|not|needed|necessary|possible|you)\b|"
+    r"(?:\A|[.,;!\n][^\S\n]*|\b(?:but|and|only)\s+)(?:if|unless|when|once|in case|provided|"
+    r"as soon as|whenever)\b|\bif (?:it|they|there|the file|not|needed|necessary|possible|you)\b|"
     r"\bunless\b", re.IGNORECASE)
 SHELL_WANTED = Pattern(
     r"\b(?:bash|shell|sh|zsh|terminal|install(?:ation)?|setup|deploy\w*|build)\s+(?:script|"

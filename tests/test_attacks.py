@@ -289,6 +289,18 @@ def test_mutated_requests_never_meet_a_bug(capfd):
     assert "internal error" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("piece", ["\n", "\r\n", " ", "`", "<", "{", "please "])
+def test_long_runs_cost_no_time(quiet, piece):
+    """Each of these was once searched again from every character of the run."""
+    words = "Create " + piece * (20_000 // len(piece)) + " x"
+    begun = time.monotonic()
+    assert quiet.messages(words, system=words).status == 200
+    quiet.mock.replies = [text(words, pieces=1)]
+    assert quiet.messages("Create a.txt").status == 200
+    quiet.mock.replies = [text("ok")]
+    assert time.monotonic() - begun < 3.0
+
+
 def test_a_chunked_body_beyond_the_limit_is_413(monkeypatch, quiet):
     monkeypatch.setattr(qwencode, "MAX_BODY_BYTES", 10_000)
     got = exchange(quiet.port, announce("POST /v1/messages", "Transfer-Encoding: chunked",
