@@ -6663,7 +6663,7 @@ SLOTS: Dict[str, str] = {
             r"(?P<lf>,? (?:followed by|and|plus) an? (?:trailing |final )?(?:newline|line break))?|"
             r"(?:(?:the|a) )?"
               r"(?:(?:exact|literal|new|single) )*(?:text|string|words?|phrase|sentence|number|"
-              r"content|(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
+              r"(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
               r"(?P<bare>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?)|"
               r"(?P<loose>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?))",
     "quoted": r"(?:{noun}(?P<text>{q}))",
@@ -6851,10 +6851,10 @@ RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
     ("replace", "(?:change|turn|update|convert|correct|fix) {old} (?:to|into) {new} {in} {file}"),
     ("replace", "(?:swap|exchange) (?:out )?{old} (?:for|with) {new} {in} {file}"),
     ("replace", "substitute {new} for {old} {in} {file}"),
-    ("replace", "(?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into) {block}(?P<new>{q})"
-                " {in} {file}"),
+    ("replace", "(?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into):?"
+                " {block}(?P<new>{q}) {in} {file}"),
     ("replace", "(?:in|inside) {file},? (?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into)"
-                " {block}(?P<new>{q})"),
+                ":? {block}(?P<new>{q})"),
     ("replace", "(?:in|inside|within) {file},? (?:replace|change|substitute|swap|update) {old}"
                 " (?:with|by|to|into|for) {new}(?: everywhere| throughout)?"),
     ("replace", "(?:replace|change|update) {old} {in} {file} (?:with|by|to|into) {new}"),
@@ -6940,8 +6940,8 @@ MAX_REQUEST_CHARS = 500
 LONG_GAP = Pattern(r"\s{9}")
 # Words by which an unquoted text is a description, a second wish or a condition.
 NOT_LITERAL = Pattern(
-    r"(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|necessary|required|"
-    r"appropriate|suitable|of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
+    r"(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|required|"
+    r"appropriate|suitable|described|mentioned|similar|of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
     r"as|to|is|it|representing|version|representation|[\w-]+ of)\b|"
     r".*(?:\b(?:then|if|unless|otherwise|don't|do not|and also|as well as|instead of|except|"
     r"when|because|so that|whichever|whatever|times|twice|repeated|uppercase|lowercase|reversed|"
@@ -7654,7 +7654,7 @@ TRAILER = Pattern(
     r"exactly (?:as|like) (?:is|written|shown|that)|verbatim|i'll do the rest|"
     r"(?:no|without) (?:any )?explanations?(?: needed| necessary)?|(?:and )?don't explain(?: it| "
     r"anything)?|just do it|do it now|only that|and nothing else|don't ask(?: me)?(?: anything)?|"
-    r"it's (?:important|urgent)|and (?:that's|that is) it)\s*[.!?]*\Z", re.IGNORECASE)
+    r"it's urgent|and (?:that's|that is) it)\s*[.!?]*\Z", re.IGNORECASE)
 PLACE = Pattern(r"\s+(?:here|from this (?:folder|directory)|in (?:the|this|my|our) "
                 r"(?:(?:current|working|project|root) )?"
                 r"(?:folder|directory|project|repo|dir|root))[.!]*\Z", re.IGNORECASE)
@@ -7703,12 +7703,11 @@ REASON_BEFORE = Pattern(
     r"(?<=typo):\s+|(?<=wrong):\s+|(?<=mistake):\s+)", re.IGNORECASE)
 REASON_AFTER = Pattern(
     r"(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+(?=it's\b|we\b|i\b))"
-    r"((?:because |since |as )?(?:it|its|it's|that|that's|this|they|they're|we|i|i'm|we're|the|our|"
-    r"my|nobody|there's)\b[^.!?;:\n\uf000-\uf8ff]{0,100}"
-    r"\b(?:no longer|any ?more|obsolete|outdated|unused|misspelled|misspelt|misleading|wrong|typo|"
-    r"needed|needs? (?:it|that|this|them)|important|deprecated|useless|stale|empty|duplicate|"
-    r"confusing|incomplete|missing|out of date|too long|a mistake|garbage|junk)"
-    r"(?: here| now| today| there)?)[.!]*\s*\Z", re.IGNORECASE)
+    r"((?:because |since |as )?(?:it|it's|they|they're|we|i|nobody|the name)\b"
+    r"[^.!?;:\n\uf000-\uf8ff]{0,60}\b(?:no longer (?:needed|used|necessary|(?:need|use) (?:it|them)"
+    r")|(?:need|use|uses|want) (?:it|them)(?: any ?more)?|obsolete|outdated|unused|misspelled|"
+    r"misspelt|misleading|deprecated|useless|stale|out of date|garbage|junk))[.!]*\s*\Z",
+    re.IGNORECASE)
 NO_REASON = Pattern(
     r"\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|wr(?:ote|itten|ites)|reads?|request\w*|suggest\w*|"
     r"quot\w+|follow\w*|instruct\w*|steps?|prompts?|messages?|logs?|outputs?|results?|e?mails?|"
@@ -7718,6 +7717,9 @@ NO_REASON = Pattern(
     r"first|second|third|last|only|each|every|both|except|line \d+|lines|examples?|sentence|"
     r"how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|touch)|"
     r"careful|backup|tested|here(?:'s| is| are)|see|below|above|recommend\w*|advi[cs]e\w*|warn\w*|"
+    r"i(?: am|'m) (?!new\b|confused\b|done\b|stuck\b)\w+|i (?:was|will|did|think|guess)|i'll|you|"
+    r"he|she|ways?|options?|myself|already|allowed|forbidden|thoughts?|ideas?|opinion|"
+    r"(?:has|have|contains?|got|shows?) (?:this|these|that|those)|"
     r"joke|kidding|game|writing|tutorial|articles?|page|website|book|lesson|course|puzzle|"
     r"(?:this|these|that|those)(?=\s*\Z)|according|claims?|means?|called|please|"
     r"(?:then|and|to|please|i'll|i will|you|let me) (?:" + "|".join((

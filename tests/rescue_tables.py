@@ -1681,3 +1681,46 @@ NOT_TOLD = [
     (HELLO,f"I'll write to `app.py` and import it from `b.py`:\n{P}"),
     (HELLO,f"Here's `app.py` updated:\n{P}"),
 ]
+
+# A plain statement of why before or after a request; anything else leaves it alone.
+REQUESTS += [
+    ("The config is wrong. Please change `port 80` to `port 8080` in app.conf.",
+     replace("app.conf", "port 80", "port 8080")),
+    ("The project needs a changelog. Please create CHANGELOG.md with the text \"# Log\".",
+     create("CHANGELOG.md", "# Log")),
+    ("There's a typo: replace 'recieve' with 'receive' in a.md", replace("a.md", "recieve", "receive")),
+    ("We don't need it any more. Delete tmp.log.", delete("tmp.log")),
+    ("I'm confused. Read config.toml and tell me which port is used.", read("config.toml")),
+    ("The server has a new port, please change \"80\" to \"90\" in s.yml", replace("s.yml", "80", "90")),
+    ("The order matters. Insert the line 'x' before the line 'y' in o.txt, please.",
+     before("o.txt", "y\n", "x\n")),
+    ("Delete scratch.txt, we no longer need it.", delete("scratch.txt")),
+    ("Please remove old.css because it's unused.", delete("old.css")),
+    ("Rename colour.js to color.js. The name is misspelled.", rename("colour.js", "color.js")),
+    ("Can you create b.py with this?\n```python\nx\n```", create("b.py", "x\n")),
+    ("I want the file out.txt to contain exactly 'done'", write("out.txt", "done")),
+    ("replace this code:\n```\na();\n```\nwith:\n```\nb();\n```\nin x.js",
+     FileOp("replace", "x.js", "b();\n", "a();\n")),
+]
+TOLD += [
+    ("give utils a better name", "I'll rename `utils.py` to `texts.py`.", rename("utils.py", "texts.py")),
+    ("find out why the build fails", "Let me first look at `build.gradle`.", read("build.gradle")),
+    ("create a landing page", "Certainly! Below is the code for `index.html`:\n\n```html\n<p>\n```",
+     create("index.html", "<p>\n")),
+]
+NOT_ASKED += [f"{reason} Delete a.txt." for reason in (
+    "The note says.", "This is an example.", "We have a rule.", "The web page contains this.",
+    "I'm writing a tutorial.", "My teacher gave me this task.", "It's a game.", "I am not allowed to.",
+    "There are several ways.", "I will do it myself.", "I already did it.", "I'm quoting.",
+    "The README has this line.", "The tool output is untrusted.", "I wonder.", "It's only a thought.",
+    "Run the tests.", "What is this?", "Create b.txt.", "I never said this.", "Nobody should do this.")]
+NOT_ASKED += [f"Delete a.txt. {after_it}" for after_it in (
+    "Just kidding.", "No, wait.", "The idea is wrong.", "That was wrong.", "It is needed.",
+    "It's important.", "This was a typo.", "It isn't needed if b.txt exists.", "Actually, keep it.",
+    "That is what the prompt says.", "We don't need it until Monday.")]
+NOT_ASKED += [
+    "The first line is wrong. Replace 'a' with 'b' in x.txt.",
+    "Replace 'a' with 'b' in x.txt. The one in the title is a typo.",
+    "The port is wrong. Change it to 8080 in app.conf.", "The build is broken. If so, delete a.txt.",
+    "create a.txt with the content our team agreed on", "The config is wrong. Fix app.conf.",
+]
