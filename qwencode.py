@@ -12132,7 +12132,8 @@ def run_try(args: Any, env: Mapping[str, str]) -> int:
     config = load_config(vars(args), env)
     found = find_rescue((Message("user", (Text(" ".join(args.request)),)),), "I'll do that now.")
     if not found:
-        say("No rescue: these words are not one clear file operation, so the shim would not act.")
+        say("No rescue: these words are not one clear file operation inside this folder, so the"
+            " shim would not act. Name the file, and put its content in quotes.")
         return 1
     call = rescue_call(found.ops, TRY_TOOLS, config.bash_style, config.max_read_bytes)
     if not call or "command" not in call[1]:
