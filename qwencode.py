@@ -4050,7 +4050,11 @@ def name_and_arguments(
     if named:
         spare = {key: each for key, each in value.items() if key != named[0]
                  and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
-        return value[named[0]], value[outer[-1]] if outer else spare or None
+        if outer:
+            return value[named[0]], value[outer[-1]]
+        meant = tools_meant(value[named[0]], tools)
+        whole = any(len(repair_input(tool, spare) or ()) == len(spare) for tool in meant)
+        return value[named[0]], spare if whole else None
     if len(value) == 1 and isinstance(value[next(iter(value))], dict):
         only = next(iter(value))
         return (only, value[only]) if only in tools else (None, None)
@@ -4692,35 +4696,74 @@ def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
 
 FIRST_PERSON = Pattern(
     r"\b(?<!whether )(?<!if )(?:I.ll|I will|I.m (?:now )?(?:going to|about to)|"
-    r"I am (?:now )?(?:going to|about to)|let me|let.s|let us|we.ll|we will|I (?:now |first |"
-    r"also |just )?(?:need|want|have|must|should|can) (?:to )?(?:now |first )?|(?:now|next|first|"
-    r"then|so),? I\b|I.m (?:now )?\w+ing|I am (?:now )?\w+ing)(?!\s+(?:not|never|show you|know|"
+    r"I am (?:now )?(?:going to|about to)|let me|let.s|let us|we.ll|we will|we need to|I (?:now |"
+    r"first |"
+    r"also |just )?(?:need|want|must|should|can|have to)\b(?!['’])|(?:now|next|first|"
+    r"then|so),? I\b|I.m (?:now )?\w+ing|I am (?:now )?\w+ing)(?!\s+(?:not|never|show (?:you|"
+    r"what|how)|know|"
     r"explain|demonstrate|illustrate|describe|quote|cite|recap|summari\w+|repeat|define|"
-    r"spell)\b)", re.I)
+    r"spell)\b)|我(?:来|将|会|要|先|需要|现在)|让我|我们[来先]|"
+    r"\b(?:ich (?!habe|würde)|lassen? |je vais|voy a|vamos a|déjame|vou\b)", re.I)
 ASSENT_ONLY = Pattern(
     r"\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right|got it|understood|alright|"
     r"all right|absolutely|done|great|no problem|will do|on it|definitely|gladly|here (?:it is|"
     r"you go|we go)|one moment|working on it)\W*){1,4}", re.I)
 FILE_NOUNS = (
     r"(?:file|script|config|app|project|folder|director|test|page|module|program|code|func|"
-         r"class|data|input|entr|value|content|text|usage file|env|yaml|json|site|package|repo)")
+    r"class|data|input|entr|value|content|text|usage file|env|yaml|json|site|package|repo|docs|"
+    r"readme)")
+# Talk of calls, models and notations: what follows is shown, not meant.
+ABOUT_CALLS = (
+    r"\b(?:json|xml|payload|markup|(?<!git )tags?\b(?!ged)|tokens?|markers?|delimiters?|"
+    r"conventions?|"
+    r"style|format|formatted|syntax|schema|template|notation|grammar|encod\w+|wire|parsers?|"
+    r"parse[sd]?|messages|serializ\w+|protocol|arguments|runtime|harness|llms?|chatbot|copilot|"
+    r"chatgpt|gpt\S*|claude|qwen\S*|hermes|"
+    r"prompts?|mock\w*|fixtures?|playground|tool.calling|function.calling|"
+    r"(?-i:ReAct)|(?:a|each|every|any|such|native|raw|how) (?:tool |function )?calls?)\b")
+# What a first person may write down rather than do, and the verbs that do act on it.
+SHOWN_NOT_DONE = Pattern(
+    r"\b(?:json|xml|payload|syntax|format|notation|encoded|samples?|examples?|looks? like|how "
+    r"(?:a|an|tool|function) (?:tool |function )?calls?)\b", re.I)
+ACTED_ON = Pattern(
+    r"\w[./]\w|\b(?:check|look|read|see|examin|inspect|verif|fix|run|search|find|open|updat|edit|"
+    r"explor|investigat|test|tool.call|function call)\w*|\b" + FILE_NOUNS.replace("yaml|json|", ""),
+    re.I)
 # Words that make what follows no call, whatever else the sentence says.
 NO_CALL_BEFORE = Pattern(
+    r"\b(?<!so that )(?:I|let me|let.s|I.ll|I.m|we)\b (?:(?!by|to|that)\w+ ){0,3}"
+    r"(?:quot|refer|talking|assum|past(?:e|ing)\b|"
+    r"clarif|break\b.{0,30} down|point(?:ing)? out|mention|offer|propos|suggest|recommend|emphasi|"
+    r"remind|warn|explain|demonstrat|illustrat|describ)|\A\s*[\[(]\w+[\])]\W*\Z|\bpending\b|"
     r"\b(?:for|an|this|following|simple|another) example\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|"
+    r"\A\s*(?:[$>]|\"\"\"|\'\'\')|\b(?:how|what) (?:a|an|tool|function) (?:tool |"
+    r"function )?calls?\b|"
+    r"\A\W*(?:use|add|put|run|try|paste|send|save|copy|call|include) (?:this|these|"
+    r"the following)\b|"
+    r"\A[^.!?]*\byour\b(?! (?:request|question|code|project|file))[^.!?]*:\W*\Z|"
     r"\bexamples? of\b|\bexamples?\b[\s\d]*[^.\w]*\Z|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
     r"\billustrat\w+|\bdemonstrat\w+|\bpseudo|\bimagine\b|\bsuppose\b|\bpretend\b|"
     r"\bnot a (?:real|tool) \w*|\b(?:you|one|users?|developers?|someone|people|models?|agents?|"
     r"assistants?|clients?|he|she|they)(?:.d| (?:can|could|would|should|might|may|must|needs? to|"
-    r"has to|have to|will))\b|\b(?:I|we|it|this|that|which|call|one)(?:.d| would)\b(?! like)|"
+    r"has to|have to|will))\b|\b(?:I|we|it|this|that|which|call|one)(?:.d| would)\b(?! like|"
+    r" better)|"
     r"\bwould (?:look|be|have)\b|\b(?:don.t|do not|does(?: not|n.t)|never|avoid|cannot|can.t|"
-    r"won.t|will not|wouldn.t|should(?: not|n.t)|must(?: not|n.t)|unable|refus\w+|not (?:going|"
+    r"won.t|will not|wouldn.t|such as|prevent\w*|should(?: not|n.t)|must(?: not|n.t)|unable|"
+    r"refus\w+|not (?:going|"
     r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|"
     r"unsafe|against|whether|yourself|beware|warning|forbidden|declin\w+|instead of|didn.t|"
     r"did not)\b",
     re.I)
+# A condition or a wait that even "I will" does not lift.
+CONDITIONAL = Pattern(
+    r"\A\W*(?:later|normally|ordinarily|usually|eventually)\b|\b(?:if|once|when|after|until|"
+    r"unless) "
+    r"(?:you\b|approved|confirmed|permitted)|\b(?:your|you to) (?:approv|confirm|permission|"
+    r"consent|ok\b)|"
+    r"\blet me know\b|\bneed you\b|\bwarn you\b", re.I)
 # Words that make it no call where nobody says "I will" in the same sentence.
 DOUBT_BEFORE = Pattern(
-    r"\b(?:examples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|format|syntax|schema|template|notation|"
+    ABOUT_CALLS + r"|\b(?:examples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|"
     r"sample|specification|usage)\b|\blooks? (?:something )?like\b|\blike (?:this|so)\b|"
     r"\bas follows\b|\b(?:explain|describ|represent|document|consider|not(?:e|ice) that|"
     r"means?\b)\w*|\b(?:earlier|previous(?:ly)?|last (?:time|turn|call|step|week)|already|"
@@ -4730,13 +4773,18 @@ DOUBT_BEFORE = Pattern(
     r"agent|server|tool|api|client|colleague|system|other \w+)\s+(?:\w+ly |just |then |has |had |"
     r"have )?(?:called|ran|sent|used|made|wrote|said|replied|answered|returned|emitted|produced|"
     r"tried|got|received|printed|posted|outputs?|returns?|sends?|emits?|produces?|writes?|says?|"
-    r"prints?|responds?|asked for|pasted|quoted)\b|\b(?:contents?|contains?|data|"
+    r"prints?|responds?|emit|output|print|pasted|quoted)\b|\b(?:contents?|contains?|data|"
     r"config(?:uration)?|json|payload|object|record|entry|entries|snippet|response|result|output|"
     r"answer|documentation|docs|readme|manual|definition|message|block|quote|values?|row|"
     r"document)\b(?: (?:of|from|in|for|at|is|was|are|were|says?|shows?|reads?|"
     r"holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z|\b(?:paste|include|insert|respond with|"
     r"reply with)\b|\b(?:answered|replied|responded|emitted|produced|generated|returned|printed|"
-    r"wrote|written|sent|said)\b[^:]*:\W*\Z|<(?!/?think|[|/])[\w-]+>\W*\Z", re.I)
+    r"wrote|written|sent|said)\b[^:]*:\W*\Z|<(?!/?think|[|/])[\w-]+>\W*\Z|"
+    r"\b(?:emits|prints|outputs|generates|produces|writes|returns|sends|says|yields|shows|gives|"
+    r"receives|reveals|displays)\b[^.!?\w]*(?:this|that|it|these|the following)?[^.!?\w]*\Z|"
+    r"\A(?!\W*here)[^:]*\b(?:is|are|was|were)\b[^.!?]*[:：]\W*\Z|\bhere(?:.s| is| are) (?!(?:the |"
+    r"my |a )?"
+    r"(?:tool |function )?calls?\W*\Z)", re.I)
 # Words behind it that take it back, looked for in the first sentences.
 NO_CALL_AFTER = Pattern(
     r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|"
@@ -4756,18 +4804,33 @@ NO_CALL_AFTER = Pattern(
     r"do (?:it|this|that)|make)|\b(?:if|once|when|after|until) you(?:.ve)? (?:approve|confirm|"
     r"agree|give)|\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|"
     r"could|would|should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|"
-    r"adapt|replace|copy|paste|invoke)", re.I)
+    r"adapt|replace|copy|paste|invoke)|\b(?:above|approval|permission|go-ahead|confirm\w*)\b|"
+    r"\A\W*[↑^`]|\A\s*(?!and|then|next|now)(?-i:[a-z])|\A\W*(?:explanation|source|where)\b|"
+    r"\b(?:dangerous|risky|unsafe)\b|\bI (?:won.t|will not|can.t|cannot) (?:run|execute|do|call|"
+    r"use)|"
+    r"\bnever (?:do|run|use|call)|\?(?<!else\?)|"
+    r"\A\W*(?:please |only |just |simply |feel free to )?(?:change|modify|copy|paste|replace|adapt|"
+    r"apply|run|save|put|use|adjust|edit|compare|pick|choose|try|if (?:that|this|it|you)|here)\b|"
+    r"\bexamples?\b(?![._/-]\w)|\b(?:returned|matched|crashed|not (?:allowed|able))\b|"
+    r"\b(?:result|output) \w+ \w+ (?:was|were)\b|\A\s*(?:[-=]>|--|[(\[←→])|\b(?:want|like) me to\b|"
+    r"\b(?:models?|assistants?) (?:should|must|will)\b|"
+    r"\b(?:say|give) the word\b|"
+    r"\A[^.!?]*" + ABOUT_CALLS, re.I)
 # A sentence that goes on behind it: with a colon, or without any mark at its end.
-OPEN_SENTENCE = Pattern(r":[\s*_]*\Z|\w[ \t]+\w+[ \t]*\n\s*\Z")
+OPEN_SENTENCE = Pattern(r"[:：][\s*_]*\Z|[\w,][ \t]+\w+[ \t]*\n\s*\Z")
 # What such a sentence may begin with when it leads to a call by itself.
 ANNOUNCED_ACTION = Pattern(
-    r"\W*(?:\d+|both|again|two|three|next|now|first|second|third|then|finally|also|and|step|task|"
-    r"action|plan|thought|here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?\W*\Z|"
-    r"tool calls?\W*\Z|function calls?\W*\Z|calls?\W*\Z|`|(?!quoting|show|explain|describ|follow|"
-    r"accord|depend|assum|suppos|consider)\w+ing\b|read|write|create|run|list|edit|update|check|"
-    r"search|find|open|fix|look|execute|use|call|delete|add|make|get|fetch|sure|ok|okay|yes|"
+    r"\W*(?:\d+[.)]|both|again|two|three|next(?! to)|now|first|second|third|then|finally|also|and|"
+    r"step|task|action|plan|thought|here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?"
+    r"\W*\Z|(?:tool |function )?calls?\W*\Z|`|(?!quoting|show|explain|describ|follow|accord|"
+    r"depend|assum|suppos|consider|us\w+ \w+,)\w+ing\b|(?:read|write|create|run|list|edit|update|"
+    r"check|"
+    r"search|find|open|fix|look|execute|use|call(?! \d)|delete|add|make|get|"
+    r"fetch)\b(?![^:]*\b(?:this|"
+    r"these|following|same|line)\b|.*\b(?:to|with|as|for|by)\W*\Z)|sure|ok|okay|yes|"
     r"certainly|of course)", re.I)
 LIKENESS = Pattern(r"\blooks? like\b|\bexamples?\b (?:of|for)\b", re.I)
+REACT_STEP = Pattern(r"(?:question|thought):", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
 THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
@@ -4797,6 +4860,11 @@ def first_words(after: str) -> str:
     return " ".join(SENTENCE_END.split((paragraphs(after) or [""])[0])[:2])
 
 
+def ruled_out_after(after: str) -> bool:
+    """Tell words behind a call that take it back, or go on about it as a thing."""
+    return bool(NO_CALL_AFTER.search(first_words(after)))
+
+
 def announced(before: str) -> bool:
     """Tell prose that says in the first person, or by a word of assent, that a call comes."""
     last = paragraphs(before)[-2:]
@@ -4806,7 +4874,10 @@ def announced(before: str) -> bool:
 
 def ruled_out_before(before: str) -> bool:
     """Tell prose after which nothing is a call: an example, data, another's or a refusal."""
-    last = paragraphs(before)[-1:]
+    said = paragraphs(before)
+    if len(said) > 1 and REACT_STEP.match(said[-1]):
+        said.pop()
+    last = said[-1:]
     if not last:
         return False
     sentences = [part for part in SENTENCE_END.split(last[0]) if part.strip(" *#_:-")]
@@ -4815,10 +4886,13 @@ def ruled_out_before(before: str) -> bool:
         return False
     spoken = [match.start() for match in FIRST_PERSON.finditer(sentence)]
     doubts = [match.start() for match in NO_CALL_BEFORE.finditer(sentence)]
+    if CONDITIONAL.search(sentence):
+        return True
     if doubts:
         return not spoken or doubts[-1] >= spoken[-1]
     if spoken:
-        return False
+        promise = sentence[spoken[-1]:]
+        return bool(SHOWN_NOT_DONE.search(promise)) and not ACTED_ON.search(promise)
     label = OPEN_SENTENCE.search(before[-80:]) and not ANNOUNCED_ACTION.match(sentence)
     return bool(label or DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
 
@@ -4832,16 +4906,19 @@ def well_placed(line: str) -> bool:
         return False
     if line.rstrip()[-1] in SENTENCE_MARKS:
         return True
-    return bool(FIRST_PERSON.search(line[-200:])) or len(line.split()) <= 3
+    return bool(FIRST_PERSON.search(line[-200:])) or (
+        len(line.split()) <= 3 and (line[0] == "<" or line[0].isalnum()))
 
 
 def is_call(found: Found, after: str, last: bool) -> bool:
     """Judge by the words around it whether a call is meant; in doubt it is not."""
-    if ruled_out_before(found.before) or NO_CALL_AFTER.search(first_words(after)):
+    if ruled_out_before(found.before) or ruled_out_after(after):
         return False
     if found.kind == "fenced":
         return (found.first and last) or announced(found.before)
     if found.kind == "bare":
+        if after.strip() and "\n" not in after[:len(after) - len(after.lstrip())]:
+            return False
         return found.first or last or announced(found.before)
     mid_sentence = found.line and found.line.rstrip()[-1:] not in SENTENCE_MARKS
     return well_placed(found.line) and (last or not mid_sentence)
@@ -5371,12 +5448,14 @@ class ToolTextParser:
         found, rest = self._queue[0], self._queue[1:]
         at = next((at for at, item in enumerate(rest)
                    if isinstance(item, str) and item.strip()), len(rest))
+        while at and isinstance(rest[at - 1], str):
+            at -= 1
         behind = next((to for to in range(at, len(rest)) if isinstance(rest[to], Found)), len(rest))
         after = "".join(map(raw_of, rest[at:behind]))[:MAX_HOLD_CHARS]
         text_to = next((to for to, item in enumerate(rest) if isinstance(item, Found)), len(rest))
         assert isinstance(found, Found)
         if found.kind == "open":
-            meant = not NO_CALL_AFTER.search(first_words(after))
+            meant = not ruled_out_after(after)
             self._out += [CallInput(found.closing)] * meant + [CallEnd(meant)]
         elif is_call(found, after, not after.strip()):
             self._emit(found.calls)

@@ -121,7 +121,7 @@ def test_only_what_may_be_a_call_is_held(text, released):
 
 def test_text_behind_a_call_is_held_for_four_thousand_characters_at_most():
     reader = parser()
-    assert reader.feed(JSON + "\n\n" + "word " * 800) == []
+    assert reader.feed(JSON + "\n\n" + "Word " * 800) == []
     deltas = reader.feed("word " * 100)
     assert calls_of(deltas) == [READ]
     assert reader.feed("more") == [TextDelta("more")]
