@@ -7020,7 +7020,8 @@ LONG_GAP = Pattern(r"\s{9}")
 # Words by which an unquoted text is a description, a second wish or a condition.
 NOT_LITERAL = Pattern(
     r"(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|required|"
-    r"appropriate|suitable|described|mentioned|similar|of|in|on|from|about|for|that|which|describing|explaining|based|below|above|following|"
+    r"appropriate|suitable|described|mentioned|similar|of|in|on|from|about|"
+    r"for|that|which|describing|explaining|based|below|above|following|"
     r"as|to|is|it|representing|version|representation|[\w-]+ of)\b|"
     r".*(?:\b(?:then|if|unless|otherwise|don't|do not|and also|as well as|instead of|except|"
     r"when|because|so that|whichever|whatever|times|twice|repeated|uppercase|lowercase|reversed|"
@@ -7788,7 +7789,8 @@ REASON_AFTER = Pattern(
     r"misspelt|misleading|deprecated|useless|stale|out of date|garbage|junk))[.!]*\s*\Z",
     re.IGNORECASE)
 NO_REASON = Pattern(
-    r"\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|wr(?:ote|itten|ites)|reads?|request\w*|suggest\w*|"
+    r"\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|wr(?:ote|itten|ites)|reads?|request\w*|"
+    r"suggest\w*|"
     r"quot\w+|follow\w*|instruct\w*|steps?|prompts?|messages?|logs?|outputs?|results?|e?mails?|"
     r"phrase|translat\w*|tasks?|exercise|homework|quiz|commands?|plan\w*|would|could|"
     r"should|must|might|maybe|perhaps|pretend\w*|imagin\w+|suppos\w+|hypothe\w+|wonder\w*|"
@@ -7797,11 +7799,12 @@ NO_REASON = Pattern(
     r"how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|touch)|"
     r"careful|backup|tested|here(?:'s| is| are)|see|below|above|recommend\w*|advi[cs]e\w*|warn\w*|"
     r"i(?: am|'m) (?!new\b|confused\b|done\b|stuck\b)\w+|i (?:was|will|did|think|guess)|i'll|you|"
-    r"he|she|ways?|options?|myself|already|allowed|forbidden|thoughts?|ideas?|opinion|"
+    r"he|she|rules?|polic(?:y|ies)|ticket|ways?|options?|myself|already|allowed|"
+    r"forbidden|thoughts?|ideas?|opinion|"
     r"(?:has|have|contains?|got|shows?) (?:this|these|that|those)|"
     r"joke|kidding|game|writing|tutorial|articles?|page|website|book|lesson|course|puzzle|"
-    r"(?:this|these|that|those)(?=\s*\Z)|according|claims?|means?|called|please|"
-    r"(?:then|and|to|please|i'll|i will|you|let me) (?:" + "|".join((
+    r"(?<!need )(?<!needs )(?:this|these|that|those)(?=\s*\Z)|according|claims?|means?|called|"
+    r"please|(?:then|and|to|please|i'll|i will|you|let me) (?:" + "|".join((
         "delete", "remove", "rename", "move", "create", "make", "write", "append", "add",
         "replace", "change", "overwrite", "insert", "copy", "run")) + r"))\b", re.IGNORECASE)
 
@@ -8015,7 +8018,8 @@ PLACEHOLDER = Pattern(r"(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?
                       r".*(?:path/to/|/your[_-]).*", re.IGNORECASE)
 LABEL_WORD = Pattern(
     r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|below is|creat\w+|"
-    r"writ\w+|sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|"
+    r"writ\w+|sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|"
+    r"following|also|"
     r"and)\b",
     re.IGNORECASE)
 NO_LABEL = Pattern(
