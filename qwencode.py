@@ -4723,8 +4723,9 @@ ABOUT_CALLS = (
     r"(?-i:ReAct)|(?:a|each|every|any|such|native|raw|how) (?:tool |function )?calls?)\b")
 # What a first person may write down rather than do, and the verbs that do act on it.
 SHOWN_NOT_DONE = Pattern(
-    r"\b(?:json|xml|payload|syntax|format|notation|encoded|samples?|examples?|looks? like|how "
-    r"(?:a|an|tool|function) (?:tool |function )?calls?)\b", re.I)
+    r"\b(?:(?:the|this|that|these|your|raw) calls?|messages?|lines?|variants?|outputs?|readability|"
+    r"what (?:I|it|the model)|json|xml|payload|syntax|format|notation|encoded|samples?|examples?|"
+    r"looks? like|how (?:a|an|tool|function) (?:tool |function )?calls?)\b", re.I)
 ACTED_ON = Pattern(
     r"\w[./]\w|\b(?:check|look|read|see|examin|inspect|verif|fix|run|search|find|open|updat|edit|"
     r"explor|investigat|test|tool.call|function call)\w*|\b" + FILE_NOUNS.replace("yaml|json|", ""),
@@ -4734,7 +4735,9 @@ NO_CALL_BEFORE = Pattern(
     r"\b(?<!so that )(?:I|let me|let.s|I.ll|I.m|we)\b (?:(?!by|to|that)\w+ ){0,3}"
     r"(?:quot|refer|talking|assum|past(?:e|ing)\b|"
     r"clarif|break\b.{0,30} down|point(?:ing)? out|mention|offer|propos|suggest|recommend|emphasi|"
-    r"remind|warn|explain|demonstrat|illustrat|describ)|\A\s*[\[(]\w+[\])]\W*\Z|\bpending\b|"
+    r"remind|warn|explain|demonstrat|illustrat|describ|"
+    r"consider|dissect|compare|annotat|only print)|\A\W*below\b|\bthe following\b[^:]*\.\W*\Z|"
+    r"\A[^\s:<]*[$>](?: |\Z)|\Ai\.e\.|\blike:|\A\s*[\[(]\w+[\])]\W*\Z|\bpending\b|"
     r"\b(?:for|an|this|following|simple|another) example\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|"
     r"\A\s*(?:[$>]|\"\"\"|\'\'\')|\b(?:how|what) (?:a|an|tool|function) (?:tool |"
     r"function )?calls?\b|"
@@ -4809,9 +4812,11 @@ NO_CALL_AFTER = Pattern(
     r"\b(?:dangerous|risky|unsafe)\b|\bI (?:won.t|will not|can.t|cannot) (?:run|execute|do|call|"
     r"use)|"
     r"\bnever (?:do|run|use|call)|\?(?<!else\?)|"
-    r"\A\W*(?:please |only |just |simply |feel free to )?(?:change|modify|copy|paste|replace|adapt|"
+    r"\A\W*(?:please |only |just |simply |feel free to )?(?:change|modify|copy|make sure|"
+    r"review|reply|hope|that(?:.s| was)|paste|replace|adapt|"
     r"apply|run|save|put|use|adjust|edit|compare|pick|choose|try|if (?:that|this|it|you)|here)\b|"
-    r"\bexamples?\b(?![._/-]\w)|\b(?:returned|matched|crashed|not (?:allowed|able))\b|"
+    r"\bexamples?\b(?![._/-]\w)|\b(?:keys?|your ok|"
+    r"I would|was blocked|returned|matched|crashed|not (?:allowed|able))\b|"
     r"\b(?:result|output) \w+ \w+ (?:was|were)\b|\A\s*(?:[-=]>|--|[(\[←→])|\b(?:want|like) me to\b|"
     r"\b(?:models?|assistants?) (?:should|must|will)\b|"
     r"\b(?:say|give) the word\b|"
@@ -4820,7 +4825,8 @@ NO_CALL_AFTER = Pattern(
 OPEN_SENTENCE = Pattern(r"[:：][\s*_]*\Z|[\w,][ \t]+\w+[ \t]*\n\s*\Z")
 # What such a sentence may begin with when it leads to a call by itself.
 ANNOUNCED_ACTION = Pattern(
-    r"\W*(?:\d+[.)]|both|again|two|three|next(?! to)|now|first|second|third|then|finally|also|and|"
+    r"\W*(?:here we go|"
+    r"\d+[.)]|both|again|two|three|next(?! to)|now|first|second|third|then|finally|also|and|"
     r"step|task|action|plan|thought|here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?"
     r"\W*\Z|(?:tool |function )?calls?\W*\Z|`|(?!quoting|show|explain|describ|follow|accord|"
     r"depend|assum|suppos|consider|us\w+ \w+,)\w+ing\b|(?:read|write|create|run|list|edit|update|"
