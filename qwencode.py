@@ -13450,6 +13450,9 @@ def console_script(*_: object) -> None:
 
 if __name__ == "__main__":
     # The interpreter keeps the syntax tree of a script, 20 of 50 MB, until the script has
-    # ended. So it ends here, by an exception, and what would print that one carries on.
+    # ended. So it ends here, by an exception, and what would print that one carries on;
+    # but not under a profiler, a debugger or runpy, which would catch it.
+    if sys._getframe().f_back is not None:
+        console_main()
     sys.excepthook = console_script
     raise SystemError("never printed")
