@@ -3185,18 +3185,19 @@ CHOICE_WORDS = {
 
 def chat_messages(
     request: Request, tools: Sequence[Tool], facts: ModelFacts, recall: Recall,
-    slim: Callable[[str], str],
+    slim: Callable[[str], str], *, tools_text: str = "",
 ) -> List[ChatMessage]:
     """Make all messages of /api/chat.
 
     recall(index, turn) gives an assistant turn's raw text where it is remembered;
-    slim shortens texts that are not the user's.
+    slim shortens texts that are not the user's; tools_text is tools_as_text(tools) where
+    the caller has it.
     """
     leading, turns = fold_turns(request.messages)
     system, turns = move_volatile([*request.system, *leading], turns)
     system = [slim(text) for text in system]
     if tools and facts.tools_in_text:
-        system.append(tools_as_text(tools))
+        system.append(tools_text or tools_as_text(tools))
     made = [ChatMessage("system", "\n\n".join(system))] if any(system) else []
     calls: Sequence[ToolUse] = ()
     for index, turn in turns:
@@ -10566,18 +10567,22 @@ class WrittenTools(NamedTuple):
     tools: Tuple[Tool, ...]
     json: str
     segments: List[Segment]
+    text: str  # "" where the template prints the tools
 
 
-def write_tools(sent: Tuple[Tool, ...], slim: bool, renderer: str, agent: str) -> WrittenTools:
+def write_tools(
+    sent: Tuple[Tool, ...], slim: bool, facts: ModelFacts, agent: str, key: Any,
+) -> WrittenTools:
     """Shorten tools and write their JSON: 8 cost 0.5 ms. agent's line stands in the first."""
     tools = tuple(map(slim_tool, sent)) if slim else sent
     if agent and tools:
         first = tools[0]._replace(description=f"{agent_line(agent)} {tools[0].description}")
         tools = (first, *tools[1:])
-    each = [to_json(tool_json(tool, renderer)) for tool in tools]
-    return WrittenTools((sent, slim, renderer, agent), tools, f"[{','.join(each)}]", [
-        Segment(f"tools changed at {tool.name}", text, estimate_tokens(text))
-        for tool, text in zip(tools, each)])
+    each = [to_json(tool_json(tool, facts.renderer)) for tool in tools]
+    segments = [Segment(f"tools changed at {tool.name}", text, estimate_tokens(text))
+                for tool, text in zip(tools, each)]
+    return WrittenTools(key, tools, f"[{','.join(each)}]", segments,
+                        tools_as_text(tools) if facts.tools_in_text and tools else "")
 
 
 class Session:
@@ -10592,7 +10597,7 @@ class Session:
         self._table: Optional[ToolTable] = None
         self.written = ReusedJson()
         self._tools: Optional[WrittenTools] = None
-        self.tools_json = ""
+        self.tools_json = self.tools_text = ""
         self.tools_changed = False
         self.tool_segments: List[Segment] = []
         self.message_segments: List[Segment] = []
@@ -10613,13 +10618,16 @@ class Session:
         A session's are alike from turn to turn, and mostly those of the other sessions.
         Where they come before the system text, an agent's line stands in the first of them.
         """
-        key = (table.sent, slim, facts.renderer, agent if facts.tools_first else "")
+        agent = agent if facts.tools_first else ""
+        key = (table.sent, slim, facts.renderer, facts.tools_in_text, agent)
         self.tools_changed = self._tools is None or self._tools.key != key
         if self._tools is None or self.tools_changed:
             latest = Session.latest_tools
-            self._tools = latest if latest and latest.key == key else write_tools(*key)
+            self._tools = latest if latest and latest.key == key else \
+                write_tools(table.sent, slim, facts, agent, key)
             Session.latest_tools = self._tools
             self.tools_json, self.tool_segments = self._tools.json, self._tools.segments
+            self.tools_text = self._tools.text
         in_text = facts.tools_in_text or not self._tools.tools
         return self._tools.tools, "" if in_text else self.tools_json
 
@@ -11077,7 +11085,8 @@ class Exchange:
                 request = request._replace(system=(agent_line(self.agent), *request.system))
             self.recalled.clear()
             messages = chat_messages(
-                request, tools, facts, self._recall, lambda text: self._slim(text, names))
+                request, tools, facts, self._recall, lambda text: self._slim(text, names),
+                tools_text=session.tools_text)
             messages_json, same = session.written.write(messages)
             if session.tools_changed:
                 same = 0
