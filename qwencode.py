@@ -507,6 +507,11 @@ KEEP_ALIVE = Pattern(r"-?[0-9]+(?:\.[0-9]+)?(?:(?:ns|us|ms|s|m|h)(?:[0-9.]+(?:ns
 CONTROL_CHARS = Pattern(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+# Where to connect for an address that means "every interface". The check takes it for a
+# bind, which it is not.
+CONNECTABLE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+
+
 class ConfigError(Exception):
     """A value that cannot be used; the message is one line for the user."""
 
@@ -572,7 +577,7 @@ def url_from_ollama_host(text: str) -> str:
         host, _, given = hostport.partition(":")
     if given and WHOLE_NUMBER.fullmatch(given) and int(given) < 65536:
         port = given
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    host = CONNECTABLE.get(host, host)
     host = f"[{host}]" if ":" in host else host
     return f"{scheme}://{host}:{port}{slash}{path}".rstrip("/")
 
@@ -4227,7 +4232,8 @@ class TaggedInput:
             self._close(CUT_TAG.sub("", self.rest, 1), False)
             self.rest = ""
             return False
-        keep = upto - len(LAST_BREAK.search(self.rest[:upto]).group())  # type: ignore[union-attr]
+        line_break = LAST_BREAK.search(self.rest[:upto])
+        keep = line_break.start() if line_break else upto
         if keep > 0 and not self._short(self.rest[:keep]):
             self._text(self.rest[:keep])
             self.rest, self._scanned = self.rest[keep:], max(0, upto - keep)
@@ -4410,7 +4416,7 @@ class JsonInput:
 
     def _scalar(self, final: bool) -> bool:
         match = JSON_SCALAR.match(self.rest)
-        return bool(match) and self._value(match.end())  # type: ignore[union-attr]
+        return match is not None and self._value(match.end())
 
     def _value(self, end: int) -> bool:
         self.events.append(("value", self.rest[:end]))
@@ -5058,7 +5064,8 @@ class ToolTextParser:
         text, at = self._text, 0
         while True:
             if not self._mid_line:
-                at = LINE_INDENT.match(text, at).end()  # type: ignore[union-attr]
+                indent = LINE_INDENT.match(text, at)
+                at = indent.end() if indent else at
                 if at == len(text):
                     break
                 self._mid_line = text[at] != "\n"
@@ -10867,7 +10874,7 @@ class Exchange:
             self.audience.failure = UpstreamBrokenError(
                 "The identical request that this one had joined was given up. Ask again.")
             raise
-        except Exception as problem:
+        except Exception as problem:  # a bug, too, must end a begun stream with an error event
             failure = self.audience.failure = self.handler.as_told(problem)
             outcome = outcome_of(failure)
             if not self.audience.detached:
@@ -11369,7 +11376,7 @@ class Handler:
             handle(self)
         except ClientGoneError:
             raise
-        except Exception as problem:
+        except Exception as problem:  # as_told knows errors from bugs; the server goes on
             # What was not read would be taken for the next request.
             self.keep = self.keep and (self._body_done or not self._body_announced())
             self.reply_error(self.as_told(problem))
@@ -11831,6 +11838,7 @@ class ShimServer(ThreadingHTTPServer):
         self._idle = threading.Condition()
         if ":" in config.host:
             self.address_family = socket.AF_INET6
+        # Handler has the signature that socketserver calls, and none of its base's methods.
         super().__init__((config.host, config.port), Handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
@@ -11847,6 +11855,7 @@ class ShimServer(ThreadingHTTPServer):
         """Accept until stop(); sleeps in between (socketserver's wakes twice a second)."""
         while self.socket.fileno() >= 0 and self.stop_signal not in wait_ready(
                 (self.socket, self.stop_signal), (), 3600.0):
+            # The step of socketserver's own loop; typeshed leaves it out.
             self._handle_request_noblock()  # type: ignore[attr-defined]
         self.server_close()  # what still knocks is refused, not left waiting
 
@@ -12468,8 +12477,7 @@ def planned_window(config: Config) -> int:
 
 def local_url(config: Config) -> str:
     """Return where a client on this machine reaches the shim."""
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(  # noqa: S104 - for others
-        config.host, config.host)
+    host = CONNECTABLE.get(config.host, config.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 

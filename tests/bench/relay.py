@@ -1066,7 +1066,7 @@ def machine() -> str:
 def allow_many_files() -> None:
     """200 streams need 400 sockets here and as many in a shim; macOS allows 256."""
     try:
-        import resource  # noqa: PLC0415
+        import resource  # noqa: PLC0415 - Windows has none
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -309,7 +309,7 @@ class Shim:
             except OSError:
                 if self.process.poll() is not None:
                     break
-                time.sleep(0.05)
+                time.sleep(0.05)  # a process that starts has no event to wait for
         raise SystemExit(f"soak.py: the shim did not start: {b''.join(self.log).decode()}")
 
     def held(self) -> Dict[str, float]:
@@ -330,7 +330,7 @@ class Shim:
             counts = (held.get("threads"), held.get("descriptors"))
             if counts != seen:
                 seen, since = counts, time.monotonic()
-            time.sleep(0.05)
+            time.sleep(0.05)  # /proc can only be looked at again
         return self.held()
 
     def stop(self) -> int:
