@@ -5325,6 +5325,7 @@ class ToolTextParser:
         text, unclosed = "".join(self._pieces), reader.cut and (
             self._cut or self._head.body.startswith("raw:"))
         if isinstance(reader, TaggedInput) and reader.lost:
+            self._wasted += len(text)
             reader = reader.again(text[self._head.at:])
         values = tagged_values(reader.events)
         call = make_call(self._head.name, values, self._tools, self._head.rule)
@@ -5356,7 +5357,7 @@ class ToolTextParser:
 
     def _reject(self, text: str, final: bool) -> bool:
         """Pass what was no call after all; what follows its opener is looked at again."""
-        self._wasted += len(text) if final else 0
+        self._wasted += len(text) if final else MAX_HEADER_CHARS
         self._put_back(text[MAX_STEP_CHARS:])
         text, self._wake = text[:MAX_STEP_CHARS], None
         fence = FENCE_OPEN.match(text) if self._head.fence else None

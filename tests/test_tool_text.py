@@ -292,10 +292,11 @@ def seconds(pieces, **options):
 @pytest.mark.parametrize("unit", [
     "{", "<", "[", "`", "```\n", "~~~\n", '"', "'", "}", "<tool_call>", "<function=Read>", "\n{", "\n\n{\"name\":",
     "Action: Read\n", "[TOOL_CALLS]", '{"name": "Read", "arguments": {', "<think>", "\n<a", "</parameter>", "\\",
-    '{"arguments": ["', "Read(", "/*", "<tool_call>\n\n{", ">>>Read\n",
+    '{"arguments": ["', "Read(", "/*", "<tool_call>\n\n{", ">>>Read\n", "<function=Read>\n<parameter=file_path>\n",
 ])
-def test_hostile_text_takes_linear_time(unit):
-    quarter, whole = (seconds([(unit * size)[:size]]) for size in (25 * 1024, 100 * 1024))
+@pytest.mark.parametrize("streams", [False, True])
+def test_hostile_text_takes_linear_time(unit, streams):
+    quarter, whole = (seconds([(unit * size)[:size]], stream_inputs=streams) for size in (25 * 1024, 100 * 1024))
     assert whole < 1.5  # below 0.2 s on a quiet machine; the factor is for a busy one
     assert whole < 16 * quarter + 0.2
 
