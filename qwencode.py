@@ -1139,7 +1139,7 @@ PARAMETER_NAMES: Tuple[str, ...] = (
     "query search_query search_term q keywords text search term",
     "url uri link address href website page",
     "prompt task instruction instructions message question request query",
-    "description summary explanation title reason purpose",
+    "description summary title",
     "offset start_line line_start start from_line begin_line line_number start_line_number",
     "limit num_lines max_lines line_count count lines n_lines line_limit number_of_lines "
     "max_results",
@@ -1210,6 +1210,7 @@ def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
                     if all(parameter_for(need, properties_of(tool.schema)) for need in needs)]
             named = [tool for tool in fits if plain_name(tool.name) in names]
             exact = [tool for tool in fits if len(required_of(tool.schema)) == len(needs)
+                     and kind.needs != "path"  # to list a folder is not to read a file
                      and all(parameter_for(need, dict.fromkeys(required_of(tool.schema)))
                              for need in needs)]
             found += named or (exact if len(exact) == 1 else [])
@@ -1374,8 +1375,8 @@ COERCIONS: Dict[str, Callable[[Any, str], Any]] = {
 MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
 END_IN_OBJECT = Pattern(
-    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*(?:(?://|#)[^\n]*\n\s*)?" + MEMBER_KEY
-    + r"|(?<=\n)\s*" + MEMBER_KEY + r"|\Z)")
+    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*(?:(?:(?://|#)[^\n]*\n|/\*[^*]*\*/)\s*)?"
+    + MEMBER_KEY + r"|(?<=\n)\s*" + MEMBER_KEY + r"|\Z)")
 END_IN_ARRAY = Pattern(r"\s*(?:,\s*(?:[\"'\[{\]\d-]|true|false|null)|\]|\Z)", re.I)
 END_IN_CALL = Pattern(r"\s*(?:,\s*\w{1,60}\s*=|,?\s*\)|\Z)")
 MEMBER_START = Pattern(MEMBER_KEY + r"|[\"'\[{]")
@@ -3833,7 +3834,7 @@ TOOL_FORMATS: Tuple[ToolFormat, ...] = (
     ToolFormat("action_tag", "start_action action_start action_json tools_prefix", (),
                '<|START_ACTION|>[{"tool_name": "Read", "parameters": {"file_path": "a.py"}}]',
                "Command R7B and A, InternLM 2, Apertus"),
-    ToolFormat("harmony", "channel recipient", (),
+    ToolFormat("harmony", "channel recipient start", (),
                "<|channel|>commentary to=functions.Read <|constrain|>json<|message|>"
                '{"file_path": "a.py"}<|call|>', "gpt-oss; Functionary 2"),
     ToolFormat("wrapped", "json response answer action call", (),
@@ -3841,9 +3842,10 @@ TOOL_FORMATS: Tuple[ToolFormat, ...] = (
                "seen from small models"),
     ToolFormat("xml_agent", "tool", (),
                "<tool>Read</tool><tool_input>a.py</tool_input>", "LangChain's XML agent"),
-    ToolFormat("mistral", "", ("[tool_calls]", "[tool_call]", "[function_call]"),
+    ToolFormat("mistral", "", ("[tool_calls]", "[tool_call]", "[function_call]",
+                                 "[tool_request]", "[calling tool:"),
                '[TOOL_CALLS][{"name": "Read", "arguments": {"file_path": "a.py"}}]',
-               "Mistral; with [ARGS] from v13 on"),
+               "Mistral; with [ARGS] from v13 on; LM Studio"),
     ToolFormat("functools", "", ("functools",),
                'functools[{"name": "Read", "arguments": {"file_path": "a.py"}}]',
                "Phi-4 mini, Firefunction 2"),
@@ -3917,7 +3919,7 @@ FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
 FENCE_END = Pattern(r"[ \t]{0,3}(`{3,16}|~{3,16})[ \t]{0,8}(?=\n|\Z)")
 CALL_SIGN = Pattern(r"\n|<(?=[/|｜A-Za-z_]|\Z)|\[(?=[TtFf]|\Z)")
-AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[/[^\s\[\]]{1,40}\]|✿\w{1,12}✿:?|"
+AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[(?:/|END_)[^\s\[\]]{1,40}\]|✿\w{1,12}✿:?|"
                      r"[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|"
                      r"[;,](?=\s*[{\[<]))")
 CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
@@ -3931,10 +3933,11 @@ TAG_WORD_END = Pattern(r"[\s=]")
 CLOSERS = Pattern(r"[}\])]")
 TAG_END = Pattern(r">")
 INPUT_LINE = Pattern(r"[^\n<]{1,4000}")
-SENTENCE_MARKS = ".!?:;…)*>。！？："
+SENTENCE_MARKS = ".!?:;…)*>。！？：●⏺"
 BARE_RULES = ("json", "named", "pythonic", "wrapped")
-# Characters of prose before a call in which its announcement is looked for.
-MAX_CONTEXT_CHARS = 1000
+# Characters of prose before a call in which its announcement is looked for, and of one
+# sentence in which SIGNS are: without a full stop it is no prose.
+MAX_CONTEXT_CHARS, MAX_LEAD_CHARS = 1000, 400
 # Characters of thought kept in case that a call inside it is all that comes.
 MAX_THOUGHT_CHARS = 256 * 1024
 # Characters of a value of one line that is held until its closing tag is seen.
@@ -4029,6 +4032,8 @@ def calls_from_json(value: Any, tools: Mapping[str, Tool], rule: str) -> Optiona
                 return None
             found += calls
         return found or None
+    if isinstance(value, str) and value.lstrip()[:1] == "{":
+        return calls_from_json(loose_json(value), tools, rule)
     if not isinstance(value, dict):
         return None
     keys = {plain_name(str(key)): key for key in reversed(list(value))}
@@ -4073,8 +4078,8 @@ NAME_ORDER = ("name", "tool", "toolname", "functionname", "function", "recipient
 
 def is_definition(arguments: Any) -> bool:
     """Tell a tool's schema, as prompts hold it, from the arguments of a call."""
-    properties = arguments.get("properties") if isinstance(arguments, dict) else None
-    return isinstance(properties, dict) and any(
+    properties = arguments.get("properties", arguments) if isinstance(arguments, dict) else None
+    return isinstance(properties, dict) and bool(properties) and all(
         isinstance(each, dict) and "type" in each for each in properties.values())
 
 
@@ -4660,13 +4665,15 @@ class HeadScan:
             return READ_ON
         if any(word.startswith(rest) for word in CUT_SEPARATORS):
             return MORE
-        if rest[0] in "{[(":
+        if rest[0] in "{[(" or rest.startswith('"{'):
             return self._body(rest[0])
         if self._line and self._name:
             return Head(self._rule, self._name, "line", at)
         return self._tool_name()
 
     def _body(self, opened: str) -> Verdict:
+        if opened == '"':  # the object as a JSON string
+            return Head(self._rule, self._name, "json", self._at) if self._rule else None
         if not self._name:
             return None if opened == "(" else read_bracket(
                 self._text, self._at, self._rule, self._tools)
@@ -4701,151 +4708,222 @@ def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
 
 # ------------------------------ call or example ------------------------------
 
-FIRST_PERSON = Pattern(
-    r"\b(?<!whether )(?<!if )(?:I.ll|I will|I.m (?:now )?(?:going to|about to)|"
-    r"I am (?:now )?(?:going to|about to)|let me|let.s|let us|we.ll|we will|we need to|I (?:now |"
-    r"first |"
-    r"also |just )?(?:need|want|must|should|can|have to)\b(?!['’])|(?:now|next|first|"
-    r"then|so),? I\b|I.m (?:now )?\w+ing|I am (?:now )?\w+ing)(?!\s+(?:not|never|show (?:you|"
-    r"what|how)|know|"
-    r"explain|demonstrate|illustrate|describe|quote|cite|recap|summari\w+|repeat|define|"
-    r"spell)\b)|我(?:来|将|会|要|先|需要|现在)|让我|我们[来先]|"
-    r"\b(?:ich (?!habe|würde)|lassen? |je vais|voy a|vamos a|déjame|vou\b)", re.I)
-ASSENT_ONLY = Pattern(
-    r"\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right|got it|understood|alright|"
-    r"all right|absolutely|done|great|no problem|will do|on it|definitely|gladly|here (?:it is|"
-    r"you go|we go)|one moment|working on it)\W*){1,4}", re.I)
-FILE_NOUNS = (
-    r"(?:file|script|config|app|project|folder|director|test|page|module|program|code|func|"
-    r"class|data|input|entr|value|content|text|usage file|env|yaml|json|site|package|repo|docs|"
-    r"readme)")
-# Talk of calls, models and notations: what follows is shown, not meant.
-ABOUT_CALLS = (
-    r"\b(?:json|xml|payload|markup|(?<!git )tags?\b(?!ged)|tokens?|markers?|delimiters?|"
-    r"conventions?|"
-    r"style|format|formatted|syntax|schema|template|notation|grammar|encod\w+|wire|parsers?|"
-    r"parse[sd]?|messages|serializ\w+|protocol|arguments|runtime|harness|llms?|chatbot|copilot|"
-    r"chatgpt|gpt\S*|claude|qwen\S*|hermes|"
-    r"prompts?|mock\w*|fixtures?|playground|tool.calling|function.calling|"
-    r"(?-i:ReAct)|(?:a|each|every|any|such|native|raw|how) (?:tool |function )?calls?)\b")
-# What a first person may write down rather than do, and the verbs that do act on it.
-SHOWN_NOT_DONE = Pattern(
-    r"\b(?:(?:the|this|that|these|your|raw) calls?|messages?|lines?|variants?|outputs?|readability|"
-    r"what (?:I|it|the model)|json|xml|payload|syntax|format|notation|encoded|samples?|examples?|"
-    r"looks? like|how (?:a|an|tool|function) (?:tool |function )?calls?)\b", re.I)
-ACTED_ON = Pattern(
-    r"\w[./]\w|\b(?:check|look|read|see|examin|inspect|verif|fix|run|search|find|open|updat|edit|"
-    r"explor|investigat|test|tool.call|function call)\w*|\b" + FILE_NOUNS.replace("yaml|json|", ""),
-    re.I)
-# Words that make what follows no call, whatever else the sentence says.
-NO_CALL_BEFORE = Pattern(
-    r"\b(?<!so that )(?:I|let me|let.s|I.ll|I.m|we)\b (?:(?!by|to|that)\w+ ){0,3}"
-    r"(?:quot|refer|talking|assum|past(?:e|ing)\b|"
-    r"clarif|break\b.{0,30} down|point(?:ing)? out|mention|offer|propos|suggest|recommend|emphasi|"
-    r"remind|warn|explain|demonstrat|illustrat|describ|"
-    r"consider|dissect|compare|annotat|only print)|\A\W*below\b|\bthe following\b[^:]*\.\W*\Z|"
-    r"\A[^\s:<]*[$>](?: |\Z)|\Ai\.e\.|\blike:|\A\s*[\[(]\w+[\])]\W*\Z|\bpending\b|"
-    r"\b(?:for|an|this|following|simple|another) example\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|"
-    r"\A\s*(?:[$>]|\"\"\"|\'\'\')|\b(?:how|what) (?:a|an|tool|function) (?:tool |"
-    r"function )?calls?\b|"
-    r"\A\W*(?:use|add|put|run|try|paste|send|save|copy|call|include) (?:this|these|"
-    r"the following)\b|"
-    r"\A[^.!?]*\byour\b(?! (?:request|question|code|project|file))[^.!?]*:\W*\Z|"
-    r"\bexamples? of\b|\bexamples?\b[\s\d]*[^.\w]*\Z|\be\.g\.|\bfor instance\b|\bhypothetic\w*|"
-    r"\billustrat\w+|\bdemonstrat\w+|\bpseudo|\bimagine\b|\bsuppose\b|\bpretend\b|"
-    r"\bnot a (?:real|tool) \w*|\b(?:you|one|users?|developers?|someone|people|models?|agents?|"
-    r"assistants?|clients?|he|she|they)(?:.d| (?:can|could|would|should|might|may|must|needs? to|"
-    r"has to|have to|will))\b|\b(?:I|we|it|this|that|which|call|one)(?:.d| would)\b(?! like|"
-    r" better)|"
-    r"\bwould (?:look|be|have)\b|\b(?:don.t|do not|does(?: not|n.t)|never|avoid|cannot|can.t|"
-    r"won.t|will not|wouldn.t|such as|prevent\w*|should(?: not|n.t)|must(?: not|n.t)|unable|"
-    r"refus\w+|not (?:going|"
-    r"allowed|able|permitted) to|rather than|(?:should|shall|may|could) I|dangerous|harmful|"
-    r"unsafe|against|whether|yourself|beware|warning|forbidden|declin\w+|instead of|didn.t|"
-    r"did not)\b",
-    re.I)
-# A condition or a wait that even "I will" does not lift.
-CONDITIONAL = Pattern(
-    r"\A\W*(?:later|normally|ordinarily|usually|eventually)\b|\b(?:if|once|when|after|until|"
-    r"unless) "
-    r"(?:you\b|approved|confirmed|permitted)|\b(?:your|you to) (?:approv|confirm|permission|"
-    r"consent|ok\b)|"
-    r"\blet me know\b|\bneed you\b|\bwarn you\b", re.I)
-# Words that make it no call where nobody says "I will" in the same sentence.
-DOUBT_BEFORE = Pattern(
-    ABOUT_CALLS + r"|\b(?:examples?\b(?![._/-]\w|\s+" + FILE_NOUNS + r")|"
-    r"sample|specification|usage)\b|\blooks? (?:something )?like\b|\blike (?:this|so)\b|"
-    r"\bas follows\b|\b(?:explain|describ|represent|document|consider|not(?:e|ice) that|"
-    r"means?\b)\w*|\b(?:earlier|previous(?:ly)?|last (?:time|turn|call|step|week)|already|"
-    r"yesterday|ago|history|logs?|logged|transcript|session)\b|\b(?:was|were|been|"
-    r"got) (?:\w+ )?(?:called|sent|used|made|run|executed|written|generated|produced|returned|"
-    r"logged|rejected|recorded|issued)\b|\b(?:I|we|you|he|she|they|it|users?|models?|assistant|"
-    r"agent|server|tool|api|client|colleague|system|other \w+)\s+(?:\w+ly |just |then |has |had |"
-    r"have )?(?:called|ran|sent|used|made|wrote|said|replied|answered|returned|emitted|produced|"
-    r"tried|got|received|printed|posted|outputs|returns|sends|emits|produces|writes|says|prints|"
-    r"responds|pasted|quoted)\b|\b(?:you|they|users|models|agents|assistants|clients)\s+(?:\w+ly |"
-    r"just |then )?(?:output|return|send|emit|produce|write|say|print|respond)\b|"
-    r"\b(?:contents?|contains?|data|"
-    r"config(?:uration)?|json|payload|object|record|entry|entries|snippet|response|result|output|"
-    r"answer|documentation|docs|readme|manual|definition|message|block|quote|values?|row|"
-    r"document)\b(?: (?:of|from|in|for|at|is|was|are|were|says?|shows?|reads?|"
-    r"holds?)\b[^:.!?]{0,60})?[^.!?\w]*\Z|\bif\b|\?\W*\Z|\b(?:paste|include|insert|respond with|"
-    r"reply with)\b|\b(?:answered|replied|responded|emitted|produced|generated|returned|printed|"
-    r"wrote|written|sent|said)\b[^:]*:\W*\Z|<(?!/?think|[|/])[\w-]+>\W*\Z|"
-    r"\b(?:emits|prints|outputs|generates|produces|writes|returns|sends|says|yields|shows|gives|"
-    r"receives|reveals|displays)\b[^.!?\w]*(?:this|that|it|these|the following)?[^.!?\w]*\Z|"
-    r"\A(?!\W*here)[^:]*\b(?:is|are|was|were)\b[^.!?]*[:：]\W*\Z|\bhere(?:.s| is| are) (?!(?:the |"
-    r"my |a )?"
-    r"(?:tool |function )?calls?\W*\Z)", re.I)
-# Words behind it that take it back, looked for in the first sentences.
-NO_CALL_AFTER = Pattern(
-    r"\b(?:is|was|as|are|just|only|merely|purely) (?:just |only |merely )?(?:an?|the|one|"
-    r"some) (?:\w+ )?(?:examples?|illustration|sample|template|placeholder|demonstration|sketch|"
-    r"quot\w+)\b|\b(?:is|was|are|were|just|only|purely) (?:for )?(?:illustrat\w+|demonstration|"
-    r"hypothetical)|\b(?:this|that|these|those|it|above|which|call)\b(?: \w+){0,3} (?:is|was|are|"
-    r"were|shows?|would|illustrat\w+|demonstrat\w+|represents?|describes?|"
-    r"explains?)\b[^.!?\n]{0,80}\b(?:format|syntax|how (?:a|the|you|to|it|tool)|examples?|"
-    r"looks? like|template|schema|structure|earlier|previous|last|documentation|would|from|"
-    r"means?)\b|\b(?:that|this|it)(?: is|.s| was) (?:how|what|the (?:format|syntax|data|json|"
-    r"content\w*|way))\b|\b(?:don.t|do not|never|not) (?:\w+ )?(?:run|execute|call|use|send|make|"
-    r"do) (?:it|this|that)\b|\b(?:have|has|had|did|was|were|is)(?: not|n.t) (?:\w+ ){0,2}(?:run|"
-    r"execute\w*|call\w*|made|make|sent|send|real|used?)\b|\bnot (?:been )?(?:run|executed|"
-    r"called|sent|a real)\b|\A\W*examples?\b|\bfrom the (?:docs|documentation|logs?|manual|"
-    r"readme|spec)|\b(?:if|whether) I should\b|\b(?:shall|should) I (?:run|execute|call|proceed|"
-    r"go|do|make|send|use)|\b(?:want|like) me to (?:run|execute|call|proceed|go ahead|send|"
-    r"do (?:it|this|that)|make)|\b(?:if|once|when|after|until) you(?:.ve)? (?:approve|confirm|"
-    r"agree|give)|\bplaceholder|\breplace\b.{0,40}\bwith (?:your|the actual|real)|\byou (?:can|"
-    r"could|would|should|might|must|need to|may) (?:then |also )?(?:use|call|send|write|emit|"
-    r"adapt|replace|copy|paste|invoke)|\b(?:above|approval|permission|go-ahead|confirm\w*)\b|"
-    r"\A\W*[↑^`]|\A\s*(?!and|then|next|now)(?-i:[a-z])|\A\W*(?:explanation|source|where)\b|"
-    r"\b(?:dangerous|risky|unsafe)\b|\bI (?:won.t|will not|can.t|cannot) (?:run|execute|do|call|"
-    r"use)|"
-    r"\bnever (?:do|run|use|call)|\?(?<!else\?)|"
-    r"\A\W*(?:please |only |just |simply |feel free to )?(?:change|modify|copy|make sure|"
-    r"review|reply|hope|that(?:.s| was)|paste|replace|adapt|"
-    r"apply|run|save|put|use|adjust|edit|compare|pick|choose|try|if (?:that|this|it|you)|here)\b|"
-    r"\bexamples?\b(?![._/-]\w)|\b(?:keys?|your ok|"
-    r"I would|was blocked|returned|matched|crashed|not (?:allowed|able))\b|"
-    r"\b(?:result|output) \w+ \w+ (?:was|were)\b|\A\s*(?:[-=]>|--|[(\[←→])|\b(?:want|like) me to\b|"
-    r"\b(?:models?|assistants?) (?:should|must|will)\b|"
-    r"\b(?:say|give) the word\b|"
-    r"\A[^.!?]*" + ABOUT_CALLS, re.I)
-# A sentence that goes on behind it: with a colon, or without any mark at its end.
-OPEN_SENTENCE = Pattern(r"[:：][\s*_]*\Z|[\w,][ \t]+\w+[ \t]*\n\s*\Z")
-# What such a sentence may begin with when it leads to a call by itself.
-ANNOUNCED_ACTION = Pattern(
-    r"\W*(?:here we go|"
-    r"\d+[.)]|both|again|two|three|next(?! to)|now|first|second|third|then|finally|also|and|"
-    r"step|task|action|plan|thought|here(?:.s| is| are) (?:the |my |a )?(?:tool |function )?calls?"
-    r"\W*\Z|(?:tool |function )?calls?\W*\Z|`|(?!quoting|show|explain|describ|follow|accord|"
-    r"depend|assum|suppos|consider|us\w+ \w+,)\w+ing\b|(?:read|write|create|run|list|edit|update|"
-    r"check|"
-    r"search|find|open|fix|look|execute|use|call(?! \d)|delete|add|make|get|"
-    r"fetch)\b(?![^:]*\b(?:this|"
-    r"these|following|same|line)\b|.*\b(?:to|with|as|for|by)\W*\Z)|sure|ok|okay|yes|"
-    r"certainly|of course)", re.I)
-LIKENESS = Pattern(r"\blooks? like\b|\bexamples?\b (?:of|for)\b", re.I)
+# Words of which the rows of SIGNS are made. A first person who acts:
+INTENT = (
+    r"\b(?<!whether )(?<!if )(?:I.ll|I will|let me|let.s|let us|we.ll|we will|I.ve got to|I.d "
+    r"(?:like to|better)|I(?:.m| am) (?:now |just )?(?:going to|about to|\w+ing)|(?:I|we)(?: now| "
+    r"first| also| just| still)? (?:need|want|must|should|can|have to|will)\b(?! not|['’]t| only)|"
+    r"(?:now|next|first|then|so|and),? I\b(?!.d|.m not| (?:would|\w+ed|ran|sent|made|wrote|did|"
+    r"got)\b))")
+INTENT_ABROAD = (
+    r"我(?:来|将|会|要|先|需要|现在)|让我|我们[来先]|现在|接下来|首先|します|"
+    r"\b(?:ich (?!habe|würde)|lassen? |je (?!pourrais|ne)|voy a|vamos a|déjame|vou\b|"
+    r"ahora|sto per|проверю|сейчас|найду)")
+# ... and one who only talks:
+TALK = (
+    r"(?:show|explain|demonstrat|illustrat|describ|quot|cit(?:e|ing)\b|recap|restat|recall\b|"
+    r"summari[sz]|repeat|defin|spell|walk(?:ing)? (?:you )?through|walk you|talk|refer\b|referring|"
+    r"mention|offer|propos|suggest|recommend|emphasi|remind|warn|clarif|break(?:ing)? (?:\w+ "
+    r"){1,3}down|point|assum|suppos|imagin|pretend|consider|say\b|compare (?:it|this|the (?:out|"
+    r"ans))|annotat|dissect|past(?:e|ing)\b|only print|not\b|never|reproduc|outlin|sketch|"
+    r"present\b|provid|give you|return\b|answer|leav|list (?:all|every|the (?:call|raw))|translat|"
+    r"convert|format|encod|give (?:you )?an ex|phrase|paraphras|call (?:this|it)|afraid|refus|"
+    r"declin|prevent|withhold)")
+ACTS = (
+    r"(?:read|write|create|run|rerun|list|edit|update|check|search|find|open|fix|look|execute|"
+    r"delete|add|make|get|fetch|verify|install|build|test|inspect|rename|replace|remove|start|stop|"
+    r"commit|move|apply|generate|format|clean)")
+# What calls are made of, and who writes them:
+CALL_TALK = (
+    r"(?:(?:tool|function)[- _]?(?:calls?|calling|use)|(?:an?|each|every|any|such|one|two|the|this|"
+    r"that|these|your|raw|native|how) calls?|markers?|delimiters?|(?<!git )tags?\b(?!ged)|tokens|"
+    r"notations?|dialects?|syntax|grammar|markup|parsers?|parse[sd]?|regex|wire|payload|"
+    r"serializ\w+|templates?|models?|llms?|assistants?|agents?|sub-?agents?|chatbot|copilot|gpt\S*|"
+    r"chatgpt|claude|codex|qwen\S*|hermes\S*|llama\S*|mistral\S*|deepseek\S*|kimi\S*|glm\S*|"
+    r"(?-i:ReAct)|few.shot|prompts?|runtime|harness|shim|proxy|training|dataset|arguments|"
+    r"parameters?|placeholder|transcript|schema|style|conventions?|protocol|playground)")
+DATA_WORDS = (
+    r"(?:json|xml|yaml|formats?|schema|structure|shape|objects?|messages?|body|bodies|payload|"
+    r"responses?|outputs?|results?|answers?|repl(?:y|ies)|contents?|lines?|text|strings?|inputs?|"
+    r"records?|rows?|entry|entries|snippets?|blocks?|logs?|excerpt|fixtures?|cases?|samples?|"
+    r"versions?|spelling|forms?|variants?|values?|definition|fields?|notes?|docs|documentation|"
+    r"readme|manual|spec|specification|page|article|report|section|chapter|appendix|reference|"
+    r"usage|quote|transcript|history|trace|template|data|requests?|calls?)")
+TELLS = (
+    r"(?:call(?:ed|s)|ran|runs|sen(?:t|ds)|ma(?:de|kes)|us(?:ed|es)|wr(?:ote|ites?)|written|"
+    r"sa(?:id|ys)|repl(?:ied|ies)|(?:answer|return|emitt?|produc|print|post|output|outputt|respond|"
+    r"past|quot|generat|issu|contain|show|look|list|includ|display|yield|record|logg?|expect|"
+    r"compar|receiv|report|leak)(?:e?d|e?s)|tr(?:ied|ies)|g[eo]ts?|reads?|holds?|held|has(?! to)|"
+    r"had|have|gives?|gave|becomes?|became|feeds?|fed|finds?)")
+EXAMPLE = (
+    r"\b(?:examples?\b(?![._/-]\w|\s+(?:file|script|config|app|project|folder|director|test|page|"
+    r"environment|to the|in\b))|e\.g\.|i\.e\.|for instance|illustrat\w+|sample(?! data)|"
+    r"hypothetic\w*|pseudo|imagine|suppose|pretend|demonstrat\w+|toy\b|beispiel|par exemple|por "
+    r"ejemplo|например)|例(?:如|えば|です)|格式")
+OPEN_END = r"[^.!?:：]{0,80}[:：]?\W*\Z(?<![.!?])"
+
+
+class Sign(NamedTuple):
+    """One row of SIGNS: words around a call that speak for it (weight > 0) or against it.
+
+    where is lead (the sentence before the call), earlier (those before that in its
+    paragraph), paragraph (both) or after (the first two sentences behind it). A lifted
+    row says nothing where the lead announces an act. The weights were fitted to some
+    3,000 answers with and without a call that is meant.
+    """
+
+    name: str
+    where: str
+    weight: int
+    pattern: Pattern
+    lifted: bool = False
+
+
+def sign(name: str, where: str, weight: int, words: str, lifted: bool = False) -> Sign:
+    return Sign(name, where, weight, Pattern(words, re.I), lifted)
+
+
+SIGNS: Tuple[Sign, ...] = (
+    sign("a promise to act", "lead", 4,
+        rf"{INTENT}(?!\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK})|{INTENT_ABROAD}"),
+    sign("a word of assent", "lead", 2,
+        r"\A\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right(?!\W*:)|got it|"
+        r"understood|al{1,2} ?right|absolutely|done|great|no problem|will do|on it|definitely|"
+        r"gladly|here (?:it is|you go|we go)|one moment|working on it)\W*){1,4}\Z"),
+    sign("its own name", "lead", 2,
+        r"\A\W*(?:here(?:.s| is| are) )?(?:the |my |a )?(?:(?:tool |function )?calls?|"
+        r"action)\W*\Z"),
+    sign("the act at work", "lead", 6,
+        r"(?:\A|→|[,;:–—-] |and )\W*(?:(?:ok(?:ay)?|sure|great|now|then|next|first|got "
+        rf"it)\W+)*(?!{TALK}|follow|accord|depend|includ|mean|noth|anyth|someth|everyth|dur|string|"
+        rf"thing|miss|warn|pend|exist|notic|us\w+ \w+,)\w{{2,}}ing\b(?!.*\b(?:gives|shows|yields|"
+        rf"finds|prints|becomes|is|get)\b{OPEN_END})"),
+    sign("a step", "lead", 5,
+        r"\A\W*(?:so,? |and |ok,? )?(?:\d+[.)]|now|next|then|first|second|third|finally|lastly|"
+        r"also|step|once more|again|time to|on to|here we go)\b(?!.*\b(?:would|you|it \w+s|we)\b)|"
+        r"\b(?:first|next)\W*\Z"),
+    sign("an order to itself", "lead", 3,
+        rf"\A\W*(?:\d+[.)]\s*)?(?:step \d+\W+)?{ACTS}\b(?! data| case)(?!.*\b(?:this|these|"
+        r"following|same|below|your?|docs)\b)"),
+    sign("here is the work", "lead", 8,
+        rf"\Ahere(?:.s| is| are) (?:the |my |an? |your )(?!.*\b(?:{CALL_TALK}|{DATA_WORDS})\b)"),
+    sign("an example", "lead", -8, EXAMPLE, True),
+    sign("examples before it", "earlier", -3, EXAMPLE),
+    sign("a wish", "lead", -3,
+        r"\b(?:would|could|might|.d (?:be|have|write|call|use|run|send|look|then)|one (?:can|may|"
+        r"calls|writes)|had you|(?:should|shall|may|could) I|whether)\b"),
+    sign("a condition", "lead", -13,
+        r"\b(?:if|once|when|after|until|unless) (?:you|approved|confirmed|permitted|needed|one|a|"
+        r"the (?:model|user|agent))\b|\b(?:your|you to) (?:approv|confirm|permission|consent|ok\b)|"
+        r"\blet me know\b|\bneed you\b|\bwhen(?:ever)? I\b|\A\W*(?:later|normally|usually)\b"),
+    sign("a warning", "lead", -5,
+        r"\b(?:don.t|do not|never|avoid|not)\s+(?:\w+ ){0,2}(?:run|send|make|do|execute|call|use|"
+        r"let|issue|invoke|emit|type|copy|try)\b|\b(?:avoid|beware|dangerous|harmful|unsafe|"
+        r"forbidden|warning|careful|prevent|(?:must|may) not)\b"),
+    sign("a refusal", "paragraph", -8,
+        r"\b(?:I|we)\s+(?:\w+ )?(?:won.t|will not|can.t|cannot|can not|refuse|decline|am not|.m "
+        r"not|must not|mustn.t|shouldn.t|wouldn.t|would rather not|.d rather not|decided "
+        r"(?:against|not)|am unable)\s+(?!find|see|tell|change|know|have|sure|be|wait)\w+|"
+        r"\b(?:refus|declin)(?:e|ing) (?:to|this)\b|\bdecided against|\bagainst (?:running|doing|"
+        r"this|it)|\bI(?: have| had|.ve)? ?(?:did ?not|didn.t|not) (?:run|send|make|call|execute)|"
+        r"\bwithh[eo]ld"),
+    sign("talk in the first person", "lead", -4,
+        rf"\b(?:{INTENT}|I|we|I.m|I am)\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK}"),
+    sign("a promise to show", "lead", -13,
+        rf"{INTENT}(?!.*(?:\w[./]\w|\b(?:check|look (?!at (?:how|what|this))|read|see|examin|"
+        r"inspect|verif|fix|run|rerun|search|find|open|updat|edit|explor|investigat|test|execut|"
+        r"invok|use the)\w*))[^.!?]*\b(?:(?:this|that|these|your|raw) (?:calls?|line|message)|"
+        r"messages?|lines?|variants?|readability|what (?:I|it|the model)|as (?:valid )?(?:json|"
+        r"xml)|json you|payload|syntax|notation|encoded|how (?:an?|tool|function) (?:tool |"
+        r"function )?calls?|(?:an?|this) (?:running )?(?:example|sample)(?! (?:to|in|for|config|"
+        r"file|script|test|project|app|env)\b))\b"),
+    sign("what you may do", "lead", -2,
+        r"\b(?:you|one|users?|developers?|someone|people)(?:.d| can| could| would| should| might| "
+        r"may| must| need(?: to)?| have to| has to| will| want to)?\s+(?:\w+ly |just |then |also "
+        r")?(?:put|add|paste|send|write|use|run|call|type|copy|include|save|emit|output|post|adapt|"
+        r"try|insert|pass)\b|\byour (?:\w+ ){0,2}(?:model|shim|client|parser|yaml|json|call|prompt|"
+        r"server|mock|endpoint|dataset|message|snippet|text|regex|system|colleague)\b"),
+    sign("a prompt or quotation", "lead", -13,
+        r"\A\s*[$>]|[$>] ?\Z|\A\s*In \[\d"),
+    sign("a question", "lead", -6,
+        r"\?\W*\Z"),
+    sign("a sentence left open", "lead", -7,
+        r"(?:[:：]\W*|\w *\n?\s*)\Z", True),
+    sign("open on a being", "lead", -2,
+        rf"\b(?:is|are|was|were|becomes?|(?<!here).s)\b{OPEN_END}", True),
+    sign("open on data", "lead", -4,
+        rf"\b{DATA_WORDS}\b(?:[^.!?:]{{0,60}})[:：]\W*\Z", True),
+    sign("open on calls", "lead", -3,
+        rf"\b{CALL_TALK}\b{OPEN_END}", True),
+    sign("open on saying", "lead", -2,
+        rf"\b{TELLS}\b{OPEN_END}", True),
+    sign("open on a label", "lead", -4,
+        r"\A\W*(?:the )?(?:wrong|invalid|old|new|before|after|expected|actual|formatted|compare|"
+        r"same|correct|good|bad|original|fixed|canonical|minified|malformed|not|typical|normally|"
+        r"hypothetically|results?|usage|in \w+|quoting|reported|from|cancell?ed|ignored|raw|"
+        rf"exported|given|this|relevant|read the docs|vs)\b{OPEN_END}", True),
+    sign("open in another tongue", "lead", -4,
+        r"(?:模型|格式|例|modell?\b|modèle|модель|ausgabe|sortie)[^.!?]*[:：]\W*\Z", True),
+    sign("talk of calls", "lead", -4,
+        rf"\b{CALL_TALK}\b", True),
+    sign("as follows", "lead", -4,
+        r"\b(?:as follows|like (?:this|so)|this way|looks? (?:something )?like|the following|below|"
+        r"such as|this (?:one|input|call|line|body|text|shape|prompt|request|string|message|json|"
+        r"command)|these)\b|\bthis\W*\Z|<(?![/|])[\w-]+>\W*\Z", True),
+    sign("here is talk", "lead", -3,
+        rf"\bhere(?:.s| is| are)\b.*\b(?:{CALL_TALK}|{DATA_WORDS}|what|how)\b", True),
+    sign("words behind it", "after", -3,
+        r"\S", True),
+    sign("a promise behind it", "after", 6,
+        rf"{INTENT}(?!\s+(?:know|rather|wait for your))|\b(?:once|after|as soon as|with) (?:that|"
+        r"this|it|the result)|\b(?:then|while (?:this|that))\b|\b(?:please )?wait(?:ing)?\b(?! "
+        rf"for your)|\blet me know if (?:you|there|any)|\bdone\b|{INTENT_ABROAD}"),
+    sign("what it will do", "after", 5,
+        r"\A\W*(?:(?:this|that|it|these)(?: command| call| edit| tool)? (?:\w+ )?(?:will|reads?|"
+        r"lists?|creates?|finds?|searche?s|runs?|replaces?|adds?|checks?|removes?|updates?|makes?|"
+        r"compiles?|writes?|installs?|builds?|gives?|should)\b|the (?:next|output|build|tests?|"
+        r"result) should)"),
+    sign("the sentence goes on", "after", -4,
+        r"\A\s*(?:(?!and then|then|now|next)(?-i:[a-z])|[,;)\]”\"])"),
+    sign("it is a thing", "after", -5,
+        r"\A\W*(?:this|that|it|these|those|the (?:\w+ )?\w+)(?:.s| is| are| shows| means| came| "
+        r"was| were| would| could| had| has| deletes?| overwrote| deleted| returned| failed| "
+        r"worked| matched| crashed| wiped)\b", True),
+    sign("it is an example", "after", -6,
+        r"\b(?:examples?\b(?![._/-]\w)|illustrat\w+|placeholder|sample|template|hypothetical\w*|"
+        r"demonstrat\w+|clarif\w+|hope (?:that|this))\b"),
+    sign("it was not run", "after", -5,
+        r"\b(?:not|never|don.t|\w+n.t)\b.{0,30}\b(?:run|ran|execut\w*|call\w*|made|make|sent|send|"
+        r"real|used?|do|does|act|happen\w*)\b|\b(?:I|we) (?:won.t|will not|can.t|cannot|haven.t|"
+        r"have not|did not|didn.t)\b|\A\W*but\b|\bI(?:.d| would) (?!like)"),
+    sign("it waits for a word", "after", -10,
+        r"\b(?:want|like) me to (?:run|execute|call|proceed|go|do|make it|send|apply|continue)\b|"
+        r"\b(?:should|shall) I\b|\b(?:approv|confirm|permission|go-ahead|agree)\w*|\b(?:say|give) "
+        r"the word\b|\byour (?:ok|word)\b|\bif (?:I should|(?:that|this) (?:looks|is|works|sounds)|"
+        r"you (?:approve|agree|confirm|want me|like))\b"),
+    sign("a question behind it", "after", -6,
+        r"\?", True),
+    sign("what to do with it", "after", -6,
+        r"\byou(?:.d(?! prefer| like)| can(?! see)| could| would| should| might| must| may| need "
+        r"to| have to)\b|\A\W*(?:replace|change|modify|copy|paste|adapt|adjust|use|put|save|add|"
+        r"run|try|note|compare|make sure|review|remember|apply|reply|feel free|only|please "
+        r"(?!wait))\b", True),
+    sign("where it is from", "after", -6,
+        r"\A[^\w✿]*(?:source|from|explanation|above|where|which|see|example|response|results?|"
+        r"here,)|\A\s*(?:[↑^]|--|[-=]>|[(\[←→#])", True),
+    sign("talk of calls behind it", "after", -5,
+        rf"\b(?:{CALL_TALK}|keys?|fields?|objects?)\b", True),
+)
+
+# What a call starts with before any words are weighed: the model's own markers are made for
+# calls; an answer that ends with it, or begins, is more likely one.
+OWN_WEIGHT, OTHER_WEIGHT, LAST_WEIGHT, FIRST_WEIGHT = 4, 1, 4, 4
+# Rows that announce an act: they lift other rows, and a call in a code block needs one.
+ANNOUNCING = SIGNS[:3]
+TALKING = next(row for row in SIGNS if row.name == "talk in the first person")
+INLINE_CODE = Pattern(r"`[^`\n]*`")
 REACT_STEP = Pattern(r"(?:question|thought):", re.I)
+CHAT_MARK = Pattern(r"<\|[^|<>]*\||\A(?:json|assistant)\Z", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
 THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
@@ -4870,46 +4948,48 @@ def paragraphs(text: str) -> List[str]:
     return [part.strip() for part in PARAGRAPH_END.split(text) if part.strip()]
 
 
-def first_words(after: str) -> str:
-    """Cut the first two sentences out of what follows a call."""
-    return " ".join(SENTENCE_END.split((paragraphs(after) or [""])[0])[:2])
+def sentences(text: str) -> List[str]:
+    """Split a paragraph; code in it is no prose, nor are ReAct's labels and chat marks."""
+    parts = (part.strip() for part in SENTENCE_END.split(INLINE_CODE.sub("`code`", text)))
+    return [part for part in parts if part.strip(" *#_:-")
+            and not REACT_STEP.match(part) and not CHAT_MARK.search(part)]
 
 
-def ruled_out_after(after: str) -> bool:
-    """Tell words behind a call that take it back, or go on about it as a thing."""
-    return bool(NO_CALL_AFTER.search(first_words(after)))
+def words_before(before: str) -> Dict[str, str]:
+    """Cut the texts out of the prose before a call that SIGNS look at."""
+    said = paragraphs(before)
+    if len(said) > 1 and not sentences(said[-1]):
+        said.pop()
+    parts = sentences(said[-1]) if said else []
+    return {"lead": "".join(parts[-1:])[-MAX_LEAD_CHARS:],
+            "earlier": " ".join(parts[:-1])[-MAX_LEAD_CHARS:],
+            "paragraph": " ".join(parts)[-MAX_LEAD_CHARS:]}
+
+
+def words_after(after: str, leads_on: bool) -> str:
+    """Cut the first two sentences out of what follows a call.
+
+    The last paragraph before another call leads to that one.
+    """
+    said = paragraphs(after)[:-1] if leads_on else paragraphs(after)
+    return "" if not said or said[0][0] == "<" else " ".join(sentences(said[0])[:2])
 
 
 def announced(before: str) -> bool:
     """Tell prose that says in the first person, or by a word of assent, that a call comes."""
-    last = paragraphs(before)[-2:]
-    assent = bool(last) and ASSENT_ONLY.fullmatch(last[-1])
-    return bool(assent) or any(FIRST_PERSON.search(part) for part in last)
+    return any(row.pattern.search(" ".join(sentences(part)))
+               for row in ANNOUNCING for part in paragraphs(before)[-2:])
 
 
-def ruled_out_before(before: str) -> bool:
-    """Tell prose after which nothing is a call: an example, data, another's or a refusal."""
-    said = paragraphs(before)
-    if len(said) > 1 and REACT_STEP.match(said[-1]):
-        said.pop()
-    last = said[-1:]
-    if not last:
-        return False
-    sentences = [part for part in SENTENCE_END.split(last[0]) if part.strip(" *#_:-")]
-    sentence = sentences[-1] if sentences else ""
-    if sentence.strip().lower() in ("json", "assistant"):
-        return False
-    spoken = [match.start() for match in FIRST_PERSON.finditer(sentence)]
-    doubts = [match.start() for match in NO_CALL_BEFORE.finditer(sentence)]
-    if CONDITIONAL.search(sentence):
-        return True
-    if doubts:
-        return not spoken or doubts[-1] >= spoken[-1]
-    if spoken:
-        promise = sentence[spoken[-1]:]
-        return bool(SHOWN_NOT_DONE.search(promise)) and not ACTED_ON.search(promise)
-    label = OPEN_SENTENCE.search(before[-80:]) and not ANNOUNCED_ACTION.match(sentence)
-    return bool(label or DOUBT_BEFORE.search(sentence) or LIKENESS.search(last[0]))
+def weight_of(found: Found, after: str, leads_on: bool) -> int:
+    """Weigh a call by its kind and the words around it; above 0 it is meant."""
+    words = words_before(found.before)
+    lead, words["after"] = words["lead"], words_after(after, leads_on)
+    lifts = any(row.pattern.search(lead) for row in ANNOUNCING) and not TALKING.pattern.search(lead)
+    return (OWN_WEIGHT if found.kind in ("own", "open") else OTHER_WEIGHT) + (
+        0 if lead else FIRST_WEIGHT) + (0 if after.strip() else LAST_WEIGHT) + sum(
+            row.weight for row in SIGNS if words[row.where] and not (lifts and row.lifted)
+            and row.pattern.search(words[row.where]))
 
 
 def well_placed(line: str) -> bool:
@@ -4921,22 +5001,27 @@ def well_placed(line: str) -> bool:
         return False
     if line.rstrip()[-1] in SENTENCE_MARKS:
         return True
-    return bool(FIRST_PERSON.search(line[-200:])) or (
+    return bool(ANNOUNCING[0].pattern.search(line[-200:])) or (
         len(line.split()) <= 3 and (line[0] == "<" or line[0].isalnum()))
 
 
-def is_call(found: Found, after: str, last: bool) -> bool:
-    """Judge by the words around it whether a call is meant; in doubt it is not."""
-    if ruled_out_before(found.before) or ruled_out_after(after):
+def is_call(found: Found, after: str, leads_on: bool) -> bool:
+    """Judge by its place and the words around it whether a call is meant; in doubt it is not.
+
+    leads_on says that another call follows the words behind it.
+    """
+    last = not after.strip()
+    if found.kind == "fenced" and not ((found.first and last) or announced(found.before)):
         return False
-    if found.kind == "fenced":
-        return (found.first and last) or announced(found.before)
     if found.kind == "bare":
-        if after.strip() and "\n" not in after[:len(after) - len(after.lstrip())]:
+        beside = not last and "\n" not in after[:len(after) - len(after.lstrip())]
+        if beside or not (found.first or last or announced(found.before)):
             return False
-        return found.first or last or announced(found.before)
-    mid_sentence = found.line and found.line.rstrip()[-1:] not in SENTENCE_MARKS
-    return well_placed(found.line) and (last or not mid_sentence)
+    if found.kind == "own":
+        mid_sentence = found.line and found.line.rstrip()[-1:] not in SENTENCE_MARKS
+        if not well_placed(found.line) or (mid_sentence and not last):
+            return False
+    return weight_of(found, after, leads_on) > 0
 
 
 # ------------------------------ the parser ------------------------------
@@ -5129,7 +5214,7 @@ class ToolTextParser:
         line = self._found.line.rstrip()
         self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
                             and self._found.kind == "own" and line[-1:] in SENTENCE_MARKS
-                            and not ruled_out_before(self._found.before))
+                            and weight_of(self._found, "", False) > 0)
         if self._step == self._tags:
             raw = head.body.startswith("raw:")
             label = head.body[4:] if raw else head.name
@@ -5232,6 +5317,11 @@ class ToolTextParser:
                     final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
                 at = match.end()
             elif tag and (tag_label(tag) in END_TAGS or "end" in tag_label(tag).split("_")):
+                opens = find_head(text, blank, True, self._tools) if not tag.group(1) else None
+                if isinstance(opens, Head) or (opens == MORE and not final):
+                    self._extend(text[:at])
+                    self._text = text[at:]
+                    return isinstance(opens, Head)
                 at = tag.end()
             elif self._marks and text.startswith(self._marks, blank) and (
                     final or blank + len(self._marks) < len(text)):
@@ -5472,9 +5562,9 @@ class ToolTextParser:
         text_to = next((to for to, item in enumerate(rest) if isinstance(item, Found)), len(rest))
         assert isinstance(found, Found)
         if found.kind == "open":
-            meant = not ruled_out_after(after)
+            meant = is_call(found, after, behind < len(rest))
             self._out += [CallInput(found.closing)] * meant + [CallEnd(meant)]
-        elif is_call(found, after, not after.strip()):
+        elif is_call(found, after, behind < len(rest)):
             self._emit(found.calls)
         else:
             self._show(found.raw)
