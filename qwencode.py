@@ -4663,7 +4663,7 @@ class HeadScan:
         if step:
             self._at, self._line = step.end(), step.group().lower() in INPUT_WORDS
             return READ_ON
-        if any(word.startswith(rest) for word in CUT_SEPARATORS):
+        if any(word.startswith(rest) for word in CUT_SEPARATORS) or rest == '"':
             return MORE
         if rest[0] in "{[(" or rest.startswith('"{'):
             return self._body(rest[0])

@@ -2,6 +2,7 @@
 import json
 import random
 import time
+from pathlib import Path
 
 import pytest
 from qwencode import (
@@ -56,6 +57,27 @@ def test_a_case_of_the_table(case):
         else:
             assert shown_by(deltas) == ("" if case.thought else case.text), how
         assert not any(isinstance(each, TextDelta) and not each.text for each in deltas)
+
+
+ANSWERS = [json.loads(line) for line in
+           (Path(__file__).parent / "data" / "answers.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("family", sorted({answer["family"] for answer in ANSWERS}))
+def test_whole_answers(family):
+    """Written without a look at the parser: whole answers, their calls, or none."""
+    for answer in (each for each in ANSWERS if each["family"] == family):
+        thought = answer.get("thought", "")
+        for how in (None, "random"):
+            reader = parser()
+            deltas = reader.thought(thought)
+            for piece in cuts(answer["text"], how):
+                deltas += reader.feed(piece)
+            deltas = joined(deltas + reader.close(answer.get("reason", "stop")))
+            calls = [[each.name, each.input] for each in deltas if isinstance(each, Call)]
+            assert calls == answer["calls"], (how, answer["text"])
+            if not calls:
+                assert shown_by(deltas) == answer["text"], how
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.calls and not case.thought],
