@@ -1147,7 +1147,7 @@ PARAMETER_NAMES: Tuple[str, ...] = (
     "replace_all all global replace_all_occurrences replace_all_matches",
     "run_in_background is_background background in_background",
     "todos todo_list items tasks plan todo",
-    "skill skill_name name command",
+    "skill skill_name name",
     "args arguments argument parameters",
     "subagent_type agent_type agent type",
 )
@@ -1374,8 +1374,9 @@ COERCIONS: Dict[str, Callable[[Any, str], Any]] = {
 # other quote was left unescaped by the model and belongs to the text.
 MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
+COMMENT = r"(?:(?:(?://|#)[^\n]*\n|/\*[^*]*\*/)\s*)?"
 END_IN_OBJECT = Pattern(
-    r"\s*(?:,?\s*\}\s*(?:[,}\])<`;/#]|\Z|\n)|,\s*(?:(?:(?://|#)[^\n]*\n|/\*[^*]*\*/)\s*)?"
+    rf"\s*(?:,?\s*{COMMENT}\}}\s*(?:[,}}\])<`;/#]|\Z|\n)|,\s*{COMMENT}"
     + MEMBER_KEY + r"|(?<=\n)\s*" + MEMBER_KEY + r"|\Z)")
 END_IN_ARRAY = Pattern(r"\s*(?:,\s*(?:[\"'\[{\]\d-]|true|false|null)|\]|\Z)", re.I)
 END_IN_CALL = Pattern(r"\s*(?:,\s*\w{1,60}\s*=|,?\s*\)|\Z)")
@@ -5447,7 +5448,7 @@ class ToolTextParser:
 
     def _reject(self, text: str, final: bool) -> bool:
         """Pass what was no call after all; what follows its opener is looked at again."""
-        self._wasted += len(text) if final else MAX_HEADER_CHARS
+        self._wasted += len(text) if final else MAX_STEP_CHARS // 2  # its words were weighed
         self._put_back(text[MAX_STEP_CHARS:])
         text, self._wake = text[:MAX_STEP_CHARS], None
         fence = FENCE_OPEN.match(text) if self._head.fence else None
