@@ -414,99 +414,20 @@ def error_body(error: ShimError, request_id: str) -> Json:
 
 # ============================== 3. CONFIG ==============================
 
-
-class Option(NamedTuple):
-    """One row of OPTIONS.
-
-    kind is one of text, secret, port, count (a whole number from 0), milliseconds,
-    bool, choice, list (comma-separated, of choices), url; choices belongs to the
-    last kinds. default is the text that an unset variable stands for; "" is unset.
-    """
-
-    name: str
-    variable: str
-    default: str
-    kind: str
-    help: str
-    choices: Tuple[str, ...] = ()
-
-
-OPTIONS: Tuple[Option, ...] = (
-    Option("host", "HOST", "127.0.0.1", "text",
-           "address to listen on; anything but loopback needs SHIM_API_KEY"),
-    Option("port", "PORT", "8000", "port", "port to listen on; 0 takes a free one"),
-    Option("base_url", "OLLAMA_BASE_URL", "http://127.0.0.1:11434", "url",
-           "where Ollama answers; OLLAMA_HOST counts when this is unset"),
-    Option("model", "OLLAMA_MODEL", "qwen2.5-coder:14b", "text", "the model that answers"),
-    Option("auth_token", "OLLAMA_AUTH_TOKEN", "", "secret",
-           "sent to Ollama as a Bearer token, for servers behind a login"),
-    Option("num_ctx", "OLLAMA_NUM_CTX", "", "count",
-           "context window in tokens, obeyed as given"),
-    Option("auto_ctx", "SHIM_NUM_CTX", "auto", "text",
-           "window when OLLAMA_NUM_CTX is unset: auto, a number, or off (Ollama's default)"),
-    Option("max_tools", "SHIM_MAX_TOOLS", "8", "count",
-           "tools forwarded to the model, the most useful ones; 0 forwards all"),
-    Option("api_key", "SHIM_API_KEY", "", "secret",
-           "key that clients must send as x-api-key or Bearer"),
-    Option("use_requested_model", "SHIM_USE_REQUESTED_MODEL", "off", "bool",
-           "use the model named in the request instead of OLLAMA_MODEL: on or off"),
-    Option("model_map", "SHIM_MODEL_MAP", "", "text",
-           "local models by role, for example haiku=qwen3:4b,opus=qwen3-coder:30b"),
-    Option("small_model", "SHIM_SMALL_MODEL", "", "text",
-           "model for background requests such as session titles"),
-    Option("log", "SHIM_LOG", "info", "choice",
-           "how much is logged: error, warn, info or debug (prompts and answers too)",
-           ("error", "warn", "info", "debug")),
-    Option("log_format", "SHIM_LOG_FORMAT", "text", "choice", "form of the log: text or json",
-           ("text", "json")),
-    Option("max_read_bytes", "SHIM_MAX_READ_BYTES", "200000", "count",
-           "bytes that a rescued read shows before it is cut with a notice"),
-    Option("timeout_ms", "SHIM_REQUEST_TIMEOUT_MS", "120000", "milliseconds",
-           "longest silence of Ollama within an answer"),
-    Option("first_token_timeout_ms", "SHIM_FIRST_TOKEN_TIMEOUT_MS", "", "milliseconds",
-           "longest wait for the first byte, which holds model load and prefill"
-           " (600000, or SHIM_REQUEST_TIMEOUT_MS where that is set)"),
-    Option("cors_wildcard", "SHIM_ALLOW_CORS_WILDCARD", "off", "bool",
-           "answer CORS preflights of every origin, not only localhost: on or off"),
-    Option("keep_alive", "SHIM_KEEP_ALIVE", "-1", "text",
-           "how long Ollama keeps the model loaded: seconds, a duration such as 30m, -1 for ever"),
-    Option("rescue", "SHIM_RESCUE", "text,intent", "list",
-           "rescues in force: text (tool calls written as text), intent (actions described), off",
-           ("text", "intent", "off")),
-    Option("verbatim", "SHIM_VERBATIM", "auto", "choice",
-           "read the model's own text instead of Ollama's parse of it: auto, on or off",
-           ("auto", "on", "off")),
-    Option("bash_style", "SHIM_BASH_STYLE", "plain", "choice",
-           "form of the rescue's commands: plain (approvable in acceptEdits) or coded"
-           " (exit codes 91 to 100)", ("plain", "coded")),
-    Option("prompt", "SHIM_PROMPT", "slim", "choice",
-           "slim shortens tool texts; full forwards them as they came", ("slim", "full")),
-    Option("local_answers", "SHIM_LOCAL_ANSWERS", "title,probe,suggestion,safety", "list",
-           "background requests answered without the model: any of the default's, or off",
-           ("title", "probe", "suggestion", "safety", "off")),
-    Option("warm", "SHIM_WARM", "on", "bool",
-           "load the model, and the last session's prefix, before it is needed: on or off"),
-    Option("max_concurrent", "SHIM_MAX_CONCURRENT", "256", "count",
-           "requests at work at once; as many more wait"),
-    Option("counts_file", "SHIM_COUNTS_FILE", "", "text",
-           "file that keeps the learned token counts between runs"),
-)
-
-OPTION_BY_NAME = {option.name: option for option in OPTIONS}
 # Model load and prefill of a long prompt take minutes on a small GPU (OL 2).
 FIRST_TOKEN_TIMEOUT_MS = 600_000
-TRUE_WORDS = ("1", "true", "yes", "on")
-FALSE_WORDS = ("0", "false", "no", "off", "")
+SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True),
+                **dict.fromkeys(("0", "false", "no", "off"), False)}
 WHOLE_NUMBER = Pattern(r"[0-9]{1,12}")
 BASE_URL = Pattern(r"https?://(?:[^\s/?#]+@)?(?:\[[0-9a-f:.]+\]|[\w.~%-]+)(?::([0-9]{1,5}))?"
                    r"(?:/[!\"$->@-~]*)?", re.IGNORECASE | re.ASCII)
+# Scheme; a host in brackets, with two colons or without any; port; path. Fits every text.
+OLLAMA_HOST = Pattern(r"(?:(.*?)://)?(\[[0-9a-f:.]+\]|[^/:]*:[^/:]*:[^/]*|[^/:]*)(?::([^/]*))?"
+                      r"(/.*)?\Z", re.IGNORECASE | re.DOTALL)
 PERCENT_CODED = Pattern(r"(?:%[0-9a-fA-F]{2})+")
-BRACKETED_HOST = Pattern(r"\[([0-9a-fA-F:.]+)\](?::(.*))?")
 URL_LOGIN = Pattern(r"://([^/\s]+)@")
 KEEP_ALIVE = Pattern(r"-?[0-9]+(?:\.[0-9]+)?(?:(?:ns|us|ms|s|m|h)(?:[0-9.]+(?:ns|us|ms|s|m|h))*)?")
 CONTROL_CHARS = Pattern(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
 # Where to connect for an address that means "every interface". The check takes it for a
 # bind, which it is not.
 CONNECTABLE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -514,6 +435,142 @@ CONNECTABLE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S1
 
 class ConfigError(Exception):
     """A value that cannot be used; the message is one line for the user."""
+
+
+# ------------------------------ readers of a value ------------------------------
+# Each returns the value or raises ConfigError with the words that follow it.
+
+Reader = Callable[[str], Any]
+
+
+def checked(fits: Callable[[str], object], problem: str, read: Reader = str) -> Reader:
+    """Make a reader that refuses what does not fit."""
+    def reader(text: str) -> Any:
+        if not fits(text):
+            raise ConfigError(problem)
+        return read(text)
+    return reader
+
+
+read_text = checked(lambda text: not CONTROL_CHARS.search(text), "holds a control character")
+read_number = checked(WHOLE_NUMBER.fullmatch, "is not a whole number", int)
+read_milliseconds = checked(read_number, "must be at least 1 millisecond", int)
+read_switch = checked(lambda text: text.lower() in SWITCH_WORDS, "is neither on nor off",
+                      lambda text: SWITCH_WORDS[text.lower()])
+
+
+def one_of(*choices: str) -> Reader:
+    """Make a reader of one of these words."""
+    return checked(lambda text: text.lower() in choices, f"is none of {', '.join(choices)}",
+                   str.lower)
+
+
+def some_of(*choices: str) -> Reader:
+    """Make a reader of a comma-separated list of these words; off is the empty one."""
+    def reader(text: str) -> Tuple[str, ...]:
+        words = tuple(word.strip().lower() for word in text.split(",") if word.strip())
+        for word in words:
+            if word not in choices:
+                raise ConfigError(f"holds {word!r}, none of {', '.join(choices)}")
+        return () if "off" in words else words
+    return reader
+
+
+def read_url(text: str) -> str:
+    """Return the URL without a trailing slash."""
+    url = BASE_URL.fullmatch(text)
+    if not url or not 0 < int(url.group(1) or 80) < 65536:
+        raise ConfigError("is not a URL such as http://127.0.0.1:11434")
+    return text.rstrip("/")
+
+
+def read_model_map(text: str) -> Tuple[Tuple[str, str], ...]:
+    """Read "haiku=qwen3:4b,opus=qwen3:30b" into pairs."""
+    parts = (part.partition("=") for part in text.split(",") if part.strip())
+    pairs = tuple((role.strip().lower(), model.strip()) for role, _, model in parts)
+    if not all(map(all, pairs)):
+        raise ConfigError("is not ROLE=MODEL")
+    return pairs
+
+
+class Option(NamedTuple):
+    """One row of OPTIONS.
+
+    default is the text that an unset variable stands for, which read takes, too.
+    """
+
+    name: str
+    variable: str
+    default: str
+    read: Reader
+    help: str
+    secret: bool = False
+
+
+OPTIONS: Tuple[Option, ...] = (
+    Option("host", "HOST", "127.0.0.1", read_text,
+           "address to listen on; anything but loopback needs SHIM_API_KEY"),
+    Option("port", "PORT", "8000", checked(
+        lambda text: read_number(text) < 65536, "is above 65535, the last port", int),
+           "port to listen on; 0 takes a free one"),
+    Option("base_url", "OLLAMA_BASE_URL", "http://127.0.0.1:11434", read_url,
+           "where Ollama answers; OLLAMA_HOST counts when this is unset"),
+    Option("model", "OLLAMA_MODEL", "qwen2.5-coder:14b", read_text, "the model that answers"),
+    Option("auth_token", "OLLAMA_AUTH_TOKEN", "", read_text,
+           "sent to Ollama as a Bearer token, for servers behind a login", secret=True),
+    Option("num_ctx", "OLLAMA_NUM_CTX", "", lambda text: read_number(text or "0") or None,
+           "context window in tokens, obeyed as given"),
+    Option("auto_ctx", "SHIM_NUM_CTX", "auto", checked(
+        lambda text: text.lower() in ("auto", "off") or WHOLE_NUMBER.fullmatch(text),
+        "is neither auto, off nor a whole number", str.lower),
+           "window when OLLAMA_NUM_CTX is unset: auto, a number, or off (Ollama's default)"),
+    Option("max_tools", "SHIM_MAX_TOOLS", "8", read_number,
+           "tools forwarded to the model, the most useful ones; 0 forwards all"),
+    Option("api_key", "SHIM_API_KEY", "", read_text,
+           "key that clients must send as x-api-key or Bearer", secret=True),
+    Option("use_requested_model", "SHIM_USE_REQUESTED_MODEL", "off", read_switch,
+           "use the model named in the request instead of OLLAMA_MODEL: on or off"),
+    Option("model_map", "SHIM_MODEL_MAP", "", read_model_map,
+           "local models by role, for example haiku=qwen3:4b,opus=qwen3-coder:30b"),
+    Option("small_model", "SHIM_SMALL_MODEL", "", read_text,
+           "model for background requests such as session titles"),
+    Option("log", "SHIM_LOG", "info", one_of("error", "warn", "info", "debug"),
+           "how much is logged: error, warn, info or debug (prompts and answers too)"),
+    Option("log_format", "SHIM_LOG_FORMAT", "text", one_of("text", "json"),
+           "form of the log: text or json"),
+    Option("max_read_bytes", "SHIM_MAX_READ_BYTES", "200000", read_number,
+           "bytes that a rescued read shows before it is cut with a notice"),
+    Option("timeout_ms", "SHIM_REQUEST_TIMEOUT_MS", "120000", read_milliseconds,
+           "longest silence of Ollama within an answer"),
+    Option("first_token_timeout_ms", "SHIM_FIRST_TOKEN_TIMEOUT_MS", "",
+           lambda text: read_milliseconds(text) if text else 0,
+           "longest wait for the first byte, which holds model load and prefill"
+           " (600000, or SHIM_REQUEST_TIMEOUT_MS where that is set)"),
+    Option("cors_wildcard", "SHIM_ALLOW_CORS_WILDCARD", "off", read_switch,
+           "answer CORS preflights of every origin, not only localhost: on or off"),
+    Option("keep_alive", "SHIM_KEEP_ALIVE", "-1", checked(
+        KEEP_ALIVE.fullmatch, "is neither seconds nor a duration such as 30m"),
+           "how long Ollama keeps the model loaded: seconds, a duration such as 30m, -1 for ever"),
+    Option("rescue", "SHIM_RESCUE", "text,intent", some_of("text", "intent", "off"),
+           "rescues in force: text (tool calls written as text), intent (actions described), off"),
+    Option("verbatim", "SHIM_VERBATIM", "auto", one_of("auto", "on", "off"),
+           "read the model's own text instead of Ollama's parse of it: auto, on or off"),
+    Option("bash_style", "SHIM_BASH_STYLE", "plain", one_of("plain", "coded"),
+           "form of the rescue's commands: plain (approvable in acceptEdits) or coded"
+           " (exit codes 91 to 100)"),
+    Option("prompt", "SHIM_PROMPT", "slim", one_of("slim", "full"),
+           "slim shortens tool texts; full forwards them as they came"),
+    Option("local_answers", "SHIM_LOCAL_ANSWERS", "title,probe,suggestion,safety",
+           some_of("title", "probe", "suggestion", "safety", "off"),
+           "background requests answered without the model: any of the default's, or off"),
+    Option("warm", "SHIM_WARM", "on", read_switch,
+           "load the model, and the last session's prefix, before it is needed: on or off"),
+    Option("max_concurrent", "SHIM_MAX_CONCURRENT", "256",
+           checked(read_number, "would let no request work", int),
+           "requests at work at once; as many more wait"),
+    Option("counts_file", "SHIM_COUNTS_FILE", "", read_text,
+           "file that keeps the learned token counts between runs"),
+)
 
 
 class Config(NamedTuple):
@@ -548,12 +605,9 @@ class Config(NamedTuple):
     counts_file: str
 
 
-def parse_base_url(text: str) -> str:
-    """Return the URL without a trailing slash; raise ConfigError where it is none."""
-    url = BASE_URL.fullmatch(text)
-    if not url or not 0 < int(url.group(1) or 80) < 65536:
-        raise ConfigError("is not a URL such as http://127.0.0.1:11434")
-    return text.rstrip("/")
+def bracketed(host: str) -> str:
+    """Write a host as URLs have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def url_from_ollama_host(text: str) -> str:
@@ -562,82 +616,12 @@ def url_from_ollama_host(text: str) -> str:
     A host that means "all interfaces" becomes loopback, since one connects to it.
     """
     text = text.strip().strip("\"'").strip()
-    scheme, found, rest = text.partition("://")
-    if not found:
-        scheme, rest = ("https", text) if text == "ollama.com" else ("http", text)
-    port = {"http": "80", "https": "443"}.get(scheme, "11434") if found else "11434"
-    port = "443" if text == "ollama.com" else port
-    hostport, slash, path = rest.partition("/")
-    bracketed = BRACKETED_HOST.fullmatch(hostport)
-    if bracketed:
-        host, given = bracketed.group(1), bracketed.group(2) or ""
-    elif hostport.count(":") > 1:
-        host, given = hostport, ""
-    else:
-        host, _, given = hostport.partition(":")
-    if given and WHOLE_NUMBER.fullmatch(given) and int(given) < 65536:
-        port = given
-    host = CONNECTABLE.get(host, host)
-    host = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{host}:{port}{slash}{path}".rstrip("/")
-
-
-def _whole_number(text: str) -> int:
-    if not WHOLE_NUMBER.fullmatch(text):
-        raise ConfigError("is not a whole number")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    number = _whole_number(text)
-    if number > 65535:
-        raise ConfigError("is above 65535, the last port")
-    return number
-
-
-def _milliseconds(text: str) -> int:
-    number = _whole_number(text)
-    if number == 0:
-        raise ConfigError("must be at least 1 millisecond")
-    return number
-
-
-def _truth(text: str) -> bool:
-    word = text.lower()
-    if word not in TRUE_WORDS + FALSE_WORDS:
-        raise ConfigError("is neither on nor off")
-    return word in TRUE_WORDS
-
-
-def _plain(text: str) -> str:
-    if CONTROL_CHARS.search(text):
-        raise ConfigError("holds a control character")
-    return text
-
-
-READERS: Dict[str, Callable[[str], Any]] = {
-    "text": _plain, "secret": _plain, "port": _port, "count": _whole_number,
-    "milliseconds": _milliseconds, "bool": _truth, "url": parse_base_url,
-}
-
-
-def read_option(option: Option, text: str, source: str) -> Any:
-    """Turn text into the option's value; raise ConfigError with one line."""
-    try:
-        if option.kind == "choice":
-            if text.lower() not in option.choices:
-                raise ConfigError(f"is none of {', '.join(option.choices)}")
-            return text.lower()
-        if option.kind == "list":
-            words = tuple(word.strip().lower() for word in text.split(",") if word.strip())
-            wrong = [word for word in words if word not in option.choices]
-            if wrong:
-                raise ConfigError(f"holds {wrong[0]!r}, none of {', '.join(option.choices)}")
-            return () if "off" in words else words
-        return READERS[option.kind](text)
-    except ConfigError as problem:
-        shown = "the value" if option.kind == "secret" or "@" in text else repr(text)
-        raise ConfigError(f"{source}: {shown} {problem}") from None
+    scheme, host, port, path = OLLAMA_HOST.findall(text)[0]
+    scheme = "https" if text == "ollama.com" else scheme
+    host = host.strip("[]")
+    if not WHOLE_NUMBER.fullmatch(port) or int(port) > 65535:
+        port = {"http": "80", "https": "443"}.get(scheme, "11434")
+    return f"{scheme or 'http'}://{bracketed(CONNECTABLE.get(host, host))}:{port}{path}".rstrip("/")
 
 
 def load_config(flags: Mapping[str, Optional[str]], env: Mapping[str, str]) -> Config:
@@ -648,54 +632,25 @@ def load_config(flags: Mapping[str, Optional[str]], env: Mapping[str, str]) -> C
     """
     values: Dict[str, Any] = {}
     for option in OPTIONS:
-        flag, variable = flags.get(option.name), env.get(option.variable, "")
+        flag, source = flags.get(option.name), option.variable
+        text = env.get(source) or option.default
         if flag is not None:
-            values[option.name] = read_option(option, flag, flag_of(option))
-        elif variable:
-            values[option.name] = read_option(option, variable, option.variable)
-        elif option.name == "base_url" and env.get("OLLAMA_HOST", "").strip():
-            url = url_from_ollama_host(env["OLLAMA_HOST"])
-            values["base_url"] = read_option(option, url, "OLLAMA_HOST")
-        elif option.name in ("num_ctx", "first_token_timeout_ms"):
-            values[option.name] = None
-        else:
-            values[option.name] = read_option(option, option.default, option.variable)
-    timeout_given = flags.get("timeout_ms") or env.get("SHIM_REQUEST_TIMEOUT_MS")
-    return _finish_config(values, bool(timeout_given))
-
-
-def _finish_config(values: Dict[str, Any], timeout_given: bool) -> Config:
-    if values["first_token_timeout_ms"] is None:
-        values["first_token_timeout_ms"] = (
-            values["timeout_ms"] if timeout_given else FIRST_TOKEN_TIMEOUT_MS)
-    for name in ("host", "model"):
-        if not values[name].strip():
-            raise ConfigError(f"{OPTION_BY_NAME[name].variable}: the value is empty")
-    if values["num_ctx"] == 0:
-        values["num_ctx"] = None
-    if values["auto_ctx"].lower() not in ("auto", "off"):
-        if not WHOLE_NUMBER.fullmatch(values["auto_ctx"]):
-            raise ConfigError(f"SHIM_NUM_CTX: {values['auto_ctx']!r} is neither auto, off"
-                              " nor a whole number")
+            text, source = flag, flag_of(option)
+        elif option.name == "base_url" and not env.get(source) and env.get("OLLAMA_HOST"):
+            text, source = url_from_ollama_host(env["OLLAMA_HOST"]), "OLLAMA_HOST"
+        try:
+            values[option.name] = option.read(text)
+        except ConfigError as problem:
+            shown = "the value" if option.secret or "@" in text else repr(text)
+            raise ConfigError(f"{source}: {shown} {problem}") from None
+        if option.name in ("host", "model") and not text.strip():
+            raise ConfigError(f"{option.variable}: the value is empty")
+    if values["auto_ctx"] not in ("auto", "off"):
         values["num_ctx"] = values["num_ctx"] or int(values["auto_ctx"])
-    if not KEEP_ALIVE.fullmatch(values["keep_alive"]):
-        raise ConfigError(f"SHIM_KEEP_ALIVE: {values['keep_alive']!r} is neither seconds"
-                          " nor a duration such as 30m")
-    if values["max_concurrent"] == 0:
-        raise ConfigError("SHIM_MAX_CONCURRENT: '0' would let no request work")
-    values["model_map"] = parse_model_map(values["model_map"])
+    if not values["first_token_timeout_ms"]:
+        given = flags.get("timeout_ms") or env.get("SHIM_REQUEST_TIMEOUT_MS")
+        values["first_token_timeout_ms"] = values["timeout_ms"] if given else FIRST_TOKEN_TIMEOUT_MS
     return Config(**values)
-
-
-def parse_model_map(text: str) -> Tuple[Tuple[str, str], ...]:
-    """Read "haiku=qwen3:4b,opus=qwen3:30b" into pairs."""
-    pairs = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        role, equals, model = (piece.strip() for piece in part.partition("="))
-        if not (role and equals and model):
-            raise ConfigError(f"SHIM_MODEL_MAP: {part!r} is not ROLE=MODEL")
-        pairs.append((role.lower(), model))
-    return tuple(pairs)
 
 
 def flag_of(option: Option) -> str:
@@ -1349,8 +1304,7 @@ def number_from(value: Any, name: str) -> Union[int, float, None]:
 
 
 def boolean_from(value: Any, name: str) -> Optional[bool]:
-    word = str(value).strip().lower()
-    return True if word in TRUE_WORDS else False if word and word in FALSE_WORDS else None
+    return SWITCH_WORDS.get(str(value).strip().lower())
 
 
 def array_from(value: Any, name: str) -> Optional[List[Any]]:
@@ -9201,7 +9155,7 @@ HIDDEN_OPTIONS = ("host", "port", "counts_file")
 def shown_options(config: Config) -> Json:
     """Return the options that are no secret; two shims with the same do the same."""
     return {row.name: scrub(getattr(config, row.name), secrets_of(config)) for row in OPTIONS
-            if row.kind != "secret" and row.name not in HIDDEN_OPTIONS}
+            if not row.secret and row.name not in HIDDEN_OPTIONS}
 
 
 def running_fields(running: Running, now: float) -> Json:
