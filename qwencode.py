@@ -8847,21 +8847,31 @@ class TurnRecord(NamedTuple):
     notes: Tuple[str, ...] = ()
     left_out: Tuple[str, ...] = ()
 
+    @property
+    def used(self) -> int:
+        """Count what the next turn starts from: the prompt and its answer."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def left(self) -> int:
+        """Count what is left of a known window."""
+        return max(0, self.window - self.used)
+
 
 CLIENT_LEFT = "client left"
 # Kinds that are Ollama's failures, not the client's or our own.
 UPSTREAM_KINDS = Pattern(r"upstream_|model_missing|rate_limit")
 CAPITAL = Pattern(r"(?<=[a-z])(?=[A-Z])")
 # What helps where the error's own sentence does not say it.
-CURES: Tuple[Tuple[Type[ShimError], str], ...] = (
-    (PromptTooLongError, "Type /compact, or give the model a larger OLLAMA_NUM_CTX."),
-    (UnauthorizedError, "Give the client the key of SHIM_API_KEY."),
-    (UpstreamDeniedError, "Check OLLAMA_AUTH_TOKEN."),
-    (UpstreamTimeoutError, "See `ollama ps`: the model may be too large for this machine."
-                           " SHIM_REQUEST_TIMEOUT_MS allows more time."),
-    (UpstreamBrokenError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
-    (UpstreamFailedError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
-    (BusyError, "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."),
+CURES: Tuple[Tuple[Tuple[Type[ShimError], ...], str], ...] = (
+    ((PromptTooLongError,), "Type /compact, or give the model a larger OLLAMA_NUM_CTX."),
+    ((UnauthorizedError,), "Give the client the key of SHIM_API_KEY."),
+    ((UpstreamDeniedError,), "Check OLLAMA_AUTH_TOKEN."),
+    ((UpstreamTimeoutError,), "See `ollama ps`: the model may be too large for this machine."
+                              " SHIM_REQUEST_TIMEOUT_MS allows more time."),
+    ((UpstreamBrokenError, UpstreamFailedError),
+     "See Ollama's log; `python qwencode.py doctor` checks the model."),
+    ((BusyError,), "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."),
 )
 
 
@@ -8872,41 +8882,56 @@ def outcome_of(error: ShimError) -> str:
 
 def cure_of(error: ShimError) -> str:
     """Say what helps against an error, "" where its sentence says it."""
-    return next((cure for kind, cure in CURES if isinstance(error, kind)), "")
+    return next((cure for kinds, cure in CURES if isinstance(error, kinds)), "")
 
 
 class Running:
     """A request at work: its state is waiting, prefill or writing."""
-
-    __slots__ = ("model", "session", "since", "state", "state_since", "tokens")
 
     def __init__(self, session: str, model: str, state: str, now: float) -> None:
         self.session, self.model, self.state = session, model, state
         self.since = self.state_since = now
         self.tokens = 0
 
+    def fields(self, now: float) -> Json:
+        """Describe it for the status."""
+        state_s = max(0.0, now - self.state_since)
+        writes = self.state == "writing" and state_s > 0
+        return {"session": self.session, "model": self.model, "state": self.state,
+                "seconds": max(0.0, now - self.since), "state_seconds": state_s,
+                "tokens": self.tokens, "tokens_per_s": self.tokens / state_s if writes else 0.0}
+
 
 class Histogram:
     """Counts of observations at or below each bound, as Prometheus wants them."""
 
     def __init__(self, bounds: Tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
+        self.bounds = (*bounds, math.inf)
+        self.counts = [0] * len(self.bounds)
         self.total = 0.0
 
     def observe(self, value: float) -> None:
         """Count value; anything but a number from 0 up is left out."""
-        if 0 <= value < float("inf"):
+        if 0 <= value < math.inf:
             self.counts[bisect_left(self.bounds, value)] += 1
             self.total += value
 
+    def samples(self) -> Dict[str, float]:
+        """Return the cumulative buckets, the sum and the count."""
+        samples, seen = {}, 0
+        for bound, count in zip(self.bounds, self.counts):
+            seen += count
+            name = "+Inf" if bound == math.inf else f"{bound:g}"
+            samples["_bucket" + labels(le=name)] = float(seen)
+        return {**samples, "_sum": self.total, "_count": seen}
 
-def bump(counter: Dict[str, int], key: str, by: int = 1) -> None:
+
+def bump(counter: Dict[str, int], key: str) -> None:
     """Add to a counter whose keys may come from outside; their number is bounded."""
     key = clean(key, MAX_LABEL_CHARS) or "unknown"
     if key not in counter and len(counter) >= MAX_LABELS:
         key = "other"
-    counter[key] = counter.get(key, 0) + by
+    counter[key] = counter.get(key, 0) + 1
 
 
 class Stats:
@@ -8925,10 +8950,9 @@ class Stats:
         self.turns: Deque[TurnRecord] = deque(maxlen=MAX_TURNS)
         self.rescued: Deque[TurnRecord] = deque(maxlen=MAX_EVENTS)
         self.failed: Deque[TurnRecord] = deque(maxlen=MAX_EVENTS)
-        self.requests: Dict[str, int] = {"ok": 0}
-        self.rescues: Dict[str, int] = {}
-        self.upstream_errors: Dict[str, int] = {}
-        self.tokens = {"prompt": 0, "cached": 0, "output": 0}
+        self.counters: Dict[str, Dict[str, int]] = {
+            "requests": {"ok": 0}, "rescues": {}, "upstream_errors": {},
+            "tokens": {"prompt": 0, "cached": 0, "output": 0}}
         self.first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
         self.per_token = Histogram(PER_TOKEN_BOUNDS_S)
 
@@ -8951,7 +8975,6 @@ class Stats:
         """Note how a request ended; one that never began counts as well."""
         with self.lock:
             self.active.pop(key, None)
-            bump(self.requests, record.outcome)
             self._count(record)
             self.turns.append(record)
             if record.rescue:
@@ -8959,7 +8982,11 @@ class Stats:
             if record.outcome not in ("ok", CLIENT_LEFT):
                 self.failed.append(record)
             if record.prompt_tokens and record.way != "local":
-                self._keep_session(record)
+                # The newest session stands last; the one that was idle longest gives way.
+                self.sessions.pop(record.session, None)
+                self.sessions[record.session] = record
+                if len(self.sessions) > SHOWN_SESSIONS:
+                    del self.sessions[next(iter(self.sessions))]
 
     def settle(self, session: str, calls: Sequence[str], request: Request) -> None:
         """Learn what came of a session's rescued calls, by id, from the next request."""
@@ -8976,30 +9003,24 @@ class Stats:
                     return
 
     def _count(self, record: TurnRecord) -> None:
+        bump(self.counters["requests"], record.outcome)
         for rule in filter(None, record.rescue.split(",")):
-            bump(self.rescues, rule)
-        if record.outcome not in ("ok", CLIENT_LEFT) and UPSTREAM_KINDS.search(record.outcome):
-            bump(self.upstream_errors, record.outcome)
-        self.tokens["prompt"] += record.prompt_tokens
-        self.tokens["cached"] += record.cached_tokens
-        self.tokens["output"] += record.output_tokens
+            bump(self.counters["rescues"], rule)
+        if UPSTREAM_KINDS.match(record.outcome):
+            bump(self.counters["upstream_errors"], record.outcome)
+        tokens = self.counters["tokens"]
+        tokens["prompt"] += record.prompt_tokens
+        tokens["cached"] += record.cached_tokens
+        tokens["output"] += record.output_tokens
         if record.first_s is not None and record.way != "local":
             self.first_token.observe(record.first_s)
         if record.tokens_per_s > 0:
             self.per_token.observe(1 / record.tokens_per_s)
 
-    def _keep_session(self, record: TurnRecord) -> None:
-        """Make this the newest session; the one that was idle longest gives way."""
-        self.sessions.pop(record.session, None)
-        self.sessions[record.session] = record
-        if len(self.sessions) > SHOWN_SESSIONS:
-            del self.sessions[next(iter(self.sessions))]
-
 
 # ------------------------------ log lines ------------------------------
 
-COLOURS = {"ok": "32", CLIENT_LEFT: "33", "warn": "33"}
-ERROR_COLOUR = "31"
+GREEN, YELLOW, RED = "32", "33", "31"
 # Share of the window from which a turn's line says what is left.
 WINDOW_WARN_SHARE = 0.8
 
@@ -9007,6 +9028,17 @@ WINDOW_WARN_SHARE = 0.8
 def shown_text(text: str, secrets: Iterable[str] = ()) -> str:
     """Make foreign text one clean line without secrets or the login of a URL."""
     return clean(URL_LOGIN.sub("://", redact(text, secrets)))
+
+
+def scrub(value: Any, secrets: Tuple[str, ...]) -> Any:
+    """Make every string of a JSON value fit to be shown, and its numbers short."""
+    if isinstance(value, dict):
+        return {clean(str(key)): scrub(item, secrets) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrub(item, secrets) for item in value]
+    if isinstance(value, float):
+        return round(value, 3)
+    return shown_text(value, secrets) if isinstance(value, str) else value
 
 
 def token_text(count: int) -> str:
@@ -9037,33 +9069,15 @@ def fill_text(record: TurnRecord) -> str:
     if new is None and record.cached_tokens:
         new = record.prompt_tokens - record.cached_tokens
     told = f" ({token_text(new)} new)" if new is not None else ""
-    return f"{token_text(used_tokens(record))}{window} tokens{told}"
-
-
-def used_tokens(record: TurnRecord) -> int:
-    """Count what the next turn starts from: the prompt and its answer."""
-    return record.prompt_tokens + record.output_tokens
+    return f"{token_text(record.used)}{window} tokens{told}"
 
 
 def left_text(record: TurnRecord) -> str:
     """Warn of a window that is nearly full."""
-    used = used_tokens(record)
-    if not record.window or used < record.window * WINDOW_WARN_SHARE:
+    if not record.window or record.used < record.window * WINDOW_WARN_SHARE:
         return ""
-    left = max(0, record.window - used)
-    return f"{100 * used // record.window}% of the window used, {token_text(left)} left"
-
-
-def pace_texts(record: TurnRecord) -> List[str]:
-    """Say how long reading took, when the first token came and the speed after it."""
-    texts = []
-    if record.prefill_s:
-        texts.append(f"prefill {record.prefill_s:.1f}s")
-    if record.first_s is not None:
-        texts.append(f"first {record.first_s:.1f}s")
-    if record.tokens_per_s:
-        texts.append(f"{record.tokens_per_s:.0f} tok/s")
-    return texts
+    share = 100 * record.used // record.window
+    return f"{share}% of the window used, {token_text(record.left)} left"
 
 
 def tools_text(record: TurnRecord) -> str:
@@ -9085,38 +9099,26 @@ def turn_line(record: TurnRecord, colour: bool = False, utc_offset_s: float = 0.
     """
     second = int(record.started + record.total_s + utc_offset_s) % 86400
     at = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
-    parts = [f"{at} turn {record.turn}" if record.turn else at,
-             f"answered here ({record.model})" if record.way == "local" else fill_text(record),
-             *pace_texts(record), tools_text(record),
-             record.way if record.way in ("verbatim", "joined") else ""]
-    line = "  ".join(shown_text(part, secrets) for part in parts if part)
-    code = COLOURS.get(record.outcome, ERROR_COLOUR)
-    line += "  " + paint(shown_text(record.outcome), code, colour)
+    parts = [
+        f"{at} turn {record.turn}" if record.turn else at,
+        f"answered here ({record.model})" if record.way == "local" else fill_text(record),
+        f"prefill {record.prefill_s:.1f}s" if record.prefill_s else "",
+        f"first {record.first_s:.1f}s" if record.first_s is not None else "",
+        f"{record.tokens_per_s:.0f} tok/s" if record.tokens_per_s else "", tools_text(record),
+        record.way if record.way in ("verbatim", "joined") else ""]
+    code = {"ok": GREEN, CLIENT_LEFT: YELLOW}.get(record.outcome, RED)
+    told = paint(shown_text(record.outcome), code, colour)
     if record.error:
-        line += f": {shown_text(record.error, secrets)} {shown_text(record.cure, secrets)}".rstrip()
-    for note in filter(None, (left_text(record), *record.notes)):
-        line += "  " + paint(shown_text(note, secrets), COLOURS["warn"], colour)
-    return line
+        told += f": {shown_text(record.error, secrets)} {shown_text(record.cure, secrets)}".rstrip()
+    notes = [paint(shown_text(note, secrets), YELLOW, colour)
+             for note in (left_text(record), *record.notes) if note]
+    return "  ".join([*(shown_text(part, secrets) for part in parts if part), told, *notes])
 
 
-def turn_fields(record: TurnRecord, secrets: Iterable[str] = ()) -> Json:
-    """Return a turn as plain JSON values, cleaned for any reader."""
-    hidden = tuple(secrets)
-    fields: Json = {}
-    for name, value in record._asdict().items():
-        if isinstance(value, str):
-            fields[name] = shown_text(value, hidden)
-        elif isinstance(value, tuple):
-            fields[name] = [shown_text(item, hidden) for item in value]
-        else:
-            fields[name] = round(value, 3) if isinstance(value, float) else value
-    return fields
-
-
-def turn_json(record: TurnRecord, secrets: Iterable[str] = ()) -> str:
+def turn_json(record: TurnRecord, secrets: Tuple[str, ...] = ()) -> str:
     """Write a turn as one line of JSON for `--log-format json`."""
-    ended = round(record.started + record.total_s, 3)
-    return json.dumps({"event": "turn", "time": ended, **turn_fields(record, secrets)})
+    return json.dumps(scrub({"event": "turn", "time": record.started + record.total_s,
+                             **record._asdict()}, secrets))
 
 
 # ------------------------------ what broke the prefix ------------------------------
@@ -9158,37 +9160,12 @@ def shown_options(config: Config) -> Json:
             if not row.secret and row.name not in HIDDEN_OPTIONS}
 
 
-def running_fields(running: Running, now: float) -> Json:
-    """Describe a request at work."""
-    state_s = max(0.0, now - running.state_since)
-    writes = running.state == "writing" and state_s > 0
-    return {
-        "session": clean(running.session), "model": clean(running.model), "state": running.state,
-        "seconds": round(max(0.0, now - running.since), 1), "state_seconds": round(state_s, 1),
-        "tokens": running.tokens,
-        "tokens_per_s": round(running.tokens / state_s, 1) if writes else 0.0,
-    }
-
-
 def session_fields(record: TurnRecord) -> Json:
     """Describe a session by its last turn: what its window holds and what is left."""
-    used = used_tokens(record)
-    return {
-        "session": clean(record.session), "model": clean(record.model), "turn": record.turn,
-        "used": used, "window": record.window,
-        "left": max(0, record.window - used) if record.window else None,
-        "last": record.started + record.total_s,
-        "left_out": [clean(name) for name in record.left_out],
-    }
-
-
-def scrub(value: Any, secrets: Tuple[str, ...]) -> Any:
-    """Make every string of a JSON value fit to be shown."""
-    if isinstance(value, dict):
-        return {clean(str(key)): scrub(item, secrets) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [scrub(item, secrets) for item in value]
-    return shown_text(value, secrets) if isinstance(value, str) else value
+    return {"session": record.session, "model": record.model, "turn": record.turn,
+            "used": record.used, "window": record.window,
+            "left": record.left if record.window else None,
+            "last": record.started + record.total_s, "left_out": record.left_out}
 
 
 def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
@@ -9196,103 +9173,72 @@ def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
 
     health is what `/health` answers. Prompts and answers are never in it.
     """
-    secrets = secrets_of(config)
     with stats.lock:
-        active = [running_fields(one, now) for one in stats.active.values()]
-        sessions = [session_fields(one) for one in reversed(list(stats.sessions.values()))]
-        lists = [list(one) for one in (stats.turns, stats.rescued, stats.failed)]
-        counters = {"requests": dict(stats.requests), "rescues": dict(stats.rescues),
-                    "upstream_errors": dict(stats.upstream_errors), "tokens": dict(stats.tokens)}
-    turns, rescues, errors = (
-        [turn_fields(one, secrets) for one in reversed(records)] for records in lists)
-    return {
-        "version": __version__, "now": round(now, 3), "uptime_s": round(now - stats.started, 1),
-        "health": scrub(health, secrets),
+        active = [one.fields(now) for one in stats.active.values()]
+        sessions = [session_fields(one) for one in stats.sessions.values()]
+        turns, rescues, errors = (
+            [one._asdict() for one in reversed(some)]
+            for some in (stats.turns, stats.rescued, stats.failed))
+        counters = {name: dict(counter) for name, counter in stats.counters.items()}
+    return dict(scrub({
+        "version": __version__, "now": now, "uptime_s": now - stats.started, "health": health,
         "options": shown_options(config),
         "running": [one for one in active if one["state"] != "waiting"],
         "waiting": [one for one in active if one["state"] == "waiting"],
-        "sessions": sessions, "turns": turns, "rescues": rescues, "errors": errors,
-        "counters": counters,
-    }
+        "sessions": sessions[::-1], "turns": turns, "rescues": rescues, "errors": errors,
+        "counters": counters}, secrets_of(config)))
 
 
 # ------------------------------ Prometheus ------------------------------
 
 
-class Metric(NamedTuple):
-    """One metric family: samples are (suffix and labels, value)."""
-
-    name: str
-    kind: str
-    help: str
-    samples: List[Tuple[str, float]]
-
-
 def labels(**values: str) -> str:
     """Write a label set; backslash, quote and line end are escaped."""
-    pairs = []
-    for name, value in values.items():
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        pairs.append(f'{name}="{escaped}"')
-    return "{" + ",".join(pairs) + "}"
-
-
-def by_label(label: str, counter: Dict[str, int]) -> List[Tuple[str, float]]:
-    """Return a counter's samples."""
-    return [(labels(**{label: key}), count) for key, count in sorted(counter.items())]
-
-
-def histogram_samples(histogram: Histogram) -> List[Tuple[str, float]]:
-    """Return the cumulative buckets, the sum and the count."""
-    samples: List[Tuple[str, float]] = []
-    seen = 0
-    for bound, count in zip((*histogram.bounds, None), histogram.counts):
-        seen += count
-        samples.append(("_bucket" + labels(le="+Inf" if bound is None else f"{bound:g}"), seen))
-    return [*samples, ("_sum", histogram.total), ("_count", seen)]
-
-
-def metrics_of(stats: Stats, config: Config) -> List[Metric]:
-    """Gather the families in the order in which they are printed."""
-    states = [one.state for one in list(stats.active.values())]
-    waiting = states.count("waiting")
-    info = labels(version=__version__, model=clean(config.model))
-    return [
-        Metric("info", "gauge", "What runs here; always 1.", [(info, 1)]),
-        Metric("start_time_seconds", "gauge", "Start of the shim, in epoch seconds.",
-               [("", stats.started)]),
-        Metric("requests_total", "counter", "Requests for messages by outcome.",
-               by_label("outcome", stats.requests)),
-        Metric("requests_running", "gauge", "Requests at work.", [("", len(states) - waiting)]),
-        Metric("requests_waiting", "gauge", "Requests that wait for a place.", [("", waiting)]),
-        Metric("rescues_total", "counter", "Tool calls made from text or a request, by rule.",
-               by_label("rule", stats.rescues)),
-        Metric("upstream_errors_total", "counter", "Failures of Ollama by kind.",
-               by_label("kind", stats.upstream_errors)),
-        Metric("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.",
-               [("", stats.tokens["prompt"])]),
-        Metric("cached_prompt_tokens_total", "counter", "Tokens of prompts not read again.",
-               [("", stats.tokens["cached"])]),
-        Metric("output_tokens_total", "counter", "Tokens written by the model.",
-               [("", stats.tokens["output"])]),
-        Metric("time_to_first_token_seconds", "histogram",
-               "From the request to the first token.", histogram_samples(stats.first_token)),
-        Metric("time_per_output_token_seconds", "histogram",
-               "Mean time for a token after the first, one observation a turn.",
-               histogram_samples(stats.per_token)),
-    ]
+    escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+               for name, value in values.items()}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
 
 
 def metrics_text(stats: Stats, config: Config) -> str:
     """Write the Prometheus text format, version 0.0.4."""
     with stats.lock:
-        families = metrics_of(stats, config)
+        states = [one.state for one in stats.active.values()]
+        waiting, counters = states.count("waiting"), stats.counters
+
+        def by(label: str, name: str) -> Dict[str, float]:
+            return {labels(**{label: key}): n for key, n in sorted(counters[name].items())}
+
+        families: Tuple[Tuple[str, str, str, Mapping[str, float]], ...] = (
+            ("info", "gauge", "What runs here; always 1.",
+             {labels(version=__version__, model=clean(config.model)): 1}),
+            ("start_time_seconds", "gauge", "Start of the shim, in epoch seconds.",
+             {"": stats.started}),
+            ("requests_total", "counter", "Requests for messages by outcome.",
+             by("outcome", "requests")),
+            ("requests_running", "gauge", "Requests at work.", {"": len(states) - waiting}),
+            ("requests_waiting", "gauge", "Requests that wait for a place.", {"": waiting}),
+            ("rescues_total", "counter", "Tool calls made from text or a request, by rule.",
+             by("rule", "rescues")),
+            ("upstream_errors_total", "counter", "Failures of Ollama by kind.",
+             by("kind", "upstream_errors")),
+            ("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.",
+             {"": counters["tokens"]["prompt"]}),
+            ("cached_prompt_tokens_total", "counter", "Tokens of prompts not read again.",
+             {"": counters["tokens"]["cached"]}),
+            ("output_tokens_total", "counter", "Tokens written by the model.",
+             {"": counters["tokens"]["output"]}),
+            ("time_to_first_token_seconds", "histogram", "From the request to the first token.",
+             stats.first_token.samples()),
+            ("time_per_output_token_seconds", "histogram",
+             "Mean time for a token after the first, one observation a turn.",
+             stats.per_token.samples()))
     lines = []
     for name, kind, text, samples in families:
         full = "qwencode_" + name
         lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-        lines += [f"{full}{suffix} {value:.10g}" for suffix, value in samples]
+        lines += [f"{full}{suffix} {value:.10g}" for suffix, value in samples.items()]
     return "\n".join(lines) + "\n"
+
 
 # ------------------------------ the page ------------------------------
 
