@@ -427,6 +427,7 @@ OLLAMA_HOST = Pattern(r"(?:(.*?)://)?(\[[0-9a-f:.]+\]|[^/:]*:[^/:]*:[^/]*|[^/:]*
 PERCENT_CODED = Pattern(r"(?:%[0-9a-fA-F]{2})+")
 URL_LOGIN = Pattern(r"://([^/\s]+)@")
 KEEP_ALIVE = Pattern(r"-?[0-9]+(?:\.[0-9]+)?(?:(?:ns|us|ms|s|m|h)(?:[0-9.]+(?:ns|us|ms|s|m|h))*)?")
+AUTO_CTX = Pattern(r"auto|off|[0-9]{1,12}", re.IGNORECASE)
 CONTROL_CHARS = Pattern(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # Where to connect for an address that means "every interface". The check takes it for a
 # bind, which it is not.
@@ -454,9 +455,12 @@ def checked(fits: Callable[[str], object], problem: str, read: Reader = str) -> 
 
 read_text = checked(lambda text: not CONTROL_CHARS.search(text), "holds a control character")
 read_number = checked(WHOLE_NUMBER.fullmatch, "is not a whole number", int)
+read_port = checked(lambda text: read_number(text) < 65536, "is above 65535, the last port", int)
 read_milliseconds = checked(read_number, "must be at least 1 millisecond", int)
 read_switch = checked(lambda text: text.lower() in SWITCH_WORDS, "is neither on nor off",
                       lambda text: SWITCH_WORDS[text.lower()])
+read_auto_ctx = checked(AUTO_CTX.fullmatch, "is neither auto, off nor a whole number", str.lower)
+read_keep_alive = checked(KEEP_ALIVE.fullmatch, "is neither seconds nor a duration such as 30m")
 
 
 def one_of(*choices: str) -> Reader:
@@ -494,115 +498,89 @@ def read_model_map(text: str) -> Tuple[Tuple[str, str], ...]:
 
 
 class Option(NamedTuple):
-    """One row of OPTIONS.
+    """One row of Config.
 
     default is the text that an unset variable stands for, which read takes, too.
     """
 
-    name: str
     variable: str
     default: str
     read: Reader
     help: str
     secret: bool = False
+    name: str = ""
 
 
-OPTIONS: Tuple[Option, ...] = (
-    Option("host", "HOST", "127.0.0.1", read_text,
-           "address to listen on; anything but loopback needs SHIM_API_KEY"),
-    Option("port", "PORT", "8000", checked(
-        lambda text: read_number(text) < 65536, "is above 65535, the last port", int),
-           "port to listen on; 0 takes a free one"),
-    Option("base_url", "OLLAMA_BASE_URL", "http://127.0.0.1:11434", read_url,
-           "where Ollama answers; OLLAMA_HOST counts when this is unset"),
-    Option("model", "OLLAMA_MODEL", "qwen2.5-coder:14b", read_text, "the model that answers"),
-    Option("auth_token", "OLLAMA_AUTH_TOKEN", "", read_text,
-           "sent to Ollama as a Bearer token, for servers behind a login", secret=True),
-    Option("num_ctx", "OLLAMA_NUM_CTX", "", lambda text: read_number(text or "0") or None,
-           "context window in tokens, obeyed as given"),
-    Option("auto_ctx", "SHIM_NUM_CTX", "auto", checked(
-        lambda text: text.lower() in ("auto", "off") or WHOLE_NUMBER.fullmatch(text),
-        "is neither auto, off nor a whole number", str.lower),
-           "window when OLLAMA_NUM_CTX is unset: auto, a number, or off (Ollama's default)"),
-    Option("max_tools", "SHIM_MAX_TOOLS", "8", read_number,
-           "tools forwarded to the model, the most useful ones; 0 forwards all"),
-    Option("api_key", "SHIM_API_KEY", "", read_text,
-           "key that clients must send as x-api-key or Bearer", secret=True),
-    Option("use_requested_model", "SHIM_USE_REQUESTED_MODEL", "off", read_switch,
-           "use the model named in the request instead of OLLAMA_MODEL: on or off"),
-    Option("model_map", "SHIM_MODEL_MAP", "", read_model_map,
-           "local models by role, for example haiku=qwen3:4b,opus=qwen3-coder:30b"),
-    Option("small_model", "SHIM_SMALL_MODEL", "", read_text,
-           "model for background requests such as session titles"),
-    Option("log", "SHIM_LOG", "info", one_of("error", "warn", "info", "debug"),
-           "how much is logged: error, warn, info or debug (prompts and answers too)"),
-    Option("log_format", "SHIM_LOG_FORMAT", "text", one_of("text", "json"),
-           "form of the log: text or json"),
-    Option("max_read_bytes", "SHIM_MAX_READ_BYTES", "200000", read_number,
-           "bytes that a rescued read shows before it is cut with a notice"),
-    Option("timeout_ms", "SHIM_REQUEST_TIMEOUT_MS", "120000", read_milliseconds,
-           "longest silence of Ollama within an answer"),
-    Option("first_token_timeout_ms", "SHIM_FIRST_TOKEN_TIMEOUT_MS", "",
-           lambda text: read_milliseconds(text) if text else 0,
-           "longest wait for the first byte, which holds model load and prefill"
-           " (600000, or SHIM_REQUEST_TIMEOUT_MS where that is set)"),
-    Option("cors_wildcard", "SHIM_ALLOW_CORS_WILDCARD", "off", read_switch,
-           "answer CORS preflights of every origin, not only localhost: on or off"),
-    Option("keep_alive", "SHIM_KEEP_ALIVE", "-1", checked(
-        KEEP_ALIVE.fullmatch, "is neither seconds nor a duration such as 30m"),
-           "how long Ollama keeps the model loaded: seconds, a duration such as 30m, -1 for ever"),
-    Option("rescue", "SHIM_RESCUE", "text,intent", some_of("text", "intent", "off"),
-           "rescues in force: text (tool calls written as text), intent (actions described), off"),
-    Option("verbatim", "SHIM_VERBATIM", "auto", one_of("auto", "on", "off"),
-           "read the model's own text instead of Ollama's parse of it: auto, on or off"),
-    Option("bash_style", "SHIM_BASH_STYLE", "plain", one_of("plain", "coded"),
-           "form of the rescue's commands: plain (approvable in acceptEdits) or coded"
-           " (exit codes 91 to 100)"),
-    Option("prompt", "SHIM_PROMPT", "slim", one_of("slim", "full"),
-           "slim shortens tool texts; full forwards them as they came"),
-    Option("local_answers", "SHIM_LOCAL_ANSWERS", "title,probe,suggestion,safety",
-           some_of("title", "probe", "suggestion", "safety", "off"),
-           "background requests answered without the model: any of the default's, or off"),
-    Option("warm", "SHIM_WARM", "on", read_switch,
-           "load the model, and the last session's prefix, before it is needed: on or off"),
-    Option("max_concurrent", "SHIM_MAX_CONCURRENT", "256",
-           checked(read_number, "would let no request work", int),
-           "requests at work at once; as many more wait"),
-    Option("counts_file", "SHIM_COUNTS_FILE", "", read_text,
-           "file that keeps the learned token counts between runs"),
-)
+def option(variable: str, default: str, read: Reader, text: str, secret: bool = False) -> Any:
+    """Make a row in the place of a field's default, which no Config is made with."""
+    return Option(variable, default, read, text, secret)
 
 
 class Config(NamedTuple):
-    """What `serve` runs with; every field is a row of OPTIONS."""
+    """What `serve` runs with: every field is an option."""
 
-    host: str
-    port: int
-    base_url: str
-    model: str
-    auth_token: str
-    num_ctx: Optional[int]
-    auto_ctx: str
-    max_tools: int
-    api_key: str
-    use_requested_model: bool
-    model_map: Tuple[Tuple[str, str], ...]
-    small_model: str
-    log: str
-    log_format: str
-    max_read_bytes: int
-    timeout_ms: int
-    first_token_timeout_ms: int
-    cors_wildcard: bool
-    keep_alive: str
-    rescue: Tuple[str, ...]
-    verbatim: str
-    bash_style: str
-    prompt: str
-    local_answers: Tuple[str, ...]
-    warm: bool
-    max_concurrent: int
-    counts_file: str
+    host: str = option("HOST", "127.0.0.1", read_text,
+        "address to listen on; anything but loopback needs SHIM_API_KEY")
+    port: int = option("PORT", "8000", read_port,
+        "port to listen on; 0 takes a free one")
+    base_url: str = option("OLLAMA_BASE_URL", "http://127.0.0.1:11434", read_url,
+        "where Ollama answers; OLLAMA_HOST counts when this is unset")
+    model: str = option("OLLAMA_MODEL", "qwen2.5-coder:14b", read_text, "the model that answers")
+    auth_token: str = option("OLLAMA_AUTH_TOKEN", "", read_text,
+        "sent to Ollama as a Bearer token, for servers behind a login", secret=True)
+    num_ctx: Optional[int] = option(
+        "OLLAMA_NUM_CTX", "", lambda text: read_number(text or "0") or None,
+        "context window in tokens, obeyed as given")
+    auto_ctx: str = option("SHIM_NUM_CTX", "auto", read_auto_ctx,
+        "window when OLLAMA_NUM_CTX is unset: auto, a number, or off (Ollama's default)")
+    max_tools: int = option("SHIM_MAX_TOOLS", "8", read_number,
+        "tools forwarded to the model, the most useful ones; 0 forwards all")
+    api_key: str = option("SHIM_API_KEY", "", read_text,
+        "key that clients must send as x-api-key or Bearer", secret=True)
+    use_requested_model: bool = option("SHIM_USE_REQUESTED_MODEL", "off", read_switch,
+        "use the model named in the request instead of OLLAMA_MODEL: on or off")
+    model_map: Tuple[Tuple[str, str], ...] = option("SHIM_MODEL_MAP", "", read_model_map,
+        "local models by role, for example haiku=qwen3:4b,opus=qwen3-coder:30b")
+    small_model: str = option("SHIM_SMALL_MODEL", "", read_text,
+        "model for background requests such as session titles")
+    log: str = option("SHIM_LOG", "info", one_of("error", "warn", "info", "debug"),
+        "how much is logged: error, warn, info or debug (prompts and answers too)")
+    log_format: str = option("SHIM_LOG_FORMAT", "text", one_of("text", "json"),
+        "form of the log: text or json")
+    max_read_bytes: int = option("SHIM_MAX_READ_BYTES", "200000", read_number,
+        "bytes that a rescued read shows before it is cut with a notice")
+    timeout_ms: int = option("SHIM_REQUEST_TIMEOUT_MS", "120000", read_milliseconds,
+        "longest silence of Ollama within an answer")
+    first_token_timeout_ms: int = option("SHIM_FIRST_TOKEN_TIMEOUT_MS", "",
+        lambda text: read_milliseconds(text) if text else 0,
+        "longest wait for the first byte, which holds model load and prefill"
+        " (600000, or SHIM_REQUEST_TIMEOUT_MS where that is set)")
+    cors_wildcard: bool = option("SHIM_ALLOW_CORS_WILDCARD", "off", read_switch,
+        "answer CORS preflights of every origin, not only localhost: on or off")
+    keep_alive: str = option("SHIM_KEEP_ALIVE", "-1", read_keep_alive,
+        "how long Ollama keeps the model loaded: seconds, a duration such as 30m, -1 for ever")
+    rescue: Tuple[str, ...] = option("SHIM_RESCUE", "text,intent", some_of("text", "intent", "off"),
+        "rescues in force: text (tool calls written as text), intent (actions described), off")
+    verbatim: str = option("SHIM_VERBATIM", "auto", one_of("auto", "on", "off"),
+        "read the model's own text instead of Ollama's parse of it: auto, on or off")
+    bash_style: str = option("SHIM_BASH_STYLE", "plain", one_of("plain", "coded"),
+        "form of the rescue's commands: plain (approvable in acceptEdits) or coded"
+        " (exit codes 91 to 100)")
+    prompt: str = option("SHIM_PROMPT", "slim", one_of("slim", "full"),
+        "slim shortens tool texts; full forwards them as they came")
+    local_answers: Tuple[str, ...] = option("SHIM_LOCAL_ANSWERS", "title,probe,suggestion,safety",
+        some_of("title", "probe", "suggestion", "safety", "off"),
+        "background requests answered without the model: any of the default's, or off")
+    warm: bool = option("SHIM_WARM", "on", read_switch,
+        "load the model, and the last session's prefix, before it is needed: on or off")
+    max_concurrent: int = option("SHIM_MAX_CONCURRENT", "256",
+        checked(read_number, "would let no request work", int),
+        "requests at work at once; as many more wait")
+    counts_file: str = option("SHIM_COUNTS_FILE", "", read_text,
+        "file that keeps the learned token counts between runs")
+
+
+OPTIONS = [row._replace(name=name) for name, row in Config._field_defaults.items()]
 
 
 def bracketed(host: str) -> str:
