@@ -58,7 +58,7 @@ import zlib
 from bisect import bisect_left
 from collections import deque
 from functools import cache, lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from types import SimpleNamespace
 from typing import (
@@ -11920,37 +11920,17 @@ def bash_parses(command: str) -> bool:
 
 
 # ============================== 17. CLI ==============================
-
-def make_parser() -> Any:
-    """Make the command line from COMMANDS and OPTIONS."""
-    argparse = late("argparse")
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    group = common.add_argument_group("options of every command, each also a variable")
-    for option in OPTIONS:
-        default = f" (default {option.default})" if option.default else ""
-        group.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
-                           help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
-    parser = argparse.ArgumentParser(
-        prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
-        " of Ollama.", parents=[common], usage="%(prog)s [COMMAND] [OPTIONS]")
-    parser.error = one_line_error(parser)
-    parser.add_argument("--version", action="version", version=f"qwencode {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="qwencode")
-    for command in COMMANDS:
-        sub = commands.add_parser(command.name, help=command.help, parents=[common],
-                                  description=command.help, usage="%(prog)s [OPTIONS] ...")
-        sub.error = one_line_error(sub)
-        command.arguments(sub)
-    return parser
-
-
-def one_line_error(parser: Any) -> Callable[[str], None]:
-    """Answer a mistake in one line; argparse would print a page of usage before it."""
-    return lambda message: parser.exit(2, f"{parser.prog}: {message}. See --help.\n")
+# Each command takes the configuration, its own arguments and the environment, and returns
+# an exit code. A ConfigError or ShimError that it raises is told in one line by main.
 
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def tell(text: str) -> None:
+    """Say something beside a command's output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def open_server(config: Config) -> ShimServer:
@@ -11960,14 +11940,31 @@ def open_server(config: Config) -> ShimServer:
                           " to a long random text, or keep HOST=127.0.0.1")
     try:
         return ShimServer(config)
-    except OverflowError:
-        raise ConfigError(f"PORT: {config.port} is no port") from None
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             raise ConfigError(f"PORT: {config.port} on {config.host} is in use; stop the other"
                               " program or choose another port with --port") from None
         raise ConfigError(f"HOST and PORT: cannot listen on {config.host}:{config.port}"
                           f" ({problem.strerror or problem})") from None
+
+
+@contextlib.contextmanager
+def running_server(config: Config) -> Iterator[ShimServer]:
+    """Serve beside this program, on a free port of loopback, until the block ends."""
+    server = open_server(config._replace(host="127.0.0.1", port=0))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(DRAIN_S)
+        server.finish(1.0)
+
+
+def shim_at(url: str, config: Config) -> Upstream:
+    """Make a client of a shim that has the configuration's key."""
+    return Upstream(config._replace(base_url=url, auth_token=config.api_key))
 
 
 def raise_descriptor_limit() -> None:
@@ -11980,103 +11977,110 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def run_serve(args: Any, env: Mapping[str, str]) -> int:
-    """Serve until SIGTERM or Ctrl-C; 0 and 130."""
+def on_signals(names: Sequence[str], act: Callable[[int], None]) -> None:
+    """Call act with the number of any of these signals; no system has all of them."""
     signal = late("signal")
-    config = load_config(vars(args), env)
+    for name in names:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _frame: act(number))
+
+
+def run_serve(config: Config, args: Any, env: Mapping[str, str]) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 and 130."""
     raise_descriptor_limit()
     server = open_server(config)
     ended: List[int] = []
 
-    def on_signal(number: int, _frame: object) -> None:
+    def end(number: int) -> None:
         if ended:
             os._exit(130)
         ended.append(number)
         server.stop()
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
+    on_signals(("SIGINT", "SIGTERM", "SIGBREAK"), end)
     say(f"qwencode {__version__} on {server.url} -> {server.upstream.url} model {config.model}")
     server.warmer.start()
     server.serve_forever()
     server.finish()
-    return 130 if signal.SIGINT in ended else 0
+    return 130 if late("signal").SIGINT in ended else 0
 
 
-class StandIn(BaseHTTPRequestHandler):
-    """A few canned answers in Ollama's protocol: no model, for the demo only."""
-
-    protocol_version = "HTTP/1.1"
-    CALL = '<tool_call>\n{"name": "Write", "arguments": {"file_path": "hello.txt",' \
-           ' "content": "Hello from the demo.\\n"}}\n</tool_call>'
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Stay silent: the demo prints what is worth seeing."""
-
-    def do_POST(self) -> None:
-        """Answer a chat turn: first a call written as text, then a closing sentence."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/api/chat" or body.get("_debug_render_only"):
-            self.send_error(404)
-            return
-        after_result = body["messages"][-1]["role"] == "tool"
-        text = "The file is there now: hello.txt." if after_result else \
-            "I will write the file.\n" + self.CALL
-        words = [text[i:i + 12] for i in range(0, len(text), 12)]
-        lines: List[Json] = [
-            {"message": {"role": "assistant", "content": word}, "done": False} for word in words]
-        lines.append({"message": {"role": "assistant", "content": ""}, "done": True,
-                      "done_reason": "stop", "prompt_eval_count": 40, "eval_count": len(words)})
-        payload = "".join(to_json({"model": body["model"], **line}) + "\n" for line in lines)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/x-ndjson")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload.encode())
-
-    def do_GET(self) -> None:
-        """Know nothing else: the shim serves with defaults then."""
-        self.send_error(404)
-
+# ------------------------------ demo and try ------------------------------
 
 DEMO_TOOLS = [{"name": "Write", "description": "Write a file", "input_schema": {
     "type": "object", "required": ["file_path", "content"],
     "properties": {"file_path": {"type": "string"}, "content": {"type": "string"}}}}]
+DEMO_CALL = """I will write the file.
+<tool_call>
+{"name": "Write", "arguments": {"file_path": "hello.txt", "content": "Hello from the demo.\\n"}}
+</tool_call>"""
 
 
-def demo_turn(url: str, messages: List[Json]) -> Json:
+def stand_in_answer(handler: Any) -> None:
+    """Play Ollama and the model: first a call written as text, then a closing sentence."""
+    body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+    if handler.path != "/api/chat":
+        handler.send_error(404)  # the shim serves with defaults then
+        return
+    after_result = body["messages"][-1]["role"] == "tool"
+    text = "The file is there now: hello.txt." if after_result else DEMO_CALL
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(to_json({
+        "model": body["model"], "message": {"role": "assistant", "content": text}, "done": True,
+        "done_reason": "stop", "prompt_eval_count": 40, "eval_count": 20}).encode())
+
+
+def demo_turn(shim: Upstream, messages: List[Json]) -> Json:
     """Send one Messages request over HTTP, print its events, return the folded message."""
-    request = late("urllib.request").Request(
-        url + "/v1/messages", to_json({
-            "model": "demo", "max_tokens": 1000, "stream": True, "messages": messages,
-            "tools": DEMO_TOOLS}).encode(), {"Content-Type": "application/json"})
-    opener = late("urllib.request").build_opener(late("urllib.request").ProxyHandler({}))
-    events: List[Event] = []
-    with opener.open(request, timeout=30) as answer:
-        for line in answer:
-            if line.startswith(b"data: "):
-                payload = json.loads(line[6:])
-                events.append(Event(payload["type"], payload))
-                say("    " + clean(line[6:].decode().strip(), 110))
-    return fold(events)
+    answer = shim.ask("POST", "/v1/messages", to_json({
+        "model": "demo", "max_tokens": 1000, "stream": True, "messages": messages,
+        "tools": DEMO_TOOLS}), Waiter(), time.monotonic() + 30)
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    for line in lines:
+        say("    " + clean(line, 110))
+    return fold([Event(payload["type"], payload) for payload in map(json.loads, lines)])
 
 
-def run_demo(args: Any, env: Mapping[str, str]) -> int:
+def demo_conversation(shim: Upstream, folder: str) -> bool:
+    """Carry one tool call through; return whether it came to its end."""
+    question = "Write hello.txt with a greeting."
+    say(f"1. Claude Code would ask:  {question}")
+    say("   The model writes its tool call as plain text; the events that come back:")
+    content = demo_turn(shim, [{"role": "user", "content": question}])["content"]
+    call = next((block for block in content if block["type"] == "tool_use"), None)
+    if call is None:
+        say("The tool call was not found: the demo failed.")
+        return False
+    say(f"\n2. That is a real {call['name']} call; the demo runs it in a temporary folder:")
+    path = os.path.join(folder, os.path.basename(call["input"]["file_path"]))
+    with open(path, "w+", encoding="utf-8") as file:
+        file.write(call["input"]["content"])
+        file.seek(0)
+        say(f"   hello.txt now holds {file.read()!r}")
+    say("\n3. The tool's result goes back, and the answer comes:")
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "File created"}
+    final = demo_turn(shim, [
+        {"role": "user", "content": question}, {"role": "assistant", "content": content},
+        {"role": "user", "content": [result]}])
+    say(f"   -> {final['content'][0]['text']}")
+    return bool(final["stop_reason"] == "end_turn")
+
+
+def run_demo(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """Show the shim at work, a stand-in for the model behind it."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as model, \
+    http = late("http.server")
+    handler = type("StandIn", (http.BaseHTTPRequestHandler,), {
+        "do_POST": stand_in_answer, "log_message": lambda *_: None})
+    say("qwencode demo. The answers are canned: a stand-in plays Ollama and the model, so that")
+    say("this runs anywhere. The server, the translation and the rescue are the real ones.\n")
+    with http.ThreadingHTTPServer(("127.0.0.1", 0), handler) as model, \
             late("tempfile").TemporaryDirectory() as folder:
         threading.Thread(target=model.serve_forever, daemon=True).start()
-        config = load_config({"port": "0", "base_url": f"http://127.0.0.1:{model.server_port}",
-                              "model": "demo", "verbatim": "off", "warm": "off", "log": "error",
-                              "rescue": "text,intent"}, {})
-        server = open_server(config)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        say("qwencode demo. The answers are canned: a stand-in plays Ollama and the model, so that")
-        say("this runs anywhere. The server, the translation and the rescue are the real ones.\n")
-        done = _demo_conversation(server.url, folder)
-        server.stop()
-        server.finish()
+        config = load_config({"base_url": f"http://127.0.0.1:{model.server_port}", "model": "demo",
+                              "verbatim": "off", "warm": "off", "log": "error"}, {})
+        with running_server(config) as server:
+            done = demo_conversation(shim_at(server.url, config), folder)
         model.shutdown()
     say("\nNext, for the real thing: start Ollama, `ollama pull qwen2.5-coder:14b`, install Claude")
     say("Code with `npm install -g @anthropic-ai/claude-code`, and in your project:")
@@ -12084,39 +12088,12 @@ def run_demo(args: Any, env: Mapping[str, str]) -> int:
     return 0 if done else 1
 
 
-def _demo_conversation(url: str, folder: str) -> bool:
-    question = "Write hello.txt with a greeting."
-    say(f"1. Claude Code would ask:  {question}")
-    say("   The model writes its tool call as plain text; the events that come back:")
-    messages: List[Json] = [{"role": "user", "content": question}]
-    answer = demo_turn(url, messages)
-    calls = [block for block in answer["content"] if block["type"] == "tool_use"]
-    if not calls:
-        say("The tool call was not found: the demo failed.")
-        return False
-    call = calls[0]
-    path = os.path.join(folder, os.path.basename(call["input"]["file_path"]))
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(call["input"]["content"])
-    say(f"\n2. That is a real {call['name']} call; the demo runs it in a temporary folder:")
-    with open(path, encoding="utf-8") as file:
-        say(f"   hello.txt now holds {file.read()!r}")
-    say("\n3. The tool's result goes back, and the answer comes:")
-    messages += [{"role": "assistant", "content": answer["content"]},
-                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call["id"],
-                                               "content": "File created"}]}]
-    final = demo_turn(url, messages)
-    say(f"   -> {final['content'][0]['text']}")
-    return bool(final["stop_reason"] == "end_turn")
-
-
 TRY_TOOLS = {"Bash": Tool("Bash", "", {"type": "object", "required": ["command"], "properties": {
     "command": {"type": "string"}, "description": {"type": "string"}}})}
 
 
-def run_try(args: Any, env: Mapping[str, str]) -> int:
+def run_try(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """Carry out one request here, as the rescue would; return the command's exit code."""
-    config = load_config(vars(args), env)
     found = find_rescue((Message("user", (Text(" ".join(args.request)),)),), "I'll do that now.")
     if not found:
         say("No rescue: these words are not one clear file operation inside this folder, so the"
@@ -12130,20 +12107,13 @@ def run_try(args: Any, env: Mapping[str, str]) -> int:
     say(f"rule: {found.rule}\n{call[1].get('description', '')}\n\n{command}\n")
     if args.dry_run:
         return 0
-    bash = late("shutil").which("bash")
+    bash, subprocess = late("shutil").which("bash"), late("subprocess")
     if not bash:
         say("There is no bash here to run it; on Windows install Git Bash.")
         return 1
-    subprocess = late("subprocess")
-    done = subprocess.run([bash, "-c", command], check=False, stdin=subprocess.DEVNULL)
-    verdict = "done and verified" if done.returncode == 0 else "not done"
-    say(f"exit code {done.returncode}: {verdict}")
-    return int(done.returncode)
-
-
-def _try_arguments(sub: Any) -> None:
-    sub.add_argument("request", nargs="+", help="what to do, in words")
-    sub.add_argument("--dry-run", action="store_true", help="show the command, run nothing")
+    code = int(subprocess.call([bash, "-c", command], stdin=subprocess.DEVNULL))
+    say(f"exit code {code}: {'not done' if code else 'done and verified'}")
+    return code
 
 
 # ------------------------------ Claude Code ------------------------------
@@ -12166,11 +12136,10 @@ CLIENT_SETTINGS = {
     "DISABLE_TELEMETRY": "1",
     "API_TIMEOUT_MS": "3600000",  # the shim has deadlines of its own
 }
-MODEL_ROLES = ("OPUS", "SONNET", "HAIKU")
 DEFAULT_CLIENT_KEY = "qwencode"
 # A mode named by the user; as options Claude Code knows them.
 MODE_OPTION = Pattern(r"--(?:permission-mode|dangerously-skip-permissions)(?:=.*)?")
-PRINT_OPTIONS = ("-p", "--print", "-v", "--version", "-h", "--help")
+PRINT_OPTIONS = {"-p", "--print", "-v", "--version", "-h", "--help"}
 
 
 def client_env(base_url: str, key: str, config: Config, window: int) -> Dict[str, str]:
@@ -12180,14 +12149,12 @@ def client_env(base_url: str, key: str, config: Config, window: int) -> Dict[str
     default is no (CC A11). window is in tokens, 0 where it is not known.
     """
     roles = dict(config.model_map)
-    made = {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": key or DEFAULT_CLIENT_KEY,
+    return {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": key or DEFAULT_CLIENT_KEY,
             "ANTHROPIC_API_KEY": "", "ANTHROPIC_MODEL": config.model,
-            "CLAUDE_CODE_SUBAGENT_MODEL": config.model, **CLIENT_SETTINGS}
-    for role in MODEL_ROLES:
-        made[f"ANTHROPIC_DEFAULT_{role}_MODEL"] = roles.get(role.lower(), config.model)
-    if window:
-        made.update(compact_env(window, DEFAULT_MAX_TOKENS))
-    return made
+            "CLAUDE_CODE_SUBAGENT_MODEL": config.model, **CLIENT_SETTINGS,
+            **{f"ANTHROPIC_DEFAULT_{role.upper()}_MODEL": roles.get(role, config.model)
+               for role in ("opus", "sonnet", "haiku")},
+            **(compact_env(window, DEFAULT_MAX_TOKENS) if window else {})}
 
 
 def child_env(made: Mapping[str, str], env: Mapping[str, str]) -> Dict[str, str]:
@@ -12196,15 +12163,12 @@ def child_env(made: Mapping[str, str], env: Mapping[str, str]) -> Dict[str, str]
     Not kept: where to send to and with which key, what would lead past the shim, and a
     NO_PROXY that would send loopback requests to a proxy.
     """
-    child = {**made, **{name: text for name, text in env.items() if text}}
-    for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"):
-        child[name] = made[name]
-    for name in CLOUD_SWITCHES:
-        child.pop(name, None)
+    ours = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")
+    child = {**made, **{name: text for name, text in env.items()
+                        if text and name not in (*ours, *CLOUD_SWITCHES)}}
     if not covers_loopback(env):
         there = env.get("NO_PROXY") or env.get("no_proxy") or ""
-        child["NO_PROXY"] = child["no_proxy"] = ",".join(
-            filter(None, (there, "127.0.0.1,localhost")))
+        child["NO_PROXY"] = child["no_proxy"] = f"{there},127.0.0.1,localhost".lstrip(",")
     return child
 
 
@@ -12220,8 +12184,7 @@ def claude_arguments(passed: Sequence[str], settings: Mapping[str, Any]) -> List
     Claude Code's own default, auto, asks Anthropic's servers to judge each action;
     nothing else can answer for them (CC F2).
     """
-    permissions = settings.get("permissions")
-    chosen = permissions.get("defaultMode") if isinstance(permissions, dict) else None
+    chosen = _mapping(settings.get("permissions")).get("defaultMode")
     if any(map(MODE_OPTION.fullmatch, passed)) or (chosen and chosen != "auto"):
         return list(passed)
     return ["--permission-mode", "default", *passed]
@@ -12230,20 +12193,21 @@ def claude_arguments(passed: Sequence[str], settings: Mapping[str, Any]) -> List
 def claude_settings(env: Mapping[str, str]) -> Json:
     """Read Claude Code's settings, the project's over the user's; {} where there are none."""
     merged: Json = {}
-    home = claude_home(env)
-    for path in (os.path.join(home, "settings.json"),
-                 *(os.path.join(".claude", name) for name in ("settings.json",
-                                                              "settings.local.json"))):
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            for name, value in _mapping(json.load(file)).items():
-                both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-                merged[name] = {**merged[name], **value} if both else value
+    home = env.get("CLAUDE_CONFIG_DIR") or os.path.join(home_of(env), ".claude")
+    for path in (f"{home}/settings.json", ".claude/settings.json", ".claude/settings.local.json"):
+        for name, value in read_mapping(path).items():
+            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+            merged[name] = {**merged[name], **value} if both else value
     return merged
 
 
-def claude_home(env: Mapping[str, str]) -> str:
-    """Return Claude Code's folder."""
-    return env.get("CLAUDE_CONFIG_DIR") or os.path.join(home_of(env), ".claude")
+def read_mapping(path: str) -> Json:
+    """Read a JSON object from a file; {} where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _mapping(json.load(file))
+    except (OSError, ValueError):
+        return {}
 
 
 def home_of(env: Mapping[str, str]) -> str:
@@ -12252,11 +12216,9 @@ def home_of(env: Mapping[str, str]) -> str:
 
 def find_claude(env: Mapping[str, str]) -> str:
     """Find the claude program on PATH or where its installer puts it; "" if nowhere."""
-    which, home = late("shutil").which, home_of(env)
-    places = (None, os.path.join(home, ".local", "bin"), os.path.join(home, ".claude", "local"))
-    found = (which("claude", path=env.get("PATH") if place is None else place)
-             for place in places)
-    return next(filter(None, found), "")
+    home = home_of(env)
+    places = (env.get("PATH"), f"{home}/.local/bin", f"{home}/.claude/local")
+    return next(filter(None, (late("shutil").which("claude", path=place) for place in places)), "")
 
 
 def ease_first_run(passed: Sequence[str], env: Mapping[str, str]) -> None:
@@ -12265,27 +12227,21 @@ def ease_first_run(passed: Sequence[str], env: Mapping[str, str]) -> None:
     Only where Claude Code has no file yet; one that is there is never touched, and the
     way out is said.
     """
+    if PRINT_OPTIONS.intersection(passed):
+        return
     folder = env.get("CLAUDE_CONFIG_DIR") or home_of(env)
     path = os.path.join(folder, ".claude.json")
-    if any(option in PRINT_OPTIONS for option in passed):
-        return
     try:
         os.makedirs(folder, exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             json.dump({"hasCompletedOnboarding": True}, file)
     except FileExistsError:
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            if not _mapping(json.load(file)).get("hasCompletedOnboarding"):
-                tell("Claude Code will greet you first, which needs the internet. Without it, add"
-                     f' "hasCompletedOnboarding": true to {path}.')
+        there = read_mapping(path)
+        if there and not there.get("hasCompletedOnboarding"):
+            tell("Claude Code will greet you first, which needs the internet. Without it, add"
+                 f' "hasCompletedOnboarding": true to {path}.')
     except OSError as problem:
         tell(f"{path} could not be written: {problem.strerror}")
-
-
-def tell(text: str) -> None:
-    """Say something beside a command's output."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 def run_child(command: Sequence[str], env: Mapping[str, str]) -> int:
@@ -12294,21 +12250,10 @@ def run_child(command: Sequence[str], env: Mapping[str, str]) -> int:
     Ctrl-C reaches the child from the terminal itself, so that it is only survived here;
     a SIGTERM is passed on.
     """
-    signal, subprocess = late("signal"), late("subprocess")
-    child = subprocess.Popen(list(command), env=dict(env))
-    before = {}
-    try:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                forward = name in ("SIGTERM", "SIGHUP")
-                before[number] = signal.signal(
-                    number, lambda got, _frame, forward=forward:
-                    child.send_signal(got) if forward else None)
-        code = int(child.wait())
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    child = late("subprocess").Popen(list(command), env=dict(env))
+    on_signals(("SIGINT", "SIGBREAK"), lambda number: None)
+    on_signals(("SIGTERM", "SIGHUP"), child.send_signal)
+    code = int(child.wait())
     return code if code >= 0 else 128 - code
 
 
@@ -12325,46 +12270,39 @@ def claude_command(made: Mapping[str, str], passed: Sequence[str], env: Mapping[
 
 def ask_shim(url: str, path: str, config: Config) -> Json:
     """Ask a shim something within a second; {} where none answers."""
-    asking = Upstream(config._replace(base_url=url, auth_token=config.api_key))
     try:
-        answer = asking.ask("GET", path, None, Waiter(), time.monotonic() + HEALTH_S + 0.2)
+        answer = shim_at(url, config).ask("GET", path, None, Waiter(), time.monotonic() + 1.0)
     except ShimError:
         return {}
     return _mapping(answer.body) if answer.status == 200 else {}
 
 
-def window_of(health: Json) -> int:
-    """Take the window out of what /health answers; 0 where it does not tell."""
-    window = _mapping(health.get("model")).get("window")
-    return window if type(window) is int and window > 0 else 0
-
-
-def as_served(config: Config, health: Json, args: Any, env: Mapping[str, str]) -> Config:
-    """Take the model's name from a shim that runs, unless the user named one here."""
-    name = _mapping(health.get("model")).get("name")
-    named_here = env.get("OLLAMA_MODEL") or getattr(args, "model", None)
-    return config if named_here or not isinstance(name, str) else config._replace(model=name)
-
-
 def planned_window(config: Config) -> int:
     """Return the window that a shim with this configuration will ask for at least."""
-    if config.num_ctx or config.auto_ctx == "off":
-        return config.num_ctx or 0
-    return int(config.auto_ctx) if config.auto_ctx.isdecimal() else SERVING_WINDOW
+    return config.num_ctx or (0 if config.auto_ctx == "off" else SERVING_WINDOW)
+
+
+def env_of_shim(url: str, config: Config, args: Any, env: Mapping[str, str],
+                ) -> Tuple[bool, Dict[str, str]]:
+    """Tell whether a shim answers at url, and make Claude Code's variables for it.
+
+    Its own window and model count, but for a model that the user named here.
+    """
+    health = ask_shim(url, "/health", config)
+    model = _mapping(health.get("model"))
+    if isinstance(model.get("name"), str) and not env.get("OLLAMA_MODEL") and "model" not in args:
+        config = config._replace(model=model["name"])
+    window = natural(model.get("window")) or planned_window(config)
+    return bool(health), client_env(url, config.api_key, config, window)
 
 
 def local_url(config: Config) -> str:
     """Return where a client on this machine reaches the shim."""
-    host = CONNECTABLE.get(config.host, config.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    return f"http://{bracketed(CONNECTABLE.get(config.host, config.host))}:{config.port}"
 
 
-def run_client(args: Any, env: Mapping[str, str]) -> int:
+def run_client(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """Start Claude Code against a shim that runs already."""
-    config = load_config(vars(args), env)
-    if not find_claude(env):
-        tell(CLAUDE_MISSING)
-        return 127
     named = args.url or ("" if env.get("HOST") or env.get("PORT")
                          else env.get("ANTHROPIC_BASE_URL", ""))
     if named and not BASE_URL.fullmatch(named):
@@ -12373,14 +12311,12 @@ def run_client(args: Any, env: Mapping[str, str]) -> int:
     url = named.rstrip("/") or local_url(config)
     key = args.key or config.api_key or env.get("ANTHROPIC_AUTH_TOKEN") \
         or env.get("ANTHROPIC_API_KEY") or ""
-    health = ask_shim(url, "/health", config._replace(api_key=key))
-    if not health:
+    there, made = env_of_shim(url, config._replace(api_key=key), args, env)
+    if not there:
         tell(f"Nothing answers at {url} yet: start ./launch-shim.sh (or python qwencode.py)."
              " Claude Code is started all the same.")
     tell(f"Claude Code -> {url}")
-    window = window_of(health) or planned_window(config)
-    config = as_served(config, health, args, env)
-    return run_child(*claude_command(client_env(url, key, config, window), args.passed, env))
+    return run_child(*claude_command(made, args.passed, env))
 
 
 SHELLS = {
@@ -12393,26 +12329,21 @@ SHELLS = {
 
 def export_lines(made: Mapping[str, str], shell: str) -> List[str]:
     """Write the variables in a shell's own words; what leads past the shim is unset."""
-    setting, removing, (quote, escaped) = SHELLS[shell]
+    setting, removing, quotes = SHELLS[shell]
     lines = [removing.format(name=name) for name in CLOUD_SWITCHES]
     for name, value in sorted(made.items()):
         text = value.replace("\\", "\\\\") if shell == "fish" else value
-        lines.append(setting.format(name=name, value=f"'{text.replace(quote, escaped)}'"))
+        lines.append(setting.format(name=name, value=f"'{text.replace(*quotes)}'"))
     return lines
 
 
-def run_env(args: Any, env: Mapping[str, str]) -> int:
+def run_env(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """Print the variables for a shell: eval "$(python qwencode.py env)"."""
-    config = load_config(vars(args), env)
     windows = os.name == "nt" and not env.get("MSYSTEM")  # set in Git Bash
     usual = "fish" if env.get("SHELL", "").endswith("fish") else "bash"
     shell = args.shell or args.named_shell or ("powershell" if windows else usual)
-    url = local_url(config)
-    health = ask_shim(url, "/health", config)
-    window, config = window_of(health) or planned_window(config), as_served(
-        config, health, args, env)
-    for line in export_lines(client_env(url, config.api_key, config, window), shell):
-        say(line)
+    _, made = env_of_shim(local_url(config), config, args, env)
+    say("\n".join(export_lines(made, shell)))
     return 0
 
 
@@ -12436,6 +12367,12 @@ class Loaded(NamedTuple):
     size_vram: int = 0
     seconds: float = 0.0
 
+    @property
+    def share(self) -> str:
+        """Say how much of it is in graphics memory; "" where that is not known."""
+        share = 100 * min(self.size_vram, self.size) // max(self.size, 1)
+        return f"{share} % of {self.size / 1e9:.1f} GB in graphics memory" if self.size else ""
+
 
 # What Ollama below a version lacks (contract: in which version each came).
 OLLAMA_SINCE: Tuple[Tuple[Tuple[int, ...], str], ...] = (
@@ -12456,10 +12393,19 @@ SEE_OLLAMA = "See `ollama ps` and Ollama's log."
 BETTER_MODEL = "Choose a model that is good at tools, such as qwen3-coder (OLLAMA_MODEL)."
 
 
+def judge(good: str, *faults: Tuple[object, str, str, str]) -> Finding:
+    """Return the first fault whose condition holds, or else that all is good.
+
+    A fault is its condition, warn or bad, the line, and the cure.
+    """
+    return next((Finding(ok, line, cure) for holds, ok, line, cure in faults if holds),
+                Finding("ok", good))
+
+
 def version_of(text: str) -> Tuple[int, ...]:
     """Read the first x.y.z of a text; () where there is none."""
     found = THREE_NUMBERS.search(text)
-    return tuple(int(part) for part in found.groups()) if found else ()
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def dotted(version: Iterable[int]) -> str:
@@ -12467,46 +12413,45 @@ def dotted(version: Iterable[int]) -> str:
 
 
 def verdict_python(version: Tuple[int, ...]) -> Finding:
-    if version < (3, 9):
-        return Finding("bad", f"Python {dotted(version)} is too old", "Install 3.9 or newer.")
-    return Finding("ok", f"Python {dotted(version)}")
+    line = f"Python {dotted(version)}"
+    return judge(line, (version < (3, 9), "bad", f"{line} is too old", "Install 3.9 or newer."))
 
 
 def verdict_ollama(url: str, status: int, version: str) -> Finding:
     """Judge the answer of /api/version."""
-    number, line = version_of(version), f"Ollama {version or 'of an unknown version'} at {url}"
-    if status != 200 or not version:
-        return Finding("warn", f"{url} answers HTTP {status} but does not say that it is Ollama",
-                       "Check OLLAMA_BASE_URL.")
+    number, line = version_of(version), f"Ollama {version} at {url}"
     lacks = [text for since, text in OLLAMA_SINCE if (0, 0, 0) < number < since]
     if number == OLLAMA_MISCOUNTS:
         lacks.append("miscounts prompts (only this version)")
-    return Finding("warn", f"{line} {'; '.join(lacks)}", UPDATE_OLLAMA) if lacks \
-        else Finding("ok", line)
+    return judge(
+        line, (status != 200 or not version, "warn",
+               f"{url} answers HTTP {status} but does not say that it is Ollama",
+               "Check OLLAMA_BASE_URL."),
+        (lacks, "warn", f"{line} {'; '.join(lacks)}", UPDATE_OLLAMA))
 
 
 def verdict_model(name: str, present: bool, others: Sequence[str]) -> Finding:
     """Judge whether the model is there; others are the models that are."""
-    if name.endswith((":cloud", "-cloud")):
-        return Finding("bad", f"{name} runs in Ollama's cloud: prompts would leave this machine",
-                       "Choose a local model (OLLAMA_MODEL).")
-    if present:
-        return Finding("ok", f"model {name}")
     instead = f", or set OLLAMA_MODEL to one of: {', '.join(others[:6])}" if others else ""
-    return Finding("bad", f"Ollama does not have {name}", f"Run `ollama pull {name}`{instead}.")
+    return judge(
+        f"model {name}",
+        (name.endswith((":cloud", "-cloud")), "bad",
+         f"{name} runs in Ollama's cloud: prompts would leave this machine",
+         "Choose a local model (OLLAMA_MODEL)."),
+        (not present, "bad", f"Ollama does not have {name}", f"Run `ollama pull {name}`{instead}."))
 
 
 def verdict_capabilities(capabilities: Sequence[str]) -> Finding:
     """Judge what the model says it can do; empty where Ollama does not tell."""
     can = ", ".join(capabilities)
-    if not can:
-        return Finding("warn", "Ollama does not tell what the model can do", UPDATE_OLLAMA)
-    if "completion" not in capabilities:
-        return Finding("bad", f"the model cannot chat, only: {can}", BETTER_MODEL)
-    if "tools" not in capabilities:
-        return Finding("warn", f"the model has no tool support of its own, only: {can}",
-                       f"Calls are read from its text instead. {BETTER_MODEL}")
-    return Finding("ok", f"capabilities: {can}")
+    return judge(
+        f"capabilities: {can}",
+        (not can, "warn", "Ollama does not tell what the model can do", UPDATE_OLLAMA),
+        ("completion" not in capabilities, "bad", f"the model cannot chat, only: {can}",
+         BETTER_MODEL),
+        ("tools" not in capabilities, "warn",
+         f"the model has no tool support of its own, only: {can}",
+         f"Calls are read from its text instead. {BETTER_MODEL}"))
 
 
 def verdict_window(trained: int, asked: int, real: int) -> Finding:
@@ -12515,43 +12460,39 @@ def verdict_window(trained: int, asked: int, real: int) -> Finding:
     line = "context window: " + (", ".join(
         f"{count:,} {word}" for word, count in known if count) or "unknown")
     window = real or asked
-    small = judge_explicit(window, FIRST_PROMPT_TOKENS) if window else None
-    if small and 0 < trained < SERVING_WINDOW:
-        return Finding("bad", f"{line}; the model was trained for too little", BETTER_MODEL)
-    if small:
-        return Finding("bad", f"{line}; {small}", f"Set OLLAMA_NUM_CTX={SERVING_WINDOW} or more.")
-    if not window:
-        return Finding("warn", line, "Run `doctor` without --quick, which loads the model.")
-    return Finding("ok", line)
+    small = window and judge_explicit(window, FIRST_PROMPT_TOKENS)
+    return judge(
+        line,
+        (small and 0 < trained < SERVING_WINDOW, "bad",
+         f"{line}; the model was trained for too little", BETTER_MODEL),
+        (small, "bad", f"{line}; {small}", f"Set OLLAMA_NUM_CTX={SERVING_WINDOW} or more."),
+        (not window, "warn", line, "Run `doctor` without --quick, which loads the model."))
 
 
 def verdict_memory(loaded: Loaded) -> Finding:
-    if not loaded.size:
-        return Finding("warn", "Ollama does not tell where the model lies", SEE_OLLAMA)
-    share = 100 * min(loaded.size_vram, loaded.size) // loaded.size
-    line = f"{share} % of {loaded.size / 1e9:.1f} GB in graphics memory"
-    if share >= 99:
-        return Finding("ok", line)
-    return Finding("warn", f"{line}; the rest is slow", "Choose a smaller model or OLLAMA_NUM_CTX,"
-                   " or start Ollama with OLLAMA_KV_CACHE_TYPE=q8_0.")
+    return judge(
+        loaded.share,
+        (not loaded.share, "warn", "Ollama does not tell where the model lies", SEE_OLLAMA),
+        (loaded.size_vram < 0.99 * loaded.size, "warn", f"{loaded.share}; the rest is slow",
+         "Choose a smaller model or OLLAMA_NUM_CTX, or start Ollama with"
+         " OLLAMA_KV_CACHE_TYPE=q8_0."))
 
 
 def verdict_template(prompt: str) -> Finding:
     """Judge how Ollama rendered PROBE_MESSAGES and a system message after them."""
-    if not prompt:
-        return Finding("warn", "Ollama does not show how it renders a prompt", UPDATE_OLLAMA)
     reminder = prompt.find("probe reminder")
-    defects = [text for found, text in (
+    defects = ", ".join(text for found, text in (
         (GO_STRUCT.search(prompt), "prints tool definitions as Go structs"),
         ("ProbeTool" not in prompt.partition("probe question")[0], "leaves tools out"),
         ("probe value" not in prompt, "drops tool calls that follow text"),
         (reminder < 0, "drops later system messages"),
         (0 <= reminder < prompt.find("probe question"), "moves later system messages to the top"),
-    ) if found]
-    if not defects:
-        return Finding("ok", "the prompt template keeps tools, calls and system messages")
-    return Finding("warn", f"the prompt template {', '.join(defects)}",
-                   "Nothing to do: the shim writes these parts itself.")
+    ) if found)
+    return judge(
+        "the prompt template keeps tools, calls and system messages",
+        (not prompt, "warn", "Ollama does not show how it renders a prompt", UPDATE_OLLAMA),
+        (defects, "warn", f"the prompt template {defects}",
+         "Nothing to do: the shim writes these parts itself."))
 
 
 def tool_calls_in(content: Any) -> List[Any]:
@@ -12563,49 +12504,45 @@ def tool_calls_in(content: Any) -> List[Any]:
 def verdict_call(content: Any, word: str, problem: str) -> Finding:
     """Judge the answer to the order to call the tool with word."""
     calls = tool_calls_in(content)
-    if problem:
-        return Finding("bad", f"a live tool call failed: {problem}", SEE_OLLAMA)
-    if not calls:
-        return Finding("bad", "told to call a tool, the model wrote words", BETTER_MODEL)
-    if calls[0] != {"word": word}:
-        return Finding("warn", "a live tool call came with wrong arguments", BETTER_MODEL)
-    return Finding("ok", "a live tool call")
+    return judge(
+        "a live tool call",
+        (problem, "bad", f"a live tool call failed: {problem}", SEE_OLLAMA),
+        (not calls, "bad", "told to call a tool, the model wrote words", BETTER_MODEL),
+        (calls[:1] != [{"word": word}], "warn", "a live tool call came with wrong arguments",
+         BETTER_MODEL))
 
 
 def verdict_rescue(content: Any, word: str, problem: str) -> Finding:
     """Judge the answer to the order to write a call as text."""
-    if problem:
-        return Finding("bad", f"a live rescue failed: {problem}", SEE_OLLAMA)
-    if {"word": word} in tool_calls_in(content):
-        return Finding("ok", "a call that the model wrote as text became a real one")
-    if "doctor_probe" in to_json(content):
-        return Finding("bad", "a call that the model wrote as text stayed text",
-                       "Set SHIM_RESCUE=text,intent.")
-    return Finding("warn", "the model would not write a call as text: no rescue was seen",
-                   "Nothing to do.")
+    rescued = {"word": word} in tool_calls_in(content)
+    return judge(
+        "a call that the model wrote as text became a real one",
+        (problem, "bad", f"a live rescue failed: {problem}", SEE_OLLAMA),
+        (not rescued and "doctor_probe" in to_json(content), "bad",
+         "a call that the model wrote as text stayed text", "Set SHIM_RESCUE=text,intent."),
+        (not rescued, "warn", "the model would not write a call as text: no rescue was seen",
+         "Nothing to do."))
 
 
 def verdict_truncation(status: int, window: int) -> Finding:
     """Judge the HTTP status of a prompt beyond the window."""
-    if status == 400:
-        return Finding("ok", f"a prompt beyond {window:,} tokens is refused, not cut in silence")
-    if status == 200:
-        return Finding("bad", "Ollama cut a prompt beyond its window in silence", UPDATE_OLLAMA)
-    return Finding("warn", f"a prompt beyond the window got HTTP {status}", SEE_OLLAMA)
+    return judge(
+        f"a prompt beyond {window:,} tokens is refused, not cut in silence",
+        (status == 200, "bad", "Ollama cut a prompt beyond its window in silence", UPDATE_OLLAMA),
+        (status != 400, "warn", f"a prompt beyond the window got HTTP {status}", SEE_OLLAMA))
 
 
 def verdict_reuse(first_s: float, second_s: float, tokens: int) -> Finding:
     """Judge two turns of which the second begins with the first one's prompt."""
     line = f"{tokens:,} tokens were read in {first_s:.1f} s, and on the next turn in {second_s:.1f}"
-    if second_s <= max(0.5, first_s / 2):
-        return Finding("ok", line)
-    return Finding("warn", f"{line}: nothing was kept", "Another program uses this model with other"
-                   " options, or OLLAMA_NUM_PARALLEL is above 1: see `ollama ps`.")
+    return judge(line, (second_s > max(0.5, first_s / 2), "warn", f"{line}: nothing was kept",
+                        "Another program uses this model with other options, or"
+                        " OLLAMA_NUM_PARALLEL is above 1: see `ollama ps`."))
 
 
 def verdict_cancel(seconds: float) -> Finding:
     line = f"{seconds:.1f} s after a request was broken off the next one was answered"
-    return Finding("ok", line) if seconds <= SLOW_CANCEL_S else Finding("warn", line, SEE_OLLAMA)
+    return judge(line, (seconds > SLOW_CANCEL_S, "warn", line, SEE_OLLAMA))
 
 
 def verdict_speed(read_per_s: float, write_per_s: float) -> Finding:
@@ -12615,63 +12552,56 @@ def verdict_speed(read_per_s: float, write_per_s: float) -> Finding:
     wait_s = FIRST_PROMPT_TOKENS / read_per_s
     line = (f"reads {read_per_s:,.0f} and writes {write_per_s:.1f} tokens a second: a session's"
             f" first answer begins after about {wait_s:.0f} s")
-    if wait_s <= SLOW_FIRST_ANSWER_S and write_per_s >= SLOW_TOKENS_PER_S:
-        return Finding("ok", line)
-    return Finding("warn", line, "Choose a smaller model, or one that fits into graphics memory"
-                   " (`python qwencode.py models`).")
+    slow = wait_s > SLOW_FIRST_ANSWER_S or write_per_s < SLOW_TOKENS_PER_S
+    return judge(line, (slow, "warn", line, "Choose a smaller model, or one that fits into graphics"
+                        " memory (`python qwencode.py models`)."))
 
 
 def verdict_bash(path: str, missing: Sequence[str], windows: bool) -> Finding:
     """Judge the shell of Claude Code; missing are programs that it does not find."""
-    if not path:
-        return Finding("bad", "bash was not found", "Install Git for Windows (https://git-scm.com),"
-                       " or set CLAUDE_CODE_GIT_BASH_PATH." if windows else "Install bash.")
-    if missing:
-        return Finding("warn", f"bash at {path} lacks {', '.join(missing)}",
-                       "Install them: the commands of a rescue use them.")
-    return Finding("ok", f"bash at {path}, with all that a rescue's commands use")
+    return judge(
+        f"bash at {path}, with all that a rescue's commands use",
+        (not path, "bad", "bash was not found",
+         "Install Git for Windows (https://git-scm.com), or set CLAUDE_CODE_GIT_BASH_PATH."
+         if windows else "Install bash."),
+        (missing, "warn", f"bash at {path} lacks {', '.join(missing)}",
+         "Install them: the commands of a rescue use them."))
 
 
 def verdict_claude(path: str, version: str) -> Finding:
     """Judge the installed Claude Code by what `claude --version` says."""
-    if not path:
-        return Finding("bad", "claude was not found", CLAUDE_MISSING)
     number = version_of(version)
     line = f"claude {dotted(number) or 'of an unknown version'} at {path}"
-    if TESTED_CLAUDE[0] <= number <= TESTED_CLAUDE[-1]:
-        return Finding("ok", line)
-    return Finding("warn", f"{line}; tested: {', '.join(map(dotted, TESTED_CLAUDE))}",
-                   "If it misbehaves: npm install -g @anthropic-ai/claude-code@"
-                   + dotted(TESTED_CLAUDE[-1]))
+    return judge(
+        line,
+        (not path, "bad", "claude was not found", CLAUDE_MISSING),
+        (not TESTED_CLAUDE[0] <= number <= TESTED_CLAUDE[-1], "warn",
+         f"{line}; tested: {', '.join(map(dotted, TESTED_CLAUDE))}",
+         f"If it misbehaves: npm install -g @anthropic-ai/claude-code@{dotted(TESTED_CLAUDE[-1])}"))
 
 
 def verdict_port(address: str, problem: str, ours: bool) -> Finding:
     """Judge the address to listen on; problem is why it cannot be bound."""
-    if ours:
-        return Finding("ok", f"a shim answers at {address}")
-    if problem:
-        return Finding("warn", f"{address} cannot be used", problem)
-    return Finding("ok", f"{address} is free")
+    return judge(f"a shim answers at {address}" if ours else f"{address} is free",
+                 (problem, "warn", f"{address} cannot be used", problem))
 
 
 def verdict_environment(env: Mapping[str, str], settings: Json, upstream_host: str) -> Finding:
     """Judge what may send prompts elsewhere; settings is the `env` of settings.json."""
-    places = (("the environment", env), ("Claude Code's settings.json", settings))
-    seen = [f"{name} in {place}" for place, values in places for name in CLOUD_SWITCHES
-            if values.get(name)]
-    for place, values in places:
+    seen = []
+    for place, values in (("the environment", env), ("Claude Code's settings.json", settings)):
+        seen += [f"{name} in {place}" for name in CLOUD_SWITCHES if values.get(name)]
         host = header_host(str(values.get("ANTHROPIC_BASE_URL") or "").partition("://")[2]
                            .partition("/")[0])
         if host and not is_loopback(host):
             seen.append(f"ANTHROPIC_BASE_URL in {place} is {host}")
     if not is_loopback(upstream_host):
         seen.append(f"OLLAMA_BASE_URL is {upstream_host}")
-    if any(env.get(name) for name in PROXIES) and not covers_loopback(env):
+    if any(map(env.get, PROXIES)) and not covers_loopback(env):
         seen.append("a proxy is set and NO_PROXY lacks 127.0.0.1,localhost")
-    if not seen:
-        return Finding("ok", "nothing in the environment sends prompts elsewhere")
-    return Finding("warn", "; ".join(seen), "Prompts may leave this machine: unset what you did not"
-                   " mean. `claude` and `env` clear the environment, never settings.json.")
+    return judge("nothing in the environment sends prompts elsewhere", (
+        seen, "warn", "; ".join(seen), "Prompts may leave this machine: unset what you did not"
+        " mean. `claude` and `env` clear the environment, never settings.json."))
 
 
 # ------------------------------ doctor: checks ------------------------------
@@ -12696,49 +12626,22 @@ class Ticker(Waiter):
         self.what, self.since = what, time.monotonic()
 
     def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
-        while not super().wait(sock, writing, min(until, time.monotonic() + 1.0)):
-            if time.monotonic() >= until:
-                return False
-            self.show(f"\r{self.what} ... {time.monotonic() - self.since:.0f} s ")
-        return True
-
-    @staticmethod
-    def show(text: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def ticking(what: str) -> Iterator[Ticker]:
-    """Show a progress line until the block ends."""
-    ticker = Ticker(what)
-    try:
-        yield ticker
-    finally:
-        ticker.show("\r" + " " * (len(what) + 12) + "\r")
-
-
-@contextlib.contextmanager
-def running_server(config: Config) -> Iterator[ShimServer]:
-    """Serve beside this program, on a free port of loopback, until the block ends."""
-    server = open_server(config._replace(host="127.0.0.1", port=0))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(DRAIN_S)
-        server.finish(1.0)
+        ready, line = False, ""
+        while not ready and time.monotonic() < until:
+            ready = super().wait(sock, writing, min(until, time.monotonic() + 1.0))
+            if not ready and sys.stderr.isatty():
+                line = f"{self.what} ... {time.monotonic() - self.since:.0f} s "
+                print("\r" + line, end="", file=sys.stderr, flush=True)
+        if line:
+            print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+        return ready
 
 
 class Doctor:
     """What the checks share: the configuration, a shim of their own, what Ollama said."""
 
-    def __init__(self, config: Config, env: Mapping[str, str], server: ShimServer,
-                 quick: bool = False) -> None:
-        self.config, self.env, self.server, self.quick = config, env, server, quick
+    def __init__(self, config: Config, env: Mapping[str, str], server: ShimServer) -> None:
+        self.config, self.env, self.server = config, env, server
         self.model = LocalModel(ModelFacts(config.model))
         self.loaded = Loaded()
         self.speed = (0.0, 0.0)
@@ -12746,10 +12649,16 @@ class Doctor:
 
     def ask(self, path: str, body: Optional[Json] = None, what: str = "asking Ollama") -> Answer:
         """Ask Ollama; what concerns a model may take as long as a first token."""
-        with ticking(what) as ticker:
-            return self.server.upstream.ask(
-                "POST" if body else "GET", path, to_json(body) if body else None, ticker,
-                time.monotonic() + (self.wait_s if body else OLLAMA_ANSWER_S))
+        until = time.monotonic() + (self.wait_s if body else OLLAMA_ANSWER_S)
+        return self.server.upstream.ask("POST" if body else "GET", path,
+                                        to_json(body) if body else None, Ticker(what), until)
+
+    def ask_well(self, path: str, body: Json, what: str) -> Json:
+        """Ask Ollama; raise a ShimError where it refuses."""
+        answer = self.ask(path, body, what)
+        if answer.status != 200:
+            raise upstream_error(answer.status, answer.text, self.config.model)
+        return _mapping(answer.body)
 
     def body(self, tokens: Optional[int] = None, **fields: Any) -> Json:
         """Make a body whose load options are those of every turn."""
@@ -12760,10 +12669,8 @@ class Doctor:
 
     def chat(self, messages: List[Json], tokens: int, what: str) -> Json:
         """Ask the model; raise a ShimError where that fails."""
-        answer = self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
-        if answer.status != 200:
-            raise upstream_error(answer.status, answer.text, self.config.model)
-        return _mapping(answer.body)
+        return self.ask_well(
+            "/api/chat", self.body(tokens, messages=messages, think=False), what)
 
     def learn(self) -> None:
         """Ask what the model is; raise ModelMissingError where it is not there."""
@@ -12776,40 +12683,37 @@ class Doctor:
 
     def load(self) -> Loaded:
         """Choose the window and load the model; raise a ShimError where that fails."""
-        begun, name = time.monotonic(), self.config.model
-        with ticking(f"loading {name}") as ticker:
-            self.model = self.server.registry.model(name, ticker, begun + self.wait_s)
-        answer = self.ask("/api/generate", self.body(), f"loading {name}")
-        if answer.status != 200:
-            raise upstream_error(answer.status, answer.text, name)
+        begun, what = time.monotonic(), f"loading {self.config.model}"
+        self.model = self.server.registry.model(self.config.model, Ticker(what),
+                                                begun + self.wait_s)
+        self.ask_well("/api/generate", self.body(), what)
         self.loaded = self.look()._replace(seconds=time.monotonic() - begun)
         return self.loaded
 
     def look(self) -> Loaded:
         """See how the model is loaded, if it is."""
-        row = _mapping(self.server.registry._loaded_row(
+        return loaded_from(self.server.registry._loaded_row(
             self.model.facts, Waiter(), time.monotonic() + OLLAMA_ANSWER_S))
-        return Loaded(*(natural(row.get(key)) for key in ("context_length", "size", "size_vram")))
 
-    def messages(self, system: str, text: str, what: str) -> Tuple[Json, str]:
-        """Send a Messages request through the shim; return its answer and what failed."""
-        asking = Upstream(self.config._replace(base_url=self.server.url,
-                                               auth_token=self.config.api_key))
+    def messages(self, system: str, text: str, what: str) -> Tuple[Any, str]:
+        """Send a Messages request through the shim; return its content and what failed."""
         body = to_json({"model": self.config.model, "max_tokens": 300, "system": system,
                         "thinking": {"type": "disabled"},
                         "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
         try:
-            with ticking(what) as ticker:
-                answer = asking.ask("POST", "/v1/messages", body, ticker,
-                                    time.monotonic() + 2 * self.wait_s)
+            answer = shim_at(self.server.url, self.config).ask(
+                "POST", "/v1/messages", body, Ticker(what), time.monotonic() + 2 * self.wait_s)
         except ShimError as error:
-            return {}, error.message
-        failed = _mapping(_mapping(answer.body).get("error")).get("message")
-        return _mapping(answer.body), str(failed or "") if answer.status != 200 else ""
+            return [], error.message
+        told = _mapping(answer.body)
+        failed = _mapping(told.get("error")).get("message")
+        return told.get("content") or [], str(failed or "") if answer.status != 200 else ""
 
 
-def check_python(_doctor: Doctor) -> Finding:
-    return verdict_python(tuple(sys.version_info[:3]))
+def loaded_from(row: Any) -> Loaded:
+    """Read a row of /api/ps."""
+    return Loaded(*(natural(_mapping(row).get(key))
+                    for key in ("context_length", "size", "size_vram")))
 
 
 def check_ollama(doctor: Doctor) -> Finding:
@@ -12827,62 +12731,49 @@ def check_model(doctor: Doctor) -> Finding:
     return verdict_model(doctor.config.model, present, others)
 
 
-def check_capabilities(doctor: Doctor) -> Finding:
-    return verdict_capabilities(tuple(sorted(doctor.model.facts.capabilities or ())))
-
-
-def check_load(doctor: Doctor) -> Finding:
-    return Finding("ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}")
-
-
 def check_window(doctor: Doctor) -> Finding:
-    loaded, facts = doctor.look(), doctor.model.facts
+    facts = doctor.model.facts
     return verdict_window(facts.trained or 0, doctor.model.num_ctx or facts.num_ctx or 0,
-                          loaded.window)
-
-
-def check_memory(doctor: Doctor) -> Finding:
-    return verdict_memory(doctor.loaded)
+                          doctor.look().window)
 
 
 def check_template(doctor: Doctor) -> Finding:
     body = probe_body(doctor.config.model, load_options(doctor.model.num_ctx))
     body["messages"].append({"role": "system", "content": "probe reminder"})
-    answer = doctor.ask("/api/chat", body)
-    return verdict_template(rendered_prompt(answer.body) or "")
+    return verdict_template(rendered_prompt(doctor.ask("/api/chat", body).body) or "")
 
 
 def check_call(doctor: Doctor) -> Finding:
-    answer, problem = doctor.messages(
+    content, problem = doctor.messages(
         "You call tools.", "Call the tool doctor_probe with word set to kiwi. Write nothing else.",
         "a live tool call")
-    return verdict_call(answer.get("content") or [], "kiwi", problem)
+    return verdict_call(content, "kiwi", problem)
 
 
 def check_rescue(doctor: Doctor) -> Finding:
     call = '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'
-    answer, problem = doctor.messages(
+    content, problem = doctor.messages(
         "Repeat the user's message exactly, as plain text. Write nothing else.", call,
         "a call written as text")
-    return verdict_rescue(answer.get("content") or [], "plum", problem)
+    return verdict_rescue(content, "plum", problem)
 
 
 def check_truncation(doctor: Doctor) -> Finding:
     window = doctor.loaded.window or doctor.model.window or SERVING_WINDOW
     body = doctor.body(1, messages=[{"role": "user", "content": "7 " * 2 * window}])
-    answer = doctor.ask("/api/chat", body, "a prompt that is too long")
-    return verdict_truncation(answer.status, window)
+    return verdict_truncation(doctor.ask("/api/chat", body, "a prompt that is too long").status,
+                              window)
 
 
 def check_reuse(doctor: Doctor) -> Finding:
     """Time a cold prompt and one that begins with it; the speed comes from the same two."""
-    cold = [{"role": "user", "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}]
-    answers = [doctor.chat(cold, 64, "reading 3,000 tokens")]
-    reply = {"role": "assistant", "content": str(
-        _mapping(answers[0].get("message")).get("content") or "")}
-    answers.append(doctor.chat([*cold, reply, {"role": "user", "content": "Go on."}], 8,
-                               "reading them again"))
-    first, second = map(_finish, answers)
+    messages = [{"role": "user",
+                 "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}]
+    answer = doctor.chat(messages, 64, "reading 3,000 tokens")
+    messages += [{"role": "assistant", "content": str(
+        _mapping(answer.get("message")).get("content") or "")},
+        {"role": "user", "content": "Go on."}]
+    first, second = _finish(answer), _finish(doctor.chat(messages, 8, "reading them again"))
     doctor.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
                     (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
     return verdict_reuse(first.prompt_s, second.prompt_s, first.prompt_tokens or 0)
@@ -12890,19 +12781,15 @@ def check_reuse(doctor: Doctor) -> Finding:
 
 def check_cancel(doctor: Doctor) -> Finding:
     """Break a long answer off and see how soon the next one comes."""
-    waiter, until = Waiter(), time.monotonic() + doctor.wait_s
+    until = time.monotonic() + doctor.wait_s
     body = doctor.body(2000, think=False, stream=True, messages=[
         {"role": "user", "content": "Count from one to five hundred."}])
-    with doctor.server.upstream.open("POST", "/api/chat", to_json(body), waiter, until) as call:
+    with doctor.server.upstream.open("POST", "/api/chat", to_json(body), Waiter(), until) as call:
         call.read_head(until)
         call.read(until)
     begun = time.monotonic()
     doctor.chat([{"role": "user", "content": "Say ok."}], 1, "after a request broken off")
     return verdict_cancel(time.monotonic() - begun)
-
-
-def check_speed(doctor: Doctor) -> Finding:
-    return verdict_speed(*doctor.speed)
 
 
 def find_bash(env: Mapping[str, str]) -> str:
@@ -12918,9 +12805,8 @@ def find_bash(env: Mapping[str, str]) -> str:
 
 def check_bash(doctor: Doctor) -> Finding:
     path = find_bash(doctor.env)
-    missing = "".join(output_of([path, "-c", "for p in " + " ".join(SHELL_PROGRAMS)
-                                 + '; do type "$p" >/dev/null 2>&1 || echo "$p"; done'],
-                                doctor.env)).split() if path else ()
+    script = f'for p in {" ".join(SHELL_PROGRAMS)}; do type "$p" >/dev/null 2>&1 || echo "$p"; done'
+    missing = output_of([path, "-c", script], doctor.env).split() if path else ()
     return verdict_bash(path, missing, os.name == "nt")
 
 
@@ -12930,15 +12816,14 @@ def check_claude(doctor: Doctor) -> Finding:
 
 
 def check_port(doctor: Doctor) -> Finding:
-    config = doctor.config
-    address = f"{config.host}:{config.port}"
+    config, problem = doctor.config, ""
     ours = "ok" in ask_shim(local_url(config), "/health", config)
     try:
         if not ours:
             open_server(config).server_close()
-    except ConfigError as problem:
-        return verdict_port(address, f"{problem}.", ours)
-    return verdict_port(address, "", ours)
+    except ConfigError as error:
+        problem = f"{error}."
+    return verdict_port(f"{config.host}:{config.port}", problem, ours)
 
 
 def check_environment(doctor: Doctor) -> Finding:
@@ -12967,20 +12852,22 @@ class Check(NamedTuple):
 
 
 CHECKS: Tuple[Check, ...] = (
-    Check("python", check_python),
+    Check("python", lambda doctor: verdict_python(sys.version_info[:3])),
     Check("ollama", check_ollama),
     Check("model", check_model, "ollama"),
-    Check("capabilities", check_capabilities, "model"),
-    Check("load", check_load, "model", True),
+    Check("capabilities", lambda doctor: verdict_capabilities(
+        sorted(doctor.model.facts.capabilities or ())), "model"),
+    Check("load", lambda doctor: Finding(
+        "ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}"), "model", True),
     Check("window", check_window, "model"),
-    Check("memory", check_memory, "load", True),
+    Check("memory", lambda doctor: verdict_memory(doctor.loaded), "load", True),
     Check("template", check_template, "load", True),
     Check("tool call", check_call, "load", True),
     Check("rescue", check_rescue, "load", True),
     Check("truncation", check_truncation, "load", True),
     Check("reuse", check_reuse, "load", True),
     Check("cancel", check_cancel, "load", True),
-    Check("speed", check_speed, "load", True),
+    Check("speed", lambda doctor: verdict_speed(*doctor.speed), "load", True),
     Check("bash", check_bash),
     Check("claude", check_claude),
     Check("port", check_port),
@@ -12988,27 +12875,24 @@ CHECKS: Tuple[Check, ...] = (
 )
 
 
-def examine(doctor: Doctor) -> Iterator[Tuple[str, Finding]]:
+def examine(doctor: Doctor, quick: bool) -> Iterator[Tuple[str, Finding]]:
     """Run the checks in the order in which things break."""
     broken: Set[str] = set()
     for check in CHECKS:
-        if check.loads and doctor.quick:
-            continue
-        if check.after in broken:
-            broken.add(check.name)
-            yield check.name, Finding("skip", f"{check.name}: not checked")
+        if check.loads and quick:
             continue
         try:
-            found = check.run(doctor)
+            found = Finding("skip", f"{check.name}: not checked") if check.after in broken \
+                else check.run(doctor)
         except ShimError as error:
             told = isinstance(error, UpstreamRefusedError)  # it says what to do itself
             found = Finding("bad", error.message, "" if told else SEE_OLLAMA)
-        if found.ok == "bad":
+        if found.ok in ("bad", "skip"):
             broken.add(check.name)
         yield check.name, found
 
 
-MARKS = {"ok": ("\u2713", "ok", "32"), "warn": ("!", "!", "33"), "bad": ("\u2717", "x", "31"),
+MARKS = {"ok": ("\u2713", "ok", GREEN), "warn": ("!", "!", YELLOW), "bad": ("\u2717", "x", RED),
          "skip": ("-", "-", "")}
 
 
@@ -13019,19 +12903,16 @@ def finding_lines(found: Finding, colour: bool, unicode: bool) -> List[str]:
     return lines + ([f"  {found.cure}"] if found.cure else [])
 
 
-def run_doctor(args: Any, env: Mapping[str, str]) -> int:
+def run_doctor(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """Check and prove; return 1 if something is broken."""
-    config = load_config(vars(args), env)
     secrets = secrets_of(config)
     rows: List[Tuple[str, Finding]] = []
     with running_server(config._replace(log="error", api_key="")) as server:
-        for name, found in examine(Doctor(config, env, server, args.quick)):
-            shown = Finding(found.ok, clean(redact(found.line, secrets), 600),
-                            clean(redact(found.cure, secrets), 600))
+        for name, found in examine(Doctor(config, env, server), args.quick):
+            shown = Finding(found.ok, *(clean(redact(text, secrets), 600) for text in found[1:]))
             rows.append((name, shown))
             if not args.json:
-                for line in finding_lines(shown, wants_colour(sys.stdout, env), speaks_unicode()):
-                    say(line)
+                say("\n".join(finding_lines(shown, wants_colour(env), speaks_unicode())))
     broken = any(found.ok == "bad" for _, found in rows)
     if args.json:
         say(json.dumps({"version": __version__, "ok": not broken, "checks": [
@@ -13044,9 +12925,9 @@ def speaks_unicode() -> bool:
     return "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
 
 
-def wants_colour(stream: Any, env: Mapping[str, str]) -> bool:
+def wants_colour(env: Mapping[str, str]) -> bool:
     """Colour a terminal, and never with NO_COLOR (no-color.org)."""
-    return bool(stream.isatty()) and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
+    return sys.stdout.isatty() and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
 
 
 # ------------------------------ claude ------------------------------
@@ -13056,23 +12937,18 @@ def same_shim(config: Config) -> str:
     """Return the address of a healthy shim that serves this configuration, "" if none."""
     url = local_url(config)
     status = ask_shim(url, "/status", config) if config.port else {}
-    wanted = json.loads(to_json(shown_options(config)))
-    same = status.get("version") == __version__ and status.get("options") == wanted
+    same = status.get("version") == __version__ and \
+        status.get("options") == json.loads(to_json(shown_options(config)))
     return url if same and _mapping(status.get("health")).get("ok") else ""
 
 
-def run_claude(args: Any, env: Mapping[str, str]) -> int:
+def run_claude(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """Start a shim, wait for the model, start Claude Code; stop what was started."""
-    config = load_config(vars(args), env)
-    if not find_claude(env):
-        tell(CLAUDE_MISSING)
-        return 127
     joined = same_shim(config)
     if joined:
         tell(f"Using the shim that runs at {joined}")
-        window = window_of(ask_shim(joined, "/health", config)) or planned_window(config)
-        made = client_env(joined, config.api_key, config, window)
-        return run_child(*claude_command(made, args.passed, env))
+        return run_child(*claude_command(env_of_shim(joined, config, args, env)[1], args.passed,
+                                         env))
     # Claude Code draws on this terminal: the shim's log would spoil it.
     terminal, (handle, path) = sys.stderr, late("tempfile").mkstemp(".log", "qwencode-")
     try:
@@ -13082,9 +12958,6 @@ def run_claude(args: Any, env: Mapping[str, str]) -> int:
                 made = wait_for_model(Doctor(config, env, server), path)
                 command = claude_command(made, args.passed, env)
             return run_child(*command)
-    except ShimError as error:
-        tell(redact(error.message, secrets_of(config)))
-        return 1
     finally:
         if not os.path.getsize(path):
             os.remove(path)
@@ -13092,13 +12965,13 @@ def run_claude(args: Any, env: Mapping[str, str]) -> int:
 
 def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
     """Load the model, say what came of it, and make Claude Code's variables."""
-    config = doctor.config
+    config, url = doctor.config, doctor.server.url
     doctor.learn()
     loaded = doctor.load()
-    share = f", {100 * loaded.size_vram // loaded.size} % in graphics memory" if loaded.size else ""
-    tell(f"{config.model} is ready after {loaded.seconds:.0f} s{share}; {doctor.model.reason}\n"
-         f"Status page {doctor.server.url}/  log {log}")
-    return client_env(doctor.server.url, config.api_key, config,
+    known = "; ".join(filter(None, (loaded.share, doctor.model.reason)))
+    tell(f"{config.model} is ready after {loaded.seconds:.0f} s; {known}\n"
+         f"Status page {url}/  log {log}")
+    return client_env(url, config.api_key, config,
                       doctor.model.window or loaded.window or planned_window(config))
 
 
@@ -13118,7 +12991,7 @@ class ModelRow(NamedTuple):
 def model_rows(tags: Any) -> List[Json]:
     """Take the models out of /api/tags; rows without a name are left out."""
     rows = _mapping(tags).get("models")
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)] \
+    return [row for row in rows if isinstance(_mapping(row).get("name"), str)] \
         if isinstance(rows, list) else []
 
 
@@ -13136,13 +13009,12 @@ def recommend(rows: Iterable[ModelRow], memory: float) -> str:
     """Choose a model for memory in bytes, 0 where it is not known; "" if none will do."""
     fits = [row for row in rows if "tools" in row.capabilities
             and (not memory or row.size <= memory * WEIGHTS_SHARE)]
-
-    def merit(row: ModelRow) -> Tuple[int, int]:
-        family = next((place for place, name in enumerate(FAMILIES) if name in row.name),
-                      len(FAMILIES))
-        return (-family, row.size)
-
-    return max(fits, key=merit).name if fits else ""
+    for family in (*FAMILIES, ""):
+        largest = max((row for row in fits if family in row.name), default=None,
+                      key=lambda row: row.size)
+        if largest:
+            return largest.name
+    return ""
 
 
 def gpu_bytes(env: Mapping[str, str]) -> float:
@@ -13152,58 +13024,50 @@ def gpu_bytes(env: Mapping[str, str]) -> float:
     return sum(float(word) for word in words if word.isdecimal()) * 2**20
 
 
-def run_models(args: Any, env: Mapping[str, str]) -> int:
+def ask_facts(upstream: Upstream, name: str) -> ModelFacts:
+    """Ask Ollama what a model is; raise a ShimError where nothing answers."""
+    return facts_from_show(name, upstream.ask(
+        "POST", "/api/show", to_json({"model": name}), Waiter(),
+        time.monotonic() + OLLAMA_ANSWER_S).body)
+
+
+def run_models(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """List what Ollama has and which of it suits Claude Code here."""
-    config = load_config(vars(args), env)
-    upstream, waiter = Upstream(config), Waiter()
-
-    def ask(method: str, path: str, body: Optional[str] = None) -> Any:
-        return upstream.ask(method, path, body, waiter, time.monotonic() + OLLAMA_ANSWER_S).body
-
-    try:
-        tags = model_rows(ask("GET", "/api/tags"))
-        loaded = {row["name"]: row for row in model_rows(ask("GET", "/api/ps"))}
-        facts = [facts_from_show(row["name"], ask("POST", "/api/show", to_json(
-            {"model": row["name"]}))) for row in tags]
-    except ShimError as error:
-        tell(redact(error.message, secrets_of(config)))
-        return 1
-    rows = [ModelRow(fact.name, _count(tag.get("size")) or 0, fact.trained or 0,
-                     tuple(sorted(fact.capabilities or ())), loaded_text(loaded.get(fact.name)))
-            for tag, fact in zip(tags, facts)]
+    upstream = Upstream(config)
+    tags, loaded = (model_rows(upstream.ask(
+        "GET", path, None, Waiter(), time.monotonic() + OLLAMA_ANSWER_S).body)
+        for path in ("/api/tags", "/api/ps"))
+    places = {row["name"]: loaded_from(row) for row in loaded}
+    rows = []
+    for tag in tags:
+        facts, place = ask_facts(upstream, tag["name"]), places.get(tag["name"])
+        rows.append(ModelRow(facts.name, natural(tag.get("size")), facts.trained or 0,
+                             tuple(facts.capabilities or ()),
+                             f"{window_text(place.window)} {place.share}" if place else ""))
+    ours = (config.model, f"{config.model}:latest")
     say(f"{'MODEL':32} {'SIZE':>8} {'WINDOW':>8}  TOOLS  LOADED")
     for row in rows:
-        mark = "*" if row.name in (config.model, config.model + ":latest") else " "
-        say(f"{mark}{clean(row.name):31} {row.size / 1e9:5.1f} GB {window_text(row.window):>8}"
-            f"  {'yes' if 'tools' in row.capabilities else 'no':5}  {row.loaded}")
+        say(f"{'*' if row.name in ours else ' '}{clean(row.name):31} {row.size / 1e9:5.1f} GB"
+            f" {window_text(row.window):>8}  {'yes' if 'tools' in row.capabilities else 'no':5}"
+            f"  {row.loaded}")
     memory = gpu_bytes(env)
-    best = recommend(rows, memory)
     room = f" in {memory / 1e9:.0f} GB of graphics memory" if memory else ""
     pull = next(name for least, name in PULLS if memory / 1e9 >= least)
-    there = any(row.name in (config.model, config.model + ":latest") for row in rows)
-    say(("* is OLLAMA_MODEL." if there else f"OLLAMA_MODEL, {config.model}, is not among them.")
-        + f" Recommended{room}: " + (best or f"ollama pull {pull}"))
+    say(("* is OLLAMA_MODEL." if any(row.name in ours for row in rows)
+         else f"OLLAMA_MODEL, {config.model}, is not among them.")
+        + f" Recommended{room}: {recommend(rows, memory) or f'ollama pull {pull}'}")
     return 0
-
-
-def loaded_text(row: Optional[Json]) -> str:
-    """Say with which window a model is loaded, and where."""
-    if row is None:
-        return ""
-    size, inside = _count(row.get("size")) or 0, _count(row.get("size_vram")) or 0
-    share = f", {100 * inside // size} % in graphics memory" if size else ""
-    return window_text(_count(row.get("context_length")) or 0) + share
 
 
 def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
     """Say what a request becomes: the upstream body, what was left out and why, tokens."""
-    session = Session()
+    session, slim, left_out = Session(), config.prompt == "slim", []
     table = session.table(request, config.max_tools)
-    tools, tools_json = session.tools(table, config.prompt == "slim", facts, "")
-    names, left_out = [tool.name for tool in table.sent], []
+    tools, tools_json = session.tools(table, slim, facts)
+    names = [tool.name for tool in table.sent]
 
     def shorten(text: str) -> str:
-        short, gone = slim_text(text, names) if config.prompt == "slim" else (text, [])
+        short, gone = slim_text(text, names) if slim else (text, [])
         left_out.extend(gone)
         return short
 
@@ -13213,8 +13077,8 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
         **load_options(config.num_ctx), "num_predict": request.max_tokens},
         messages_json=session.written.write(messages)[0], tools_json=tools_json)
     counts = [estimate_tokens(message.content) for message in messages]
-    known = next((place + 1 for place in range(len(messages) - 1, -1, -1)
-                  if messages[place].role == "assistant"), 0)
+    known = max((place for place, message in enumerate(messages, 1)
+                 if message.role == "assistant"), default=0)
     return {
         "model": config.model, "path": facts.path or "unknown: Ollama was not asked",
         "answered_without_the_model": answered.rule if answered else "",
@@ -13236,75 +13100,92 @@ def why_dropped(name: str, request: Request, config: Config) -> str:
     return f"beyond SHIM_MAX_TOOLS={config.max_tools}; a call of it would still go through"
 
 
-def run_explain(args: Any, env: Mapping[str, str]) -> int:
+def run_explain(config: Config, args: Any, env: Mapping[str, str]) -> int:
     """Show what a Messages body would become: nothing is sent to the model."""
-    config = load_config(vars(args), env)
     try:
-        data = sys.stdin.buffer.read() if args.file == "-" else \
-            late("pathlib").Path(args.file).read_bytes()
-        request = parse_request(parse_json(data))
+        with open(0 if args.file == "-" else args.file, "rb") as file:
+            request = parse_request(parse_json(file.read()))
     except OSError as problem:
         raise ConfigError(f"{args.file} cannot be read ({problem.strerror}); name a file that"
                           " holds a request body, or - for standard input") from None
     except (ValueError, BadRequestError) as problem:
         raise ConfigError(f"{args.file} holds no request for /v1/messages:"
                           f" {clean(str(problem))}") from None
-    upstream = Upstream(config)
     facts = ModelFacts(config.model)
     with contextlib.suppress(ShimError):
-        facts = facts_from_show(config.model, upstream.ask(
-            "POST", "/api/show", to_json({"model": config.model}), Waiter(),
-            time.monotonic() + HEALTH_S).body)
+        facts = ask_facts(Upstream(config), config.model)
     say(json.dumps(explain(request, facts, config), indent=1, ensure_ascii=False))
     return 0
 
 
-def _client_arguments(sub: Any) -> None:
-    sub.add_argument("url", nargs="?", default="", help="base URL (default http://HOST:PORT)")
-    sub.add_argument("key", nargs="?", default="", help="key of the shim (default SHIM_API_KEY)")
-
-
-def _doctor_arguments(sub: Any) -> None:
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    sub.add_argument("--quick", action="store_true", help="skip what loads the model")
-
-
-def _env_arguments(sub: Any) -> None:
-    sub.add_argument("shell", nargs="?", choices=sorted(SHELLS), help="default: this one")
-    sub.add_argument("--shell", dest="named_shell", choices=sorted(SHELLS), help="the same")
-
-
-def _explain_arguments(sub: Any) -> None:
-    sub.add_argument("file", help="file that holds the body, or - for standard input")
+# ------------------------------ the command line ------------------------------
 
 
 class Command(NamedTuple):
-    """A subcommand: its name, help, own arguments and function."""
+    """A subcommand: its name, help, function and own arguments, as argparse wants them."""
 
     name: str
     help: str
-    arguments: Callable[[Any], None]
-    run: Callable[[Any, Mapping[str, str]], int]
+    run: Callable[[Config, Any, Mapping[str, str]], int]
+    arguments: Mapping[str, Json] = {}
 
 
 COMMANDS: Tuple[Command, ...] = (
-    Command("serve", "serve the Messages API (the default)", lambda sub: None, run_serve),
-    Command("demo", "see it work without Ollama or Claude Code", lambda sub: None, run_demo),
-    Command("try", "carry out one request here, as the rescue would", _try_arguments, run_try),
+    Command("serve", "serve the Messages API (the default)", run_serve),
+    Command("demo", "see it work without Ollama or Claude Code", run_demo),
+    Command("try", "carry out one request here, as the rescue would", run_try, {
+        "request": {"nargs": "+", "help": "what to do, in words"},
+        "--dry-run": {"action": "store_true", "help": "show the command, run nothing"}}),
     Command("claude", "start a shim and Claude Code on it; arguments for claude after --",
-            lambda sub: None, run_claude),
+            run_claude),
     Command("client", "start Claude Code on a shim that runs; arguments for claude after --",
-            _client_arguments, run_client),
-    Command("doctor", "check everything, prove what can be proved, say the cures",
-            _doctor_arguments, run_doctor),
-    Command("models", "list Ollama's models and which one suits", lambda sub: None, run_models),
-    Command("env", "print the variables for Claude Code", _env_arguments, run_env),
-    Command("explain", "show what a Messages body would become", _explain_arguments, run_explain),
+            run_client, {
+        "url": {"nargs": "?", "default": "", "help": "base URL (default http://HOST:PORT)"},
+        "key": {"nargs": "?", "default": "", "help": "key of the shim (default SHIM_API_KEY)"}}),
+    Command("doctor", "check everything, prove what can be proved, say the cures", run_doctor, {
+        "--json": {"action": "store_true", "help": "print JSON"},
+        "--quick": {"action": "store_true", "help": "skip what loads the model"}}),
+    Command("models", "list Ollama's models and which one suits", run_models),
+    Command("env", "print the variables for Claude Code", run_env, {
+        "shell": {"nargs": "?", "choices": sorted(SHELLS), "help": "default: this one"},
+        "--shell": {"dest": "named_shell", "choices": sorted(SHELLS), "help": "the same"}}),
+    Command("explain", "show what a Messages body would become", run_explain, {
+        "file": {"help": "file that holds the body, or - for standard input"}}),
 )
+WITH_CLAUDE = ("claude", "client")
 
 
-def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a command; returns its exit code. 2 is a mistake of the user's."""
+def make_parser() -> Any:
+    """Make the command line from COMMANDS and OPTIONS."""
+    argparse = late("argparse")
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("options of every command, each also a variable")
+    for option in OPTIONS:
+        default = f" (default {option.default})" if option.default else ""
+        group.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
+                           help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
+    parser = argparse.ArgumentParser(
+        prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
+        " of Ollama.", parents=[common], usage="%(prog)s [COMMAND] [OPTIONS]")
+    parser.error = one_line_error(parser)
+    parser.add_argument("--version", action="version", version=f"qwencode {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="qwencode")
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, parents=[common],
+                                  description=command.help, usage="%(prog)s [OPTIONS] ...")
+        sub.error = one_line_error(sub)
+        for name, settings in command.arguments.items():
+            sub.add_argument(name, **settings)
+    return parser
+
+
+def one_line_error(parser: Any) -> Callable[[str], None]:
+    """Answer a mistake in one line; argparse would print a page of usage before it."""
+    return lambda message: parser.exit(2, f"{parser.prog}: {message}. See --help.\n")
+
+
+def parse_arguments(argv: Sequence[str]) -> Any:
+    """Read the command line; raises SystemExit, as argparse does, when all is said."""
     own, passed = list(argv), []
     if "--" in own:
         own, passed = own[:own.index("--")], own[own.index("--") + 1:]
@@ -13312,16 +13193,31 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         # Making the parser takes 6 % of a start; a bare `qwencode.py` needs none.
         args = make_parser().parse_args(own) if own else SimpleNamespace(command="serve")
     except SystemExit as end:
-        if end.code == 2 and not passed and own[0] in ("claude", "client"):
+        if end.code == 2 and not passed and own[0] in WITH_CLAUDE:
             tell("What is meant for claude itself goes after --, as in: -- -p 'hello'")
-        return end.code if isinstance(end.code, int) else 2
+        raise
     args.passed = passed
-    command = next(c for c in COMMANDS if c.name == (args.command or "serve"))
+    return args
+
+
+def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a command; returns its exit code. 2 is a mistake of the user's."""
     try:
-        return command.run(args, env)
+        args = parse_arguments(argv)
+        command = next(c for c in COMMANDS if c.name == (args.command or "serve"))
+        config = load_config(vars(args), env)
+        if command.name in WITH_CLAUDE and not find_claude(env):
+            tell(CLAUDE_MISSING)
+            raise SystemExit(127)
+        return command.run(config, args, env)
+    except SystemExit as end:
+        return int(end.code or 0)
     except ConfigError as problem:
-        sys.stderr.write(f"qwencode: {problem}\n")
+        tell(f"qwencode: {problem}")
         return 2
+    except ShimError as error:
+        tell(redact(error.message, secrets_of(config)))
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output left, as `head` does
