@@ -441,6 +441,7 @@ class ConfigError(Exception):
 # ------------------------------ readers of a value ------------------------------
 # Each returns the value or raises ConfigError with the words that follow it.
 
+Env = Mapping[str, str]
 Reader = Callable[[str], Any]
 
 
@@ -602,7 +603,7 @@ def url_from_ollama_host(text: str) -> str:
     return f"{scheme or 'http'}://{bracketed(CONNECTABLE.get(host, host))}:{port}{path}".rstrip("/")
 
 
-def load_config(flags: Mapping[str, Optional[str]], env: Mapping[str, str]) -> Config:
+def load_config(flags: Mapping[str, Optional[str]], env: Env) -> Config:
     """Read flags (by option name) over environment over defaults.
 
     An empty variable counts as not set. Raises ConfigError with one line that names
@@ -11972,9 +11973,7 @@ def raise_descriptor_limit() -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         resource = late("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, MAX_DESCRIPTORS), hard))
 
 
 def on_signals(names: Sequence[str], act: Callable[[int], None]) -> None:
@@ -11985,7 +11984,7 @@ def on_signals(names: Sequence[str], act: Callable[[int], None]) -> None:
             signal.signal(getattr(signal, name), lambda number, _frame: act(number))
 
 
-def run_serve(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_serve(config: Config, args: Any, env: Env) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 and 130."""
     raise_descriptor_limit()
     server = open_server(config)
@@ -12067,7 +12066,7 @@ def demo_conversation(shim: Upstream, folder: str) -> bool:
     return bool(final["stop_reason"] == "end_turn")
 
 
-def run_demo(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_demo(config: Config, args: Any, env: Env) -> int:
     """Show the shim at work, a stand-in for the model behind it."""
     http = late("http.server")
     handler = type("StandIn", (http.BaseHTTPRequestHandler,), {
@@ -12092,7 +12091,7 @@ TRY_TOOLS = {"Bash": Tool("Bash", "", {"type": "object", "required": ["command"]
     "command": {"type": "string"}, "description": {"type": "string"}}})}
 
 
-def run_try(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_try(config: Config, args: Any, env: Env) -> int:
     """Carry out one request here, as the rescue would; return the command's exit code."""
     found = find_rescue((Message("user", (Text(" ".join(args.request)),)),), "I'll do that now.")
     if not found:
@@ -12142,7 +12141,7 @@ MODE_OPTION = Pattern(r"--(?:permission-mode|dangerously-skip-permissions)(?:=.*
 PRINT_OPTIONS = {"-p", "--print", "-v", "--version", "-h", "--help"}
 
 
-def client_env(base_url: str, key: str, config: Config, window: int) -> Dict[str, str]:
+def client_env(base_url: str, key: str, config: Config, window: int) -> Env:
     """Make the variables of a Claude Code that talks to the shim at base_url.
 
     The key goes as a Bearer token: an API key would be asked about in a dialog whose
@@ -12157,7 +12156,7 @@ def client_env(base_url: str, key: str, config: Config, window: int) -> Dict[str
             **(compact_env(window, DEFAULT_MAX_TOKENS) if window else {})}
 
 
-def child_env(made: Mapping[str, str], env: Mapping[str, str]) -> Dict[str, str]:
+def child_env(made: Env, env: Env) -> Env:
     """Lay made under the environment, which keeps what the user set.
 
     Not kept: where to send to and with which key, what would lead past the shim, and a
@@ -12172,7 +12171,7 @@ def child_env(made: Mapping[str, str], env: Mapping[str, str]) -> Dict[str, str]
     return child
 
 
-def covers_loopback(env: Mapping[str, str]) -> bool:
+def covers_loopback(env: Env) -> bool:
     """Tell whether NO_PROXY keeps loopback requests away from a proxy."""
     names = (env.get("NO_PROXY") or env.get("no_proxy") or "").replace(" ", "").split(",")
     return "*" in names or {"127.0.0.1", "localhost"} <= set(names)
@@ -12190,7 +12189,7 @@ def claude_arguments(passed: Sequence[str], settings: Mapping[str, Any]) -> List
     return ["--permission-mode", "default", *passed]
 
 
-def claude_settings(env: Mapping[str, str]) -> Json:
+def claude_settings(env: Env) -> Json:
     """Read Claude Code's settings, the project's over the user's; {} where there are none."""
     merged: Json = {}
     home = env.get("CLAUDE_CONFIG_DIR") or os.path.join(home_of(env), ".claude")
@@ -12210,18 +12209,18 @@ def read_mapping(path: str) -> Json:
         return {}
 
 
-def home_of(env: Mapping[str, str]) -> str:
+def home_of(env: Env) -> str:
     return env.get("USERPROFILE" if os.name == "nt" else "HOME") or os.path.expanduser("~")
 
 
-def find_claude(env: Mapping[str, str]) -> str:
+def find_claude(env: Env) -> str:
     """Find the claude program on PATH or where its installer puts it; "" if nowhere."""
     home = home_of(env)
     places = (env.get("PATH"), f"{home}/.local/bin", f"{home}/.claude/local")
     return next(filter(None, (late("shutil").which("claude", path=place) for place in places)), "")
 
 
-def ease_first_run(passed: Sequence[str], env: Mapping[str, str]) -> None:
+def ease_first_run(passed: Sequence[str], env: Env) -> None:
     """Spare a new user Claude Code's welcome, which fails without network (CC A11).
 
     Only where Claude Code has no file yet; one that is there is never touched, and the
@@ -12244,7 +12243,7 @@ def ease_first_run(passed: Sequence[str], env: Mapping[str, str]) -> None:
         tell(f"{path} could not be written: {problem.strerror}")
 
 
-def run_child(command: Sequence[str], env: Mapping[str, str]) -> int:
+def run_child(command: Sequence[str], env: Env) -> int:
     """Run a program on this terminal; return its exit code, 128 + n after signal n.
 
     Ctrl-C reaches the child from the terminal itself, so that it is only survived here;
@@ -12257,8 +12256,7 @@ def run_child(command: Sequence[str], env: Mapping[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def claude_command(made: Mapping[str, str], passed: Sequence[str], env: Mapping[str, str],
-                   ) -> Tuple[List[str], Dict[str, str]]:
+def claude_command(made: Env, passed: Sequence[str], env: Env) -> Tuple[List[str], Env]:
     """Return the command line and environment of Claude Code, and say what is special."""
     for name in CLOUD_SWITCHES:
         if env.get(name):
@@ -12282,8 +12280,7 @@ def planned_window(config: Config) -> int:
     return config.num_ctx or (0 if config.auto_ctx == "off" else SERVING_WINDOW)
 
 
-def env_of_shim(url: str, config: Config, args: Any, env: Mapping[str, str],
-                ) -> Tuple[bool, Dict[str, str]]:
+def env_of_shim(url: str, config: Config, args: Any, env: Env) -> Tuple[bool, Env]:
     """Tell whether a shim answers at url, and make Claude Code's variables for it.
 
     Its own window and model count, but for a model that the user named here.
@@ -12301,7 +12298,7 @@ def local_url(config: Config) -> str:
     return f"http://{bracketed(CONNECTABLE.get(config.host, config.host))}:{config.port}"
 
 
-def run_client(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_client(config: Config, args: Any, env: Env) -> int:
     """Start Claude Code against a shim that runs already."""
     named = args.url or ("" if env.get("HOST") or env.get("PORT")
                          else env.get("ANTHROPIC_BASE_URL", ""))
@@ -12327,7 +12324,7 @@ SHELLS = {
 }
 
 
-def export_lines(made: Mapping[str, str], shell: str) -> List[str]:
+def export_lines(made: Env, shell: str) -> List[str]:
     """Write the variables in a shell's own words; what leads past the shim is unset."""
     setting, removing, quotes = SHELLS[shell]
     lines = [removing.format(name=name) for name in CLOUD_SWITCHES]
@@ -12337,7 +12334,7 @@ def export_lines(made: Mapping[str, str], shell: str) -> List[str]:
     return lines
 
 
-def run_env(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_env(config: Config, args: Any, env: Env) -> int:
     """Print the variables for a shell: eval "$(python qwencode.py env)"."""
     windows = os.name == "nt" and not env.get("MSYSTEM")  # set in Git Bash
     usual = "fish" if env.get("SHELL", "").endswith("fish") else "bash"
@@ -12586,7 +12583,7 @@ def verdict_port(address: str, problem: str, ours: bool) -> Finding:
                  (problem, "warn", f"{address} cannot be used", problem))
 
 
-def verdict_environment(env: Mapping[str, str], settings: Json, upstream_host: str) -> Finding:
+def verdict_environment(env: Env, settings: Json, upstream_host: str) -> Finding:
     """Judge what may send prompts elsewhere; settings is the `env` of settings.json."""
     seen = []
     for place, values in (("the environment", env), ("Claude Code's settings.json", settings)):
@@ -12640,7 +12637,7 @@ class Ticker(Waiter):
 class Doctor:
     """What the checks share: the configuration, a shim of their own, what Ollama said."""
 
-    def __init__(self, config: Config, env: Mapping[str, str], server: ShimServer) -> None:
+    def __init__(self, config: Config, env: Env, server: ShimServer) -> None:
         self.config, self.env, self.server = config, env, server
         self.model = LocalModel(ModelFacts(config.model))
         self.loaded = Loaded()
@@ -12792,7 +12789,7 @@ def check_cancel(doctor: Doctor) -> Finding:
     return verdict_cancel(time.monotonic() - begun)
 
 
-def find_bash(env: Mapping[str, str]) -> str:
+def find_bash(env: Env) -> str:
     """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
     which, path = late("shutil").which, env.get("PATH")
     if os.name != "nt":
@@ -12831,7 +12828,7 @@ def check_environment(doctor: Doctor) -> Finding:
     return verdict_environment(doctor.env, settings, doctor.server.upstream.host)
 
 
-def output_of(command: Sequence[str], env: Mapping[str, str]) -> str:
+def output_of(command: Sequence[str], env: Env) -> str:
     """Run a program and return what it says, "" where it cannot be run."""
     subprocess = late("subprocess")
     try:
@@ -12903,7 +12900,7 @@ def finding_lines(found: Finding, colour: bool, unicode: bool) -> List[str]:
     return lines + ([f"  {found.cure}"] if found.cure else [])
 
 
-def run_doctor(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_doctor(config: Config, args: Any, env: Env) -> int:
     """Check and prove; return 1 if something is broken."""
     secrets = secrets_of(config)
     rows: List[Tuple[str, Finding]] = []
@@ -12925,7 +12922,7 @@ def speaks_unicode() -> bool:
     return "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
 
 
-def wants_colour(env: Mapping[str, str]) -> bool:
+def wants_colour(env: Env) -> bool:
     """Colour a terminal, and never with NO_COLOR (no-color.org)."""
     return sys.stdout.isatty() and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
 
@@ -12942,7 +12939,7 @@ def same_shim(config: Config) -> str:
     return url if same and _mapping(status.get("health")).get("ok") else ""
 
 
-def run_claude(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_claude(config: Config, args: Any, env: Env) -> int:
     """Start a shim, wait for the model, start Claude Code; stop what was started."""
     joined = same_shim(config)
     if joined:
@@ -12963,7 +12960,7 @@ def run_claude(config: Config, args: Any, env: Mapping[str, str]) -> int:
             os.remove(path)
 
 
-def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
+def wait_for_model(doctor: Doctor, log: str) -> Env:
     """Load the model, say what came of it, and make Claude Code's variables."""
     config, url = doctor.config, doctor.server.url
     doctor.learn()
@@ -12976,16 +12973,6 @@ def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
 
 
 # ------------------------------ models and explain ------------------------------
-
-
-class ModelRow(NamedTuple):
-    """A model that Ollama has; size in bytes, window as trained."""
-
-    name: str
-    size: int
-    window: int
-    capabilities: Tuple[str, ...]
-    loaded: str = ""
 
 
 def model_rows(tags: Any) -> List[Json]:
@@ -13005,19 +12992,19 @@ PULLS = ((20.0, "qwen3-coder:30b"), (10.0, "qwen2.5-coder:14b"), (6.0, "qwen3:8b
 WEIGHTS_SHARE = 0.8
 
 
-def recommend(rows: Iterable[ModelRow], memory: float) -> str:
-    """Choose a model for memory in bytes, 0 where it is not known; "" if none will do."""
-    fits = [row for row in rows if "tools" in row.capabilities
-            and (not memory or row.size <= memory * WEIGHTS_SHARE)]
-    for family in (*FAMILIES, ""):
-        largest = max((row for row in fits if family in row.name), default=None,
-                      key=lambda row: row.size)
-        if largest:
-            return largest.name
-    return ""
+def recommend(models: Iterable[Tuple[ModelFacts, int]], memory: float) -> str:
+    """Choose one of the models and their sizes for memory; all in bytes, 0 where unknown.
+
+    Returns "" if none will do.
+    """
+    fits = [(size, facts.name) for facts, size in models if "tools" in (facts.capabilities or ())
+            and (not memory or size <= memory * WEIGHTS_SHARE)]
+    best = (max((one for one in fits if family in one[1]), default=None)
+            for family in (*FAMILIES, ""))
+    return next((one[1] for one in best if one), "")
 
 
-def gpu_bytes(env: Mapping[str, str]) -> float:
+def gpu_bytes(env: Env) -> float:
     """Ask the NVIDIA driver for the memory of all GPUs; 0 where it is not known."""
     words = output_of(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
                       env).split()
@@ -13031,31 +13018,27 @@ def ask_facts(upstream: Upstream, name: str) -> ModelFacts:
         time.monotonic() + OLLAMA_ANSWER_S).body)
 
 
-def run_models(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_models(config: Config, args: Any, env: Env) -> int:
     """List what Ollama has and which of it suits Claude Code here."""
     upstream = Upstream(config)
     tags, loaded = (model_rows(upstream.ask(
         "GET", path, None, Waiter(), time.monotonic() + OLLAMA_ANSWER_S).body)
         for path in ("/api/tags", "/api/ps"))
+    models = [(ask_facts(upstream, tag["name"]), natural(tag.get("size"))) for tag in tags]
     places = {row["name"]: loaded_from(row) for row in loaded}
-    rows = []
-    for tag in tags:
-        facts, place = ask_facts(upstream, tag["name"]), places.get(tag["name"])
-        rows.append(ModelRow(facts.name, natural(tag.get("size")), facts.trained or 0,
-                             tuple(facts.capabilities or ()),
-                             f"{window_text(place.window)} {place.share}" if place else ""))
-    ours = (config.model, f"{config.model}:latest")
+    ours = {config.model, f"{config.model}:latest"}
     say(f"{'MODEL':32} {'SIZE':>8} {'WINDOW':>8}  TOOLS  LOADED")
-    for row in rows:
-        say(f"{'*' if row.name in ours else ' '}{clean(row.name):31} {row.size / 1e9:5.1f} GB"
-            f" {window_text(row.window):>8}  {'yes' if 'tools' in row.capabilities else 'no':5}"
-            f"  {row.loaded}")
+    for facts, size in models:
+        tools, place = "tools" in (facts.capabilities or ()), places.get(facts.name)
+        say(f"{'*' if facts.name in ours else ' '}{clean(facts.name):31} {size / 1e9:5.1f} GB"
+            f" {window_text(facts.trained or 0):>8}  {'yes' if tools else 'no':5}  "
+            + (f"{window_text(place.window)} {place.share}" if place else ""))
     memory = gpu_bytes(env)
     room = f" in {memory / 1e9:.0f} GB of graphics memory" if memory else ""
     pull = next(name for least, name in PULLS if memory / 1e9 >= least)
-    say(("* is OLLAMA_MODEL." if any(row.name in ours for row in rows)
-         else f"OLLAMA_MODEL, {config.model}, is not among them.")
-        + f" Recommended{room}: {recommend(rows, memory) or f'ollama pull {pull}'}")
+    there = ours.intersection(facts.name for facts, _ in models)
+    say(("* is OLLAMA_MODEL." if there else f"OLLAMA_MODEL, {config.model}, is not among them.")
+        + f" Recommended{room}: {recommend(models, memory) or f'ollama pull {pull}'}")
     return 0
 
 
@@ -13100,7 +13083,7 @@ def why_dropped(name: str, request: Request, config: Config) -> str:
     return f"beyond SHIM_MAX_TOOLS={config.max_tools}; a call of it would still go through"
 
 
-def run_explain(config: Config, args: Any, env: Mapping[str, str]) -> int:
+def run_explain(config: Config, args: Any, env: Env) -> int:
     """Show what a Messages body would become: nothing is sent to the model."""
     try:
         with open(0 if args.file == "-" else args.file, "rb") as file:
@@ -13126,7 +13109,7 @@ class Command(NamedTuple):
 
     name: str
     help: str
-    run: Callable[[Config, Any, Mapping[str, str]], int]
+    run: Callable[[Config, Any, Env], int]
     arguments: Mapping[str, Json] = {}
 
 
@@ -13200,7 +13183,7 @@ def parse_arguments(argv: Sequence[str]) -> Any:
     return args
 
 
-def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+def main(argv: Sequence[str], env: Env) -> int:
     """Run a command; returns its exit code. 2 is a mistake of the user's."""
     try:
         args = parse_arguments(argv)
