@@ -40,7 +40,6 @@ Invariants of every event stream (checked by tests/helpers.py on every test):
 """
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import importlib
@@ -49,13 +48,10 @@ import math
 import os
 import re
 import select
-import shlex
 import socket
 import sys
 import threading
 import time
-import zlib
-from bisect import bisect_left
 from collections import deque, namedtuple
 from functools import cache, lru_cache
 from http.server import ThreadingHTTPServer
@@ -440,8 +436,9 @@ FIRST_TOKEN_TIMEOUT_MS = 600_000
 SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True),
                 **dict.fromkeys(("0", "false", "no", "off"), False)}
 WHOLE_NUMBER = Pattern(r"[0-9]{1,12}")
-BASE_URL = Pattern(r"https?://(?:[^\s/?#]+@)?(?:\[[0-9a-f:.]+\]|[\w.~%-]+)(?::([0-9]{1,5}))?"
-                   r"(?:/[!\"$->@-~]*)?", re.IGNORECASE | re.ASCII)
+# Scheme, login, host, port, path.
+BASE_URL = Pattern(r"(https?)://(?:([^\s/?#]+)@)?(\[[0-9a-f:.]+\]|[\w.~%-]+)(?::([0-9]{1,5}))?"
+                   r"(/[!\"$->@-~]*)?", re.IGNORECASE | re.ASCII)
 # Scheme; a host in brackets, with two colons or without any; port; path. Fits every text.
 OLLAMA_HOST = Pattern(r"(?:(.*?)://)?(\[[0-9a-f:.]+\]|[^/:]*:[^/:]*:[^/]*|[^/:]*)(?::([^/]*))?"
                       r"(/.*)?\Z", re.IGNORECASE | re.DOTALL)
@@ -505,7 +502,7 @@ def some_of(*choices: str) -> Reader:
 def read_url(text: str) -> str:
     """Return the URL without a trailing slash."""
     url = BASE_URL.fullmatch(text)
-    if not url or not 0 < int(url.group(1) or 80) < 65536:
+    if not url or not 0 < int(url.group(4) or 80) < 65536:
         raise ConfigError("is not a URL such as http://127.0.0.1:11434")
     return text.rstrip("/")
 
@@ -658,17 +655,22 @@ def flag_of(option: Option) -> str:
     return "--" + option.name.replace("_", "-")
 
 
+def login_of(url: str) -> Tuple[str, str]:
+    """Return the login in a base URL as written and decoded; "" where it has none."""
+    written = BASE_URL.findall(url)[0][1]
+    return written, PERCENT_CODED.sub(lambda run: bytes.fromhex(
+        run.group().replace("%", "")).decode("utf-8", "replace"), written)
+
+
 def secrets_of(config: Config) -> Tuple[str, ...]:
     """List the texts that must appear in no log and no answer, the longest first.
 
     A URL's login counts as written, decoded, and as the header that Ollama sees.
     """
-    url = URL_LOGIN.search(config.base_url)
-    written = url.group(1) if url else ""
-    login = PERCENT_CODED.sub(lambda run: bytes.fromhex(
-        run.group().replace("%", "")).decode("utf-8", "replace"), written)
-    texts = {config.api_key, config.auth_token, written, written.partition(":")[2], login,
-             login.partition(":")[2], base64.b64encode(login.encode("utf-8", "replace")).decode()}
+    written, login = login_of(config.base_url)
+    header = late("base64").b64encode(login.encode("utf-8", "replace")).decode() if login else ""
+    texts = {config.api_key, config.auth_token, header, written, written.partition(":")[2], login,
+             login.partition(":")[2]}
     return tuple(sorted((text for text in texts if len(text) > 2), key=len, reverse=True))
 
 
@@ -1288,7 +1290,7 @@ def coerced(value: Any, schema: Any, name: str = "") -> Any:
 def string_from(value: Any, name: str) -> Optional[str]:
     """Write a value as text: an argument vector quoted, lines joined, else JSON."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return shlex.join(value) if plain_name(name) == "command" else "\n".join(value)
+        return late("shlex").join(value) if plain_name(name) == "command" else "\n".join(value)
     return json.dumps(value, ensure_ascii=False, indent=2 if isinstance(value, dict) else None)
 
 
@@ -3237,7 +3239,8 @@ def agent_line(agent: str) -> str:
     Two subagents of one kind share most of their prompt; alternating in one slot they
     would throw each other's tail away: 5,000 tokens at every switch (OL 5b).
     """
-    return f"{zlib.crc32(agent.encode()):08x} is the number of this agent."
+    number = late("zlib").crc32(agent.encode())
+    return f"{number:08x} is the number of this agent."
 
 
 COMPACTION_MARK = "CRITICAL: Respond with TEXT ONLY"
@@ -5616,7 +5619,7 @@ def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
     """Return lines that write bytes from base64; macOS up to 12 knows only -D."""
     coded = f"{target}64"
     ways = [f"base64 {flag} < {coded}{then} > {target}" for flag in ("-d", "-D")]
-    return [heredoc("cat", coded, base64.encodebytes(content).decode()), " || ".join(ways)]
+    return [heredoc("cat", coded, late("base64").encodebytes(content).decode()), " || ".join(ways)]
 
 
 def work_copy(text: str, target: str) -> List[str]:
@@ -5669,7 +5672,7 @@ def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]
 
 def packed_copy(text: str, source: str, target: str) -> List[str]:
     """Return lines for a content so long that it must be compressed."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    packer = late("zlib").compressobj(9, late("zlib").DEFLATED, 31)
     content = text.encode()
     digest = late("hashlib").sha256(content).hexdigest()
     sums = [f"printf '%s  %s\\n' {digest} {source} | {tool} -c > /dev/null"
@@ -8913,7 +8916,7 @@ class Histogram:
     def observe(self, value: float) -> None:
         """Count value; anything but a number from 0 up is left out."""
         if 0 <= value < math.inf:
-            self.counts[bisect_left(self.bounds, value)] += 1
+            self.counts[sum(bound < value for bound in self.bounds)] += 1
             self.total += value
 
     def samples(self) -> Dict[str, float]:
@@ -9822,14 +9825,14 @@ class Upstream:
     """
 
     def __init__(self, config: Config) -> None:
-        parts = late("urllib.parse").urlsplit(config.base_url)
-        self.tls = parts.scheme.lower() == "https"
-        self.host = parts.hostname or ""
-        self.port = parts.port or (443 if self.tls else 80)
-        self._prefix = parts.path.rstrip("/")
-        shown = f"[{self.host}]" if ":" in self.host else self.host
-        self.url = f"{parts.scheme}://{shown}:{self.port}{self._prefix}"
-        login = late("urllib.parse").unquote(parts.netloc.rpartition("@")[0])
+        scheme, _, host, port, path = BASE_URL.findall(config.base_url)[0]
+        self.tls = scheme.lower() == "https"
+        self.host = host.strip("[]").lower()
+        self.port = int(port or (443 if self.tls else 80))
+        self._prefix = path.rstrip("/")
+        shown = bracketed(self.host)
+        self.url = f"{scheme.lower()}://{shown}:{self.port}{self._prefix}"
+        login = login_of(config.base_url)[1]
         authorization = f"Bearer {config.auth_token}" if config.auth_token else ""
         if login and not authorization:
             authorization = "Basic " + late("base64").b64encode(login.encode()).decode()
@@ -11748,8 +11751,7 @@ class ShimServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        host = self.config.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+        return f"http://{bracketed(self.config.host)}:{self.server_port}"
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept until stop(); sleeps in between (socketserver's wakes twice a second)."""
