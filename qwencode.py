@@ -9344,7 +9344,8 @@ function draw(id, data, make) {
 const none = (text) => el("p", { class: "empty" }, text);
 
 // Roles are named because display:block on a phone takes a table's own ones away.
-function table(label, heads, rows) {
+function table(label, heads, rows, empty) {
+  if (!rows.length) return none(empty);
   const cell = ([text, numeric], part, index) => el("td", { role: "cell", "data-label": text,
     class: numeric ? "num" : index ? "" : "nowrap" }, ...[].concat(part));
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
@@ -9389,12 +9390,10 @@ function gauges(sessions) {
 }
 
 function running(data) {
-  const rows = [...data.running, ...data.waiting];
-  if (!rows.length) return none("Nothing is running.");
   return table("Running now", [["Session"], ["State"], ["Seconds", 1], ["Tokens", 1],
-    ["Tokens/s", 1]], rows.map((one) => [short(one.session),
+    ["Tokens/s", 1]], [...data.running, ...data.waiting].map((one) => [short(one.session),
     one.state === "prefill" ? "prefill " + seconds(one.state_seconds) : one.state,
-    seconds(one.seconds), String(one.tokens), speed(one.tokens_per_s)]));
+    seconds(one.seconds), String(one.tokens), speed(one.tokens_per_s)]), "Nothing is running.");
 }
 
 function chart(id, caption, label, parts) {
@@ -9437,7 +9436,6 @@ function contexts(turns) {
 }
 
 function turnRows(turns) {
-  if (!turns.length) return none("No turn yet.");
   return table("Last turns", [["Time"], ["Turn", 1], ["First token", 1], ["Total", 1],
     ["Tokens in", 1], ["Cached", 1], ["Out", 1], ["Tokens/s", 1], ["Tools"], ["Outcome"]],
   turns.map((turn) => [clock(turn.started + turn.total_s), turn.turn ? String(turn.turn) : "",
@@ -9447,21 +9445,19 @@ function turnRows(turns) {
     String(turn.output_tokens), speed(turn.tokens_per_s),
     turn.tools.length ? turn.tools.join(", ") + (turn.rescue ? ` via rescue:${turn.rescue}` : "")
       : turn.way === "local" ? "answered without the model" : "",
-    [outcome(turn), ...turn.notes.map((note) => el("small", {}, note))]]));
+    [outcome(turn), ...turn.notes.map((note) => el("small", {}, note))]]), "No turn yet.");
 }
 
 function rescueRows(turns) {
-  if (!turns.length) return none("No rescue was needed.");
   return table("Rescues", [["Time"], ["Rule"], ["Call"], ["Result"]], turns.map((turn) =>
     [clock(turn.started + turn.total_s), turn.rescue, turn.tools.join(", "),
-      turn.rescue_outcome || turn.outcome]));
+      turn.rescue_outcome || turn.outcome]), "No rescue was needed.");
 }
 
 function errorRows(turns) {
-  if (!turns.length) return none("No error.");
   return table("Errors", [["Time"], ["Kind"], ["What to do"]], turns.map((turn) =>
     [clock(turn.started + turn.total_s), outcome(turn),
-      el("div", {}, turn.error, turn.cure ? el("small", {}, turn.cure) : "")]));
+      el("div", {}, turn.error, turn.cure ? el("small", {}, turn.cure) : "")]), "No error.");
 }
 
 function counters(data) {
@@ -9572,7 +9568,7 @@ poll();
 # The hashes let the page forbid every other script, style and host to itself. They are
 # written down, not computed, to spare the start-up; tests/test_status.py checks them.
 STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
-STATUS_SCRIPT_HASH = "sha256-1xIC4UQuY5IFRmftq0UMyZXNdM+H6VG2xcH3kUVbL3c="
+STATUS_SCRIPT_HASH = "sha256-z5O5Q+qA3Q1OC+usC7Sj+g6au6xkMXP0DLwBf6FTsIM="
 
 STATUS_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
@@ -12639,6 +12635,28 @@ SHELL_PROGRAMS = (
 OLLAMA_ANSWER_S = 5.0
 
 
+def find_bash(env: Env) -> str:
+    """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
+    which, path = late("shutil").which, env.get("PATH")
+    if os.name != "nt":
+        return which("bash", path=path) or ""
+    git = which("git", path=path) or r"C:\Program Files\Git\cmd\git.exe"
+    folder = os.path.dirname(os.path.dirname(git))
+    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), os.path.join(folder, "bin", "bash.exe"))
+    return next(filter(os.path.isfile, places), "")
+
+
+def output_of(command: Sequence[str], env: Env) -> str:
+    """Run a program and return what it says, "" where it cannot be run."""
+    subprocess = late("subprocess")
+    try:
+        done = subprocess.run(command, env=dict(env), stdin=subprocess.DEVNULL, timeout=20,
+                              capture_output=True, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return str(done.stdout.decode("utf-8", "replace"))
+
+
 class Ticker(Waiter):
     """Wait for Ollama and show on a terminal how long that takes already."""
 
@@ -12655,6 +12673,12 @@ class Ticker(Waiter):
         if line:
             print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
         return ready
+
+
+def loaded_from(row: Any) -> Loaded:
+    """Read a row of /api/ps."""
+    return Loaded(*(natural(_mapping(row).get(key))
+                    for key in ("context_length", "size", "size_vram")))
 
 
 class Doctor:
@@ -12715,8 +12739,9 @@ class Doctor:
         return loaded_from(self.server.registry._loaded_row(
             self.model.facts, Waiter(), time.monotonic() + OLLAMA_ANSWER_S))
 
-    def messages(self, system: str, text: str, what: str) -> Tuple[Any, str]:
-        """Send a Messages request through the shim; return its content and what failed."""
+    def check_call(self, verdict: Callable[[Any, str, str], Finding], word: str, what: str,
+                   system: str, text: str) -> Finding:
+        """Ask for a call through the shim and judge the answer."""
         body = to_json({"model": self.config.model, "max_tokens": 300, "system": system,
                         "thinking": {"type": "disabled"},
                         "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
@@ -12724,142 +12749,88 @@ class Doctor:
             answer = shim_at(self.server.url, self.config).ask(
                 "POST", "/v1/messages", body, Ticker(what), time.monotonic() + 2 * self.wait_s)
         except ShimError as error:
-            return [], error.message
+            return verdict([], word, error.message)
         told = _mapping(answer.body)
-        failed = _mapping(told.get("error")).get("message")
-        return told.get("content") or [], str(failed or "") if answer.status != 200 else ""
+        problem = str(_mapping(told.get("error")).get("message") or "")
+        return verdict(told.get("content") or [], word, problem if answer.status != 200 else "")
 
+    def check_ollama(self) -> Finding:
+        answer = self.ask("/api/version")
+        version = _mapping(answer.body).get("version")
+        return verdict_ollama(self.server.upstream.url, answer.status, str(version or ""))
 
-def loaded_from(row: Any) -> Loaded:
-    """Read a row of /api/ps."""
-    return Loaded(*(natural(_mapping(row).get(key))
-                    for key in ("context_length", "size", "size_vram")))
+    def check_model(self) -> Finding:
+        others, present = [], True
+        try:
+            self.learn()
+        except ModelMissingError:
+            others, present = [one["name"] for one in model_rows(self.ask("/api/tags").body)], False
+        return verdict_model(self.config.model, present, others)
 
+    def check_window(self) -> Finding:
+        facts = self.model.facts
+        return verdict_window(facts.trained or 0, self.model.num_ctx or facts.num_ctx or 0,
+                              self.look().window)
 
-def check_ollama(doctor: Doctor) -> Finding:
-    answer = doctor.ask("/api/version")
-    version = _mapping(answer.body).get("version")
-    return verdict_ollama(doctor.server.upstream.url, answer.status, str(version or ""))
+    def check_template(self) -> Finding:
+        body = probe_body(self.config.model, load_options(self.model.num_ctx))
+        body["messages"].append({"role": "system", "content": "probe reminder"})
+        return verdict_template(rendered_prompt(self.ask("/api/chat", body).body) or "")
 
+    def check_truncation(self) -> Finding:
+        window = self.loaded.window or self.model.window or SERVING_WINDOW
+        body = self.body(1, messages=[{"role": "user", "content": "7 " * 2 * window}])
+        return verdict_truncation(self.ask("/api/chat", body, "a prompt that is too long").status,
+                                  window)
 
-def check_model(doctor: Doctor) -> Finding:
-    others, present = [], True
-    try:
-        doctor.learn()
-    except ModelMissingError:
-        others, present = [one["name"] for one in model_rows(doctor.ask("/api/tags").body)], False
-    return verdict_model(doctor.config.model, present, others)
+    def check_reuse(self) -> Finding:
+        """Time a cold prompt and one that begins with it; the speed comes from the same two."""
+        cold = {"role": "user", "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}
+        answer = self.chat([cold], 64, "reading 3,000 tokens")
+        reply = {"role": "assistant",
+                 "content": str(_mapping(answer.get("message")).get("content") or "")}
+        first, second = _finish(answer), _finish(self.chat(
+            [cold, reply, {"role": "user", "content": "Go on."}], 8, "reading them again"))
+        self.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
+                      (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
+        return verdict_reuse(first.prompt_s, second.prompt_s, first.prompt_tokens or 0)
 
+    def check_cancel(self) -> Finding:
+        """Break a long answer off and see how soon the next one comes."""
+        until = time.monotonic() + self.wait_s
+        body = self.body(2000, think=False, stream=True, messages=[
+            {"role": "user", "content": "Count from one to five hundred."}])
+        with self.server.upstream.open("POST", "/api/chat", to_json(body), Waiter(), until) as call:
+            call.read_head(until)
+            call.read(until)
+        begun = time.monotonic()
+        self.chat([{"role": "user", "content": "Say ok."}], 1, "after a request broken off")
+        return verdict_cancel(time.monotonic() - begun)
 
-def check_window(doctor: Doctor) -> Finding:
-    facts = doctor.model.facts
-    return verdict_window(facts.trained or 0, doctor.model.num_ctx or facts.num_ctx or 0,
-                          doctor.look().window)
+    def check_bash(self) -> Finding:
+        path = find_bash(self.env)
+        script = 'for p; do type "$p" >/dev/null 2>&1 || echo "$p"; done'
+        missing = output_of([path, "-c", script, "bash", *SHELL_PROGRAMS], self.env).split() \
+            if path else ()
+        return verdict_bash(path, missing, os.name == "nt")
 
+    def check_claude(self) -> Finding:
+        path = find_claude(self.env)
+        return verdict_claude(path, output_of([path, "--version"], self.env) if path else "")
 
-def check_template(doctor: Doctor) -> Finding:
-    body = probe_body(doctor.config.model, load_options(doctor.model.num_ctx))
-    body["messages"].append({"role": "system", "content": "probe reminder"})
-    return verdict_template(rendered_prompt(doctor.ask("/api/chat", body).body) or "")
+    def check_port(self) -> Finding:
+        config, problem = self.config, ""
+        ours = "ok" in ask_shim(local_url(config), "/health", config)
+        try:
+            if not ours:
+                open_server(config).server_close()
+        except ConfigError as error:
+            problem = f"{error}."
+        return verdict_port(f"{config.host}:{config.port}", problem, ours)
 
-
-def check_call(doctor: Doctor) -> Finding:
-    content, problem = doctor.messages(
-        "You call tools.", "Call the tool doctor_probe with word set to kiwi. Write nothing else.",
-        "a live tool call")
-    return verdict_call(content, "kiwi", problem)
-
-
-def check_rescue(doctor: Doctor) -> Finding:
-    call = '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'
-    content, problem = doctor.messages(
-        "Repeat the user's message exactly, as plain text. Write nothing else.", call,
-        "a call written as text")
-    return verdict_rescue(content, "plum", problem)
-
-
-def check_truncation(doctor: Doctor) -> Finding:
-    window = doctor.loaded.window or doctor.model.window or SERVING_WINDOW
-    body = doctor.body(1, messages=[{"role": "user", "content": "7 " * 2 * window}])
-    return verdict_truncation(doctor.ask("/api/chat", body, "a prompt that is too long").status,
-                              window)
-
-
-def check_reuse(doctor: Doctor) -> Finding:
-    """Time a cold prompt and one that begins with it; the speed comes from the same two."""
-    messages = [{"role": "user",
-                 "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}]
-    answer = doctor.chat(messages, 64, "reading 3,000 tokens")
-    messages += [{"role": "assistant", "content": str(
-        _mapping(answer.get("message")).get("content") or "")},
-        {"role": "user", "content": "Go on."}]
-    first, second = _finish(answer), _finish(doctor.chat(messages, 8, "reading them again"))
-    doctor.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
-                    (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
-    return verdict_reuse(first.prompt_s, second.prompt_s, first.prompt_tokens or 0)
-
-
-def check_cancel(doctor: Doctor) -> Finding:
-    """Break a long answer off and see how soon the next one comes."""
-    until = time.monotonic() + doctor.wait_s
-    body = doctor.body(2000, think=False, stream=True, messages=[
-        {"role": "user", "content": "Count from one to five hundred."}])
-    with doctor.server.upstream.open("POST", "/api/chat", to_json(body), Waiter(), until) as call:
-        call.read_head(until)
-        call.read(until)
-    begun = time.monotonic()
-    doctor.chat([{"role": "user", "content": "Say ok."}], 1, "after a request broken off")
-    return verdict_cancel(time.monotonic() - begun)
-
-
-def find_bash(env: Env) -> str:
-    """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
-    which, path = late("shutil").which, env.get("PATH")
-    if os.name != "nt":
-        return which("bash", path=path) or ""
-    git = which("git", path=path) or r"C:\Program Files\Git\cmd\git.exe"
-    folder = os.path.dirname(os.path.dirname(git))
-    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), os.path.join(folder, "bin", "bash.exe"))
-    return next(filter(os.path.isfile, places), "")
-
-
-def check_bash(doctor: Doctor) -> Finding:
-    path = find_bash(doctor.env)
-    script = f'for p in {" ".join(SHELL_PROGRAMS)}; do type "$p" >/dev/null 2>&1 || echo "$p"; done'
-    missing = output_of([path, "-c", script], doctor.env).split() if path else ()
-    return verdict_bash(path, missing, os.name == "nt")
-
-
-def check_claude(doctor: Doctor) -> Finding:
-    path = find_claude(doctor.env)
-    return verdict_claude(path, output_of([path, "--version"], doctor.env) if path else "")
-
-
-def check_port(doctor: Doctor) -> Finding:
-    config, problem = doctor.config, ""
-    ours = "ok" in ask_shim(local_url(config), "/health", config)
-    try:
-        if not ours:
-            open_server(config).server_close()
-    except ConfigError as error:
-        problem = f"{error}."
-    return verdict_port(f"{config.host}:{config.port}", problem, ours)
-
-
-def check_environment(doctor: Doctor) -> Finding:
-    settings = _mapping(claude_settings(doctor.env).get("env"))
-    return verdict_environment(doctor.env, settings, doctor.server.upstream.host)
-
-
-def output_of(command: Sequence[str], env: Env) -> str:
-    """Run a program and return what it says, "" where it cannot be run."""
-    subprocess = late("subprocess")
-    try:
-        done = subprocess.run(command, env=dict(env), stdin=subprocess.DEVNULL, timeout=20,
-                              capture_output=True, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return str(done.stdout.decode("utf-8", "replace"))
+    def check_environment(self) -> Finding:
+        settings = _mapping(claude_settings(self.env).get("env"))
+        return verdict_environment(self.env, settings, self.server.upstream.host)
 
 
 class Check(NamedTuple):
@@ -12873,25 +12844,30 @@ class Check(NamedTuple):
 
 CHECKS: Tuple[Check, ...] = (
     Check("python", lambda doctor: verdict_python(sys.version_info[:3])),
-    Check("ollama", check_ollama),
-    Check("model", check_model, "ollama"),
+    Check("ollama", Doctor.check_ollama),
+    Check("model", Doctor.check_model, "ollama"),
     Check("capabilities", lambda doctor: verdict_capabilities(
         sorted(doctor.model.facts.capabilities or ())), "model"),
     Check("load", lambda doctor: Finding(
         "ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}"), "model", True),
-    Check("window", check_window, "model"),
+    Check("window", Doctor.check_window, "model"),
     Check("memory", lambda doctor: verdict_memory(doctor.loaded), "load", True),
-    Check("template", check_template, "load", True),
-    Check("tool call", check_call, "load", True),
-    Check("rescue", check_rescue, "load", True),
-    Check("truncation", check_truncation, "load", True),
-    Check("reuse", check_reuse, "load", True),
-    Check("cancel", check_cancel, "load", True),
+    Check("template", Doctor.check_template, "load", True),
+    Check("tool call", lambda doctor: doctor.check_call(
+        verdict_call, "kiwi", "a live tool call", "You call tools.",
+        "Call the tool doctor_probe with word set to kiwi. Write nothing else."), "load", True),
+    Check("rescue", lambda doctor: doctor.check_call(
+        verdict_rescue, "plum", "a call written as text",
+        "Repeat the user's message exactly, as plain text. Write nothing else.",
+        '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'), "load", True),
+    Check("truncation", Doctor.check_truncation, "load", True),
+    Check("reuse", Doctor.check_reuse, "load", True),
+    Check("cancel", Doctor.check_cancel, "load", True),
     Check("speed", lambda doctor: verdict_speed(*doctor.speed), "load", True),
-    Check("bash", check_bash),
-    Check("claude", check_claude),
-    Check("port", check_port),
-    Check("environment", check_environment),
+    Check("bash", Doctor.check_bash),
+    Check("claude", Doctor.check_claude),
+    Check("port", Doctor.check_port),
+    Check("environment", Doctor.check_environment),
 )
 
 
@@ -13164,30 +13140,26 @@ WITH_CLAUDE = ("claude", "client")
 def make_parser() -> Any:
     """Make the command line from COMMANDS and OPTIONS."""
     argparse = late("argparse")
+    # argparse would print a page of usage before a mistake; a command's parser is alike.
+    parser_type = type("Parser", (argparse.ArgumentParser,), {
+        "error": lambda self, message: self.exit(2, f"{self.prog}: {message}. See --help.\n")})
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("options of every command, each also a variable")
     for option in OPTIONS:
         default = f" (default {option.default})" if option.default else ""
         group.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
                            help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
-    parser = argparse.ArgumentParser(
+    parser = parser_type(
         prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
         " of Ollama.", parents=[common], usage="%(prog)s [COMMAND] [OPTIONS]")
-    parser.error = one_line_error(parser)
     parser.add_argument("--version", action="version", version=f"qwencode {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="qwencode")
     for command in COMMANDS:
         sub = commands.add_parser(command.name, help=command.help, parents=[common],
                                   description=command.help, usage="%(prog)s [OPTIONS] ...")
-        sub.error = one_line_error(sub)
         for name, settings in command.arguments.items():
             sub.add_argument(name, **settings)
     return parser
-
-
-def one_line_error(parser: Any) -> Callable[[str], None]:
-    """Answer a mistake in one line; argparse would print a page of usage before it."""
-    return lambda message: parser.exit(2, f"{parser.prog}: {message}. See --help.\n")
 
 
 def parse_arguments(argv: Sequence[str]) -> Any:
