@@ -363,7 +363,7 @@ def test_a_slow_resolver_holds_up_nobody(monkeypatch):
     usual = socket.getaddrinfo
 
     def slow(host, *rest, **options):
-        if host == "ollama.example":
+        if host == b"ollama.example":
             go.wait(10)
         return usual(host, *rest, **options)
 
