@@ -40,7 +40,6 @@ Invariants of every event stream (checked by tests/helpers.py on every test):
 """
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import importlib
@@ -49,19 +48,17 @@ import math
 import os
 import re
 import select
-import shlex
 import socket
 import sys
 import threading
 import time
-import zlib
-from bisect import bisect_left
-from collections import deque
+from collections import deque, namedtuple
 from functools import cache, lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from types import SimpleNamespace
 from typing import (
+    TYPE_CHECKING,
     AbstractSet,
     Any,
     Callable,
@@ -91,6 +88,26 @@ Value = TypeVar("Value")
 # Modules that serving needs rarely or never are imported where they are used: argparse,
 # subprocess and ssl alone would cost 25 ms of a start of 70 (issue: the relay's cost).
 late = importlib.import_module
+
+if not TYPE_CHECKING:
+    class RowType(type):
+        """Make a namedtuple of a class with annotated names, as typing.NamedTuple does.
+
+        Typing's also compiles every annotation, which nobody reads here: 7 ms of a start.
+        """
+
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body["__annotations__"]
+            defaults = [body.pop(field) for field in fields if field in body]
+            made = namedtuple(name, fields, defaults=defaults, module=body["__module__"])
+            for attribute, value in body.items():
+                setattr(made, attribute, value)
+            return made
+
+    class NamedTuple(metaclass=RowType):
+        pass
 
 
 class Pattern:
@@ -414,99 +431,22 @@ def error_body(error: ShimError, request_id: str) -> Json:
 
 # ============================== 3. CONFIG ==============================
 
-
-class Option(NamedTuple):
-    """One row of OPTIONS.
-
-    kind is one of text, secret, port, count (a whole number from 0), milliseconds,
-    bool, choice, list (comma-separated, of choices), url; choices belongs to the
-    last kinds. default is the text that an unset variable stands for; "" is unset.
-    """
-
-    name: str
-    variable: str
-    default: str
-    kind: str
-    help: str
-    choices: Tuple[str, ...] = ()
-
-
-OPTIONS: Tuple[Option, ...] = (
-    Option("host", "HOST", "127.0.0.1", "text",
-           "address to listen on; anything but loopback needs SHIM_API_KEY"),
-    Option("port", "PORT", "8000", "port", "port to listen on; 0 takes a free one"),
-    Option("base_url", "OLLAMA_BASE_URL", "http://127.0.0.1:11434", "url",
-           "where Ollama answers; OLLAMA_HOST counts when this is unset"),
-    Option("model", "OLLAMA_MODEL", "qwen2.5-coder:14b", "text", "the model that answers"),
-    Option("auth_token", "OLLAMA_AUTH_TOKEN", "", "secret",
-           "sent to Ollama as a Bearer token, for servers behind a login"),
-    Option("num_ctx", "OLLAMA_NUM_CTX", "", "count",
-           "context window in tokens, obeyed as given"),
-    Option("auto_ctx", "SHIM_NUM_CTX", "auto", "text",
-           "window when OLLAMA_NUM_CTX is unset: auto, a number, or off (Ollama's default)"),
-    Option("max_tools", "SHIM_MAX_TOOLS", "8", "count",
-           "tools forwarded to the model, the most useful ones; 0 forwards all"),
-    Option("api_key", "SHIM_API_KEY", "", "secret",
-           "key that clients must send as x-api-key or Bearer"),
-    Option("use_requested_model", "SHIM_USE_REQUESTED_MODEL", "off", "bool",
-           "use the model named in the request instead of OLLAMA_MODEL: on or off"),
-    Option("model_map", "SHIM_MODEL_MAP", "", "text",
-           "local models by role, for example haiku=qwen3:4b,opus=qwen3-coder:30b"),
-    Option("small_model", "SHIM_SMALL_MODEL", "", "text",
-           "model for background requests such as session titles"),
-    Option("log", "SHIM_LOG", "info", "choice",
-           "how much is logged: error, warn, info or debug (prompts and answers too)",
-           ("error", "warn", "info", "debug")),
-    Option("log_format", "SHIM_LOG_FORMAT", "text", "choice", "form of the log: text or json",
-           ("text", "json")),
-    Option("max_read_bytes", "SHIM_MAX_READ_BYTES", "200000", "count",
-           "bytes that a rescued read shows before it is cut with a notice"),
-    Option("timeout_ms", "SHIM_REQUEST_TIMEOUT_MS", "120000", "milliseconds",
-           "longest silence of Ollama within an answer"),
-    Option("first_token_timeout_ms", "SHIM_FIRST_TOKEN_TIMEOUT_MS", "", "milliseconds",
-           "longest wait for the first byte, which holds model load and prefill"
-           " (600000, or SHIM_REQUEST_TIMEOUT_MS where that is set)"),
-    Option("cors_wildcard", "SHIM_ALLOW_CORS_WILDCARD", "off", "bool",
-           "answer CORS preflights of every origin, not only localhost: on or off"),
-    Option("keep_alive", "SHIM_KEEP_ALIVE", "-1", "text",
-           "how long Ollama keeps the model loaded: seconds, a duration such as 30m, -1 for ever"),
-    Option("rescue", "SHIM_RESCUE", "text,intent", "list",
-           "rescues in force: text (tool calls written as text), intent (actions described), off",
-           ("text", "intent", "off")),
-    Option("verbatim", "SHIM_VERBATIM", "auto", "choice",
-           "read the model's own text instead of Ollama's parse of it: auto, on or off",
-           ("auto", "on", "off")),
-    Option("bash_style", "SHIM_BASH_STYLE", "plain", "choice",
-           "form of the rescue's commands: plain (approvable in acceptEdits) or coded"
-           " (exit codes 91 to 100)", ("plain", "coded")),
-    Option("prompt", "SHIM_PROMPT", "slim", "choice",
-           "slim shortens tool texts; full forwards them as they came", ("slim", "full")),
-    Option("local_answers", "SHIM_LOCAL_ANSWERS", "title,probe,suggestion,safety", "list",
-           "background requests answered without the model: any of the default's, or off",
-           ("title", "probe", "suggestion", "safety", "off")),
-    Option("warm", "SHIM_WARM", "on", "bool",
-           "load the model, and the last session's prefix, before it is needed: on or off"),
-    Option("max_concurrent", "SHIM_MAX_CONCURRENT", "256", "count",
-           "requests at work at once; as many more wait"),
-    Option("counts_file", "SHIM_COUNTS_FILE", "", "text",
-           "file that keeps the learned token counts between runs"),
-)
-
-OPTION_BY_NAME = {option.name: option for option in OPTIONS}
 # Model load and prefill of a long prompt take minutes on a small GPU (OL 2).
 FIRST_TOKEN_TIMEOUT_MS = 600_000
-TRUE_WORDS = ("1", "true", "yes", "on")
-FALSE_WORDS = ("0", "false", "no", "off", "")
+SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True),
+                **dict.fromkeys(("0", "false", "no", "off"), False)}
 WHOLE_NUMBER = Pattern(r"[0-9]{1,12}")
-BASE_URL = Pattern(r"https?://(?:[^\s/?#]+@)?(?:\[[0-9a-f:.]+\]|[\w.~%-]+)(?::([0-9]{1,5}))?"
-                   r"(?:/[!\"$->@-~]*)?", re.IGNORECASE | re.ASCII)
+# Scheme, login, host, port, path.
+BASE_URL = Pattern(r"(https?)://(?:([^\s/?#]+)@)?(\[[0-9a-f:.]+\]|[\w.~%-]+)(?::([0-9]{1,5}))?"
+                   r"(/[!\"$->@-~]*)?", re.IGNORECASE | re.ASCII)
+# Scheme; a host in brackets, with two colons or without any; port; path. Fits every text.
+OLLAMA_HOST = Pattern(r"(?:(.*?)://)?(\[[0-9a-f:.]+\]|[^/:]*:[^/:]*:[^/]*|[^/:]*)(?::([^/]*))?"
+                      r"(/.*)?\Z", re.IGNORECASE | re.DOTALL)
 PERCENT_CODED = Pattern(r"(?:%[0-9a-fA-F]{2})+")
-BRACKETED_HOST = Pattern(r"\[([0-9a-fA-F:.]+)\](?::(.*))?")
 URL_LOGIN = Pattern(r"://([^/\s]+)@")
 KEEP_ALIVE = Pattern(r"-?[0-9]+(?:\.[0-9]+)?(?:(?:ns|us|ms|s|m|h)(?:[0-9.]+(?:ns|us|ms|s|m|h))*)?")
+AUTO_CTX = Pattern(r"auto|off|[0-9]{1,12}", re.IGNORECASE)
 CONTROL_CHARS = Pattern(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
 # Where to connect for an address that means "every interface". The check takes it for a
 # bind, which it is not.
 CONNECTABLE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -516,44 +456,155 @@ class ConfigError(Exception):
     """A value that cannot be used; the message is one line for the user."""
 
 
-class Config(NamedTuple):
-    """What `serve` runs with; every field is a row of OPTIONS."""
+# ------------------------------ readers of a value ------------------------------
+# Each returns the value or raises ConfigError with the words that follow it.
 
-    host: str
-    port: int
-    base_url: str
-    model: str
-    auth_token: str
-    num_ctx: Optional[int]
-    auto_ctx: str
-    max_tools: int
-    api_key: str
-    use_requested_model: bool
-    model_map: Tuple[Tuple[str, str], ...]
-    small_model: str
-    log: str
-    log_format: str
-    max_read_bytes: int
-    timeout_ms: int
-    first_token_timeout_ms: int
-    cors_wildcard: bool
-    keep_alive: str
-    rescue: Tuple[str, ...]
-    verbatim: str
-    bash_style: str
-    prompt: str
-    local_answers: Tuple[str, ...]
-    warm: bool
-    max_concurrent: int
-    counts_file: str
+Env = Mapping[str, str]
+Reader = Callable[[str], Any]
 
 
-def parse_base_url(text: str) -> str:
-    """Return the URL without a trailing slash; raise ConfigError where it is none."""
+def checked(fits: Callable[[str], object], problem: str, read: Reader = str) -> Reader:
+    """Make a reader that refuses what does not fit."""
+    def reader(text: str) -> Any:
+        if not fits(text):
+            raise ConfigError(problem)
+        return read(text)
+    return reader
+
+
+read_text = checked(lambda text: not CONTROL_CHARS.search(text), "holds a control character")
+read_number = checked(WHOLE_NUMBER.fullmatch, "is not a whole number", int)
+read_port = checked(lambda text: read_number(text) < 65536, "is above 65535, the last port", int)
+read_milliseconds = checked(read_number, "must be at least 1 millisecond", int)
+read_switch = checked(lambda text: text.lower() in SWITCH_WORDS, "is neither on nor off",
+                      lambda text: SWITCH_WORDS[text.lower()])
+read_auto_ctx = checked(AUTO_CTX.fullmatch, "is neither auto, off nor a whole number", str.lower)
+read_keep_alive = checked(KEEP_ALIVE.fullmatch, "is neither seconds nor a duration such as 30m")
+
+
+def one_of(*choices: str) -> Reader:
+    """Make a reader of one of these words."""
+    return checked(lambda text: text.lower() in choices, f"is none of {', '.join(choices)}",
+                   str.lower)
+
+
+def some_of(*choices: str) -> Reader:
+    """Make a reader of a comma-separated list of these words; off is the empty one."""
+    def reader(text: str) -> Tuple[str, ...]:
+        words = tuple(word.strip().lower() for word in text.split(",") if word.strip())
+        for word in words:
+            if word not in choices:
+                raise ConfigError(f"holds {word!r}, none of {', '.join(choices)}")
+        return () if "off" in words else words
+    return reader
+
+
+def read_url(text: str) -> str:
+    """Return the URL without a trailing slash."""
     url = BASE_URL.fullmatch(text)
-    if not url or not 0 < int(url.group(1) or 80) < 65536:
+    if not url or not 0 < int(url.group(4) or 80) < 65536:
         raise ConfigError("is not a URL such as http://127.0.0.1:11434")
     return text.rstrip("/")
+
+
+def read_model_map(text: str) -> Tuple[Tuple[str, str], ...]:
+    """Read "haiku=qwen3:4b,opus=qwen3:30b" into pairs."""
+    parts = (part.partition("=") for part in text.split(",") if part.strip())
+    pairs = tuple((role.strip().lower(), model.strip()) for role, _, model in parts)
+    if not all(map(all, pairs)):
+        raise ConfigError("is not ROLE=MODEL")
+    return pairs
+
+
+class Option(NamedTuple):
+    """One row of Config.
+
+    default is the text that an unset variable stands for, which read takes, too.
+    """
+
+    variable: str
+    default: str
+    read: Reader
+    help: str
+    secret: bool = False
+    name: str = ""
+
+
+def option(variable: str, default: str, read: Reader, text: str, secret: bool = False) -> Any:
+    """Make a row in the place of a field's default, which no Config is made with."""
+    return Option(variable, default, read, text, secret)
+
+
+class Config(NamedTuple):
+    """What `serve` runs with: every field is an option."""
+
+    host: str = option("HOST", "127.0.0.1", read_text,
+        "address to listen on; anything but loopback needs SHIM_API_KEY")
+    port: int = option("PORT", "8000", read_port,
+        "port to listen on; 0 takes a free one")
+    base_url: str = option("OLLAMA_BASE_URL", "http://127.0.0.1:11434", read_url,
+        "where Ollama answers; OLLAMA_HOST counts when this is unset")
+    model: str = option("OLLAMA_MODEL", "qwen2.5-coder:14b", read_text, "the model that answers")
+    auth_token: str = option("OLLAMA_AUTH_TOKEN", "", read_text,
+        "sent to Ollama as a Bearer token, for servers behind a login", secret=True)
+    num_ctx: Optional[int] = option(
+        "OLLAMA_NUM_CTX", "", lambda text: read_number(text or "0") or None,
+        "context window in tokens, obeyed as given")
+    auto_ctx: str = option("SHIM_NUM_CTX", "auto", read_auto_ctx,
+        "window when OLLAMA_NUM_CTX is unset: auto, a number, or off (Ollama's default)")
+    max_tools: int = option("SHIM_MAX_TOOLS", "8", read_number,
+        "tools forwarded to the model, the most useful ones; 0 forwards all")
+    api_key: str = option("SHIM_API_KEY", "", read_text,
+        "key that clients must send as x-api-key or Bearer", secret=True)
+    use_requested_model: bool = option("SHIM_USE_REQUESTED_MODEL", "off", read_switch,
+        "use the model named in the request instead of OLLAMA_MODEL: on or off")
+    model_map: Tuple[Tuple[str, str], ...] = option("SHIM_MODEL_MAP", "", read_model_map,
+        "local models by role, for example haiku=qwen3:4b,opus=qwen3-coder:30b")
+    small_model: str = option("SHIM_SMALL_MODEL", "", read_text,
+        "model for background requests such as session titles")
+    log: str = option("SHIM_LOG", "info", one_of("error", "warn", "info", "debug"),
+        "how much is logged: error, warn, info or debug (prompts and answers too)")
+    log_format: str = option("SHIM_LOG_FORMAT", "text", one_of("text", "json"),
+        "form of the log: text or json")
+    max_read_bytes: int = option("SHIM_MAX_READ_BYTES", "200000", read_number,
+        "bytes that a rescued read shows before it is cut with a notice")
+    timeout_ms: int = option("SHIM_REQUEST_TIMEOUT_MS", "120000", read_milliseconds,
+        "longest silence of Ollama within an answer")
+    first_token_timeout_ms: int = option("SHIM_FIRST_TOKEN_TIMEOUT_MS", "",
+        lambda text: read_milliseconds(text) if text else 0,
+        "longest wait for the first byte, which holds model load and prefill"
+        " (600000, or SHIM_REQUEST_TIMEOUT_MS where that is set)")
+    cors_wildcard: bool = option("SHIM_ALLOW_CORS_WILDCARD", "off", read_switch,
+        "answer CORS preflights of every origin, not only localhost: on or off")
+    keep_alive: str = option("SHIM_KEEP_ALIVE", "-1", read_keep_alive,
+        "how long Ollama keeps the model loaded: seconds, a duration such as 30m, -1 for ever")
+    rescue: Tuple[str, ...] = option("SHIM_RESCUE", "text,intent", some_of("text", "intent", "off"),
+        "rescues in force: text (tool calls written as text), intent (actions described), off")
+    verbatim: str = option("SHIM_VERBATIM", "auto", one_of("auto", "on", "off"),
+        "read the model's own text instead of Ollama's parse of it: auto, on or off")
+    bash_style: str = option("SHIM_BASH_STYLE", "plain", one_of("plain", "coded"),
+        "form of the rescue's commands: plain (approvable in acceptEdits) or coded"
+        " (exit codes 91 to 100)")
+    prompt: str = option("SHIM_PROMPT", "slim", one_of("slim", "full"),
+        "slim shortens tool texts; full forwards them as they came")
+    local_answers: Tuple[str, ...] = option("SHIM_LOCAL_ANSWERS", "title,probe,suggestion,safety",
+        some_of("title", "probe", "suggestion", "safety", "off"),
+        "background requests answered without the model: any of the default's, or off")
+    warm: bool = option("SHIM_WARM", "on", read_switch,
+        "load the model, and the last session's prefix, before it is needed: on or off")
+    max_concurrent: int = option("SHIM_MAX_CONCURRENT", "256",
+        checked(read_number, "would let no request work", int),
+        "requests at work at once; as many more wait")
+    counts_file: str = option("SHIM_COUNTS_FILE", "", read_text,
+        "file that keeps the learned token counts between runs")
+
+
+OPTIONS = [row._replace(name=name) for name, row in Config._field_defaults.items()]
+
+
+def bracketed(host: str) -> str:
+    """Write a host as URLs have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def url_from_ollama_host(text: str) -> str:
@@ -562,85 +613,15 @@ def url_from_ollama_host(text: str) -> str:
     A host that means "all interfaces" becomes loopback, since one connects to it.
     """
     text = text.strip().strip("\"'").strip()
-    scheme, found, rest = text.partition("://")
-    if not found:
-        scheme, rest = ("https", text) if text == "ollama.com" else ("http", text)
-    port = {"http": "80", "https": "443"}.get(scheme, "11434") if found else "11434"
-    port = "443" if text == "ollama.com" else port
-    hostport, slash, path = rest.partition("/")
-    bracketed = BRACKETED_HOST.fullmatch(hostport)
-    if bracketed:
-        host, given = bracketed.group(1), bracketed.group(2) or ""
-    elif hostport.count(":") > 1:
-        host, given = hostport, ""
-    else:
-        host, _, given = hostport.partition(":")
-    if given and WHOLE_NUMBER.fullmatch(given) and int(given) < 65536:
-        port = given
-    host = CONNECTABLE.get(host, host)
-    host = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{host}:{port}{slash}{path}".rstrip("/")
+    scheme, host, port, path = OLLAMA_HOST.findall(text)[0]
+    scheme = "https" if text == "ollama.com" else scheme
+    host = host.strip("[]")
+    if not WHOLE_NUMBER.fullmatch(port) or int(port) > 65535:
+        port = {"http": "80", "https": "443"}.get(scheme, "11434")
+    return f"{scheme or 'http'}://{bracketed(CONNECTABLE.get(host, host))}:{port}{path}".rstrip("/")
 
 
-def _whole_number(text: str) -> int:
-    if not WHOLE_NUMBER.fullmatch(text):
-        raise ConfigError("is not a whole number")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    number = _whole_number(text)
-    if number > 65535:
-        raise ConfigError("is above 65535, the last port")
-    return number
-
-
-def _milliseconds(text: str) -> int:
-    number = _whole_number(text)
-    if number == 0:
-        raise ConfigError("must be at least 1 millisecond")
-    return number
-
-
-def _truth(text: str) -> bool:
-    word = text.lower()
-    if word not in TRUE_WORDS + FALSE_WORDS:
-        raise ConfigError("is neither on nor off")
-    return word in TRUE_WORDS
-
-
-def _plain(text: str) -> str:
-    if CONTROL_CHARS.search(text):
-        raise ConfigError("holds a control character")
-    return text
-
-
-READERS: Dict[str, Callable[[str], Any]] = {
-    "text": _plain, "secret": _plain, "port": _port, "count": _whole_number,
-    "milliseconds": _milliseconds, "bool": _truth, "url": parse_base_url,
-}
-
-
-def read_option(option: Option, text: str, source: str) -> Any:
-    """Turn text into the option's value; raise ConfigError with one line."""
-    try:
-        if option.kind == "choice":
-            if text.lower() not in option.choices:
-                raise ConfigError(f"is none of {', '.join(option.choices)}")
-            return text.lower()
-        if option.kind == "list":
-            words = tuple(word.strip().lower() for word in text.split(",") if word.strip())
-            wrong = [word for word in words if word not in option.choices]
-            if wrong:
-                raise ConfigError(f"holds {wrong[0]!r}, none of {', '.join(option.choices)}")
-            return () if "off" in words else words
-        return READERS[option.kind](text)
-    except ConfigError as problem:
-        shown = "the value" if option.kind == "secret" or "@" in text else repr(text)
-        raise ConfigError(f"{source}: {shown} {problem}") from None
-
-
-def load_config(flags: Mapping[str, Optional[str]], env: Mapping[str, str]) -> Config:
+def load_config(flags: Mapping[str, Optional[str]], env: Env) -> Config:
     """Read flags (by option name) over environment over defaults.
 
     An empty variable counts as not set. Raises ConfigError with one line that names
@@ -648,54 +629,25 @@ def load_config(flags: Mapping[str, Optional[str]], env: Mapping[str, str]) -> C
     """
     values: Dict[str, Any] = {}
     for option in OPTIONS:
-        flag, variable = flags.get(option.name), env.get(option.variable, "")
+        flag, source = flags.get(option.name), option.variable
+        text = env.get(source) or option.default
         if flag is not None:
-            values[option.name] = read_option(option, flag, flag_of(option))
-        elif variable:
-            values[option.name] = read_option(option, variable, option.variable)
-        elif option.name == "base_url" and env.get("OLLAMA_HOST", "").strip():
-            url = url_from_ollama_host(env["OLLAMA_HOST"])
-            values["base_url"] = read_option(option, url, "OLLAMA_HOST")
-        elif option.name in ("num_ctx", "first_token_timeout_ms"):
-            values[option.name] = None
-        else:
-            values[option.name] = read_option(option, option.default, option.variable)
-    timeout_given = flags.get("timeout_ms") or env.get("SHIM_REQUEST_TIMEOUT_MS")
-    return _finish_config(values, bool(timeout_given))
-
-
-def _finish_config(values: Dict[str, Any], timeout_given: bool) -> Config:
-    if values["first_token_timeout_ms"] is None:
-        values["first_token_timeout_ms"] = (
-            values["timeout_ms"] if timeout_given else FIRST_TOKEN_TIMEOUT_MS)
-    for name in ("host", "model"):
-        if not values[name].strip():
-            raise ConfigError(f"{OPTION_BY_NAME[name].variable}: the value is empty")
-    if values["num_ctx"] == 0:
-        values["num_ctx"] = None
-    if values["auto_ctx"].lower() not in ("auto", "off"):
-        if not WHOLE_NUMBER.fullmatch(values["auto_ctx"]):
-            raise ConfigError(f"SHIM_NUM_CTX: {values['auto_ctx']!r} is neither auto, off"
-                              " nor a whole number")
+            text, source = flag, flag_of(option)
+        elif option.name == "base_url" and not env.get(source) and env.get("OLLAMA_HOST"):
+            text, source = url_from_ollama_host(env["OLLAMA_HOST"]), "OLLAMA_HOST"
+        try:
+            values[option.name] = option.read(text)
+        except ConfigError as problem:
+            shown = "the value" if option.secret or "@" in text else repr(text)
+            raise ConfigError(f"{source}: {shown} {problem}") from None
+        if option.name in ("host", "model") and not text.strip():
+            raise ConfigError(f"{option.variable}: the value is empty")
+    if values["auto_ctx"] not in ("auto", "off"):
         values["num_ctx"] = values["num_ctx"] or int(values["auto_ctx"])
-    if not KEEP_ALIVE.fullmatch(values["keep_alive"]):
-        raise ConfigError(f"SHIM_KEEP_ALIVE: {values['keep_alive']!r} is neither seconds"
-                          " nor a duration such as 30m")
-    if values["max_concurrent"] == 0:
-        raise ConfigError("SHIM_MAX_CONCURRENT: '0' would let no request work")
-    values["model_map"] = parse_model_map(values["model_map"])
+    if not values["first_token_timeout_ms"]:
+        given = flags.get("timeout_ms") or env.get("SHIM_REQUEST_TIMEOUT_MS")
+        values["first_token_timeout_ms"] = values["timeout_ms"] if given else FIRST_TOKEN_TIMEOUT_MS
     return Config(**values)
-
-
-def parse_model_map(text: str) -> Tuple[Tuple[str, str], ...]:
-    """Read "haiku=qwen3:4b,opus=qwen3:30b" into pairs."""
-    pairs = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        role, equals, model = (piece.strip() for piece in part.partition("="))
-        if not (role and equals and model):
-            raise ConfigError(f"SHIM_MODEL_MAP: {part!r} is not ROLE=MODEL")
-        pairs.append((role.lower(), model))
-    return tuple(pairs)
 
 
 def flag_of(option: Option) -> str:
@@ -703,17 +655,22 @@ def flag_of(option: Option) -> str:
     return "--" + option.name.replace("_", "-")
 
 
+def login_of(url: str) -> Tuple[str, str]:
+    """Return the login in a base URL as written and decoded; "" where it has none."""
+    written = BASE_URL.findall(url)[0][1]
+    return written, PERCENT_CODED.sub(lambda run: bytes.fromhex(
+        run.group().replace("%", "")).decode("utf-8", "replace"), written)
+
+
 def secrets_of(config: Config) -> Tuple[str, ...]:
     """List the texts that must appear in no log and no answer, the longest first.
 
     A URL's login counts as written, decoded, and as the header that Ollama sees.
     """
-    url = URL_LOGIN.search(config.base_url)
-    written = url.group(1) if url else ""
-    login = PERCENT_CODED.sub(lambda run: bytes.fromhex(
-        run.group().replace("%", "")).decode("utf-8", "replace"), written)
-    texts = {config.api_key, config.auth_token, written, written.partition(":")[2], login,
-             login.partition(":")[2], base64.b64encode(login.encode("utf-8", "replace")).decode()}
+    written, login = login_of(config.base_url)
+    header = late("base64").b64encode(login.encode("utf-8", "replace")).decode() if login else ""
+    texts = {config.api_key, config.auth_token, header, written, written.partition(":")[2], login,
+             login.partition(":")[2]}
     return tuple(sorted((text for text in texts if len(text) > 2), key=len, reverse=True))
 
 
@@ -1334,7 +1291,7 @@ def coerced(value: Any, schema: Any, name: str = "") -> Any:
 def string_from(value: Any, name: str) -> Optional[str]:
     """Write a value as text: an argument vector quoted, lines joined, else JSON."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return shlex.join(value) if plain_name(name) == "command" else "\n".join(value)
+        return late("shlex").join(value) if plain_name(name) == "command" else "\n".join(value)
     return json.dumps(value, ensure_ascii=False, indent=2 if isinstance(value, dict) else None)
 
 
@@ -1350,8 +1307,7 @@ def number_from(value: Any, name: str) -> Union[int, float, None]:
 
 
 def boolean_from(value: Any, name: str) -> Optional[bool]:
-    word = str(value).strip().lower()
-    return True if word in TRUE_WORDS else False if word and word in FALSE_WORDS else None
+    return SWITCH_WORDS.get(str(value).strip().lower())
 
 
 def array_from(value: Any, name: str) -> Optional[List[Any]]:
@@ -3285,7 +3241,8 @@ def agent_line(agent: str) -> str:
     Two subagents of one kind share most of their prompt; alternating in one slot they
     would throw each other's tail away: 5,000 tokens at every switch (OL 5b).
     """
-    return f"{zlib.crc32(agent.encode()):08x} is the number of this agent."
+    number = late("zlib").crc32(agent.encode())
+    return f"{number:08x} is the number of this agent."
 
 
 COMPACTION_MARK = "CRITICAL: Respond with TEXT ONLY"
@@ -5754,7 +5711,7 @@ def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
     """Return lines that write bytes from base64; macOS up to 12 knows only -D."""
     coded = f"{target}64"
     ways = [f"base64 {flag} < {coded}{then} > {target}" for flag in ("-d", "-D")]
-    return [heredoc("cat", coded, base64.encodebytes(content).decode()), " || ".join(ways)]
+    return [heredoc("cat", coded, late("base64").encodebytes(content).decode()), " || ".join(ways)]
 
 
 def work_copy(text: str, target: str) -> List[str]:
@@ -5807,7 +5764,7 @@ def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]
 
 def packed_copy(text: str, source: str, target: str) -> List[str]:
     """Return lines for a content so long that it must be compressed."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    packer = late("zlib").compressobj(9, late("zlib").DEFLATED, 31)
     content = text.encode()
     digest = late("hashlib").sha256(content).hexdigest()
     sums = [f"printf '%s  %s\\n' {digest} {source} | {tool} -c > /dev/null"
@@ -8985,21 +8942,31 @@ class TurnRecord(NamedTuple):
     notes: Tuple[str, ...] = ()
     left_out: Tuple[str, ...] = ()
 
+    @property
+    def used(self) -> int:
+        """Count what the next turn starts from: the prompt and its answer."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def left(self) -> int:
+        """Count what is left of a known window."""
+        return max(0, self.window - self.used)
+
 
 CLIENT_LEFT = "client left"
 # Kinds that are Ollama's failures, not the client's or our own.
 UPSTREAM_KINDS = Pattern(r"upstream_|model_missing|rate_limit")
 CAPITAL = Pattern(r"(?<=[a-z])(?=[A-Z])")
 # What helps where the error's own sentence does not say it.
-CURES: Tuple[Tuple[Type[ShimError], str], ...] = (
-    (PromptTooLongError, "Type /compact, or give the model a larger OLLAMA_NUM_CTX."),
-    (UnauthorizedError, "Give the client the key of SHIM_API_KEY."),
-    (UpstreamDeniedError, "Check OLLAMA_AUTH_TOKEN."),
-    (UpstreamTimeoutError, "See `ollama ps`: the model may be too large for this machine."
-                           " SHIM_REQUEST_TIMEOUT_MS allows more time."),
-    (UpstreamBrokenError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
-    (UpstreamFailedError, "See Ollama's log; `python qwencode.py doctor` checks the model."),
-    (BusyError, "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."),
+CURES: Tuple[Tuple[Tuple[Type[ShimError], ...], str], ...] = (
+    ((PromptTooLongError,), "Type /compact, or give the model a larger OLLAMA_NUM_CTX."),
+    ((UnauthorizedError,), "Give the client the key of SHIM_API_KEY."),
+    ((UpstreamDeniedError,), "Check OLLAMA_AUTH_TOKEN."),
+    ((UpstreamTimeoutError,), "See `ollama ps`: the model may be too large for this machine."
+                              " SHIM_REQUEST_TIMEOUT_MS allows more time."),
+    ((UpstreamBrokenError, UpstreamFailedError),
+     "See Ollama's log; `python qwencode.py doctor` checks the model."),
+    ((BusyError,), "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."),
 )
 
 
@@ -9010,41 +8977,56 @@ def outcome_of(error: ShimError) -> str:
 
 def cure_of(error: ShimError) -> str:
     """Say what helps against an error, "" where its sentence says it."""
-    return next((cure for kind, cure in CURES if isinstance(error, kind)), "")
+    return next((cure for kinds, cure in CURES if isinstance(error, kinds)), "")
 
 
 class Running:
     """A request at work: its state is waiting, prefill or writing."""
-
-    __slots__ = ("model", "session", "since", "state", "state_since", "tokens")
 
     def __init__(self, session: str, model: str, state: str, now: float) -> None:
         self.session, self.model, self.state = session, model, state
         self.since = self.state_since = now
         self.tokens = 0
 
+    def fields(self, now: float) -> Json:
+        """Describe it for the status."""
+        state_s = max(0.0, now - self.state_since)
+        writes = self.state == "writing" and state_s > 0
+        return {"session": self.session, "model": self.model, "state": self.state,
+                "seconds": max(0.0, now - self.since), "state_seconds": state_s,
+                "tokens": self.tokens, "tokens_per_s": self.tokens / state_s if writes else 0.0}
+
 
 class Histogram:
     """Counts of observations at or below each bound, as Prometheus wants them."""
 
     def __init__(self, bounds: Tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
+        self.bounds = (*bounds, math.inf)
+        self.counts = [0] * len(self.bounds)
         self.total = 0.0
 
     def observe(self, value: float) -> None:
         """Count value; anything but a number from 0 up is left out."""
-        if 0 <= value < float("inf"):
-            self.counts[bisect_left(self.bounds, value)] += 1
+        if 0 <= value < math.inf:
+            self.counts[sum(bound < value for bound in self.bounds)] += 1
             self.total += value
 
+    def samples(self) -> Dict[str, float]:
+        """Return the cumulative buckets, the sum and the count."""
+        samples, seen = {}, 0
+        for bound, count in zip(self.bounds, self.counts):
+            seen += count
+            name = "+Inf" if bound == math.inf else f"{bound:g}"
+            samples["_bucket" + labels(le=name)] = float(seen)
+        return {**samples, "_sum": self.total, "_count": seen}
 
-def bump(counter: Dict[str, int], key: str, by: int = 1) -> None:
+
+def bump(counter: Dict[str, int], key: str) -> None:
     """Add to a counter whose keys may come from outside; their number is bounded."""
     key = clean(key, MAX_LABEL_CHARS) or "unknown"
     if key not in counter and len(counter) >= MAX_LABELS:
         key = "other"
-    counter[key] = counter.get(key, 0) + by
+    counter[key] = counter.get(key, 0) + 1
 
 
 class Stats:
@@ -9063,10 +9045,9 @@ class Stats:
         self.turns: Deque[TurnRecord] = deque(maxlen=MAX_TURNS)
         self.rescued: Deque[TurnRecord] = deque(maxlen=MAX_EVENTS)
         self.failed: Deque[TurnRecord] = deque(maxlen=MAX_EVENTS)
-        self.requests: Dict[str, int] = {"ok": 0}
-        self.rescues: Dict[str, int] = {}
-        self.upstream_errors: Dict[str, int] = {}
-        self.tokens = {"prompt": 0, "cached": 0, "output": 0}
+        self.counters: Dict[str, Dict[str, int]] = {
+            "requests": {"ok": 0}, "rescues": {}, "upstream_errors": {},
+            "tokens": {"prompt": 0, "cached": 0, "output": 0}}
         self.first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
         self.per_token = Histogram(PER_TOKEN_BOUNDS_S)
 
@@ -9089,7 +9070,6 @@ class Stats:
         """Note how a request ended; one that never began counts as well."""
         with self.lock:
             self.active.pop(key, None)
-            bump(self.requests, record.outcome)
             self._count(record)
             self.turns.append(record)
             if record.rescue:
@@ -9097,7 +9077,11 @@ class Stats:
             if record.outcome not in ("ok", CLIENT_LEFT):
                 self.failed.append(record)
             if record.prompt_tokens and record.way != "local":
-                self._keep_session(record)
+                # The newest session stands last; the one that was idle longest gives way.
+                self.sessions.pop(record.session, None)
+                self.sessions[record.session] = record
+                if len(self.sessions) > SHOWN_SESSIONS:
+                    del self.sessions[next(iter(self.sessions))]
 
     def settle(self, session: str, calls: Sequence[str], request: Request) -> None:
         """Learn what came of a session's rescued calls, by id, from the next request."""
@@ -9114,30 +9098,24 @@ class Stats:
                     return
 
     def _count(self, record: TurnRecord) -> None:
+        bump(self.counters["requests"], record.outcome)
         for rule in filter(None, record.rescue.split(",")):
-            bump(self.rescues, rule)
-        if record.outcome not in ("ok", CLIENT_LEFT) and UPSTREAM_KINDS.search(record.outcome):
-            bump(self.upstream_errors, record.outcome)
-        self.tokens["prompt"] += record.prompt_tokens
-        self.tokens["cached"] += record.cached_tokens
-        self.tokens["output"] += record.output_tokens
+            bump(self.counters["rescues"], rule)
+        if UPSTREAM_KINDS.match(record.outcome):
+            bump(self.counters["upstream_errors"], record.outcome)
+        tokens = self.counters["tokens"]
+        tokens["prompt"] += record.prompt_tokens
+        tokens["cached"] += record.cached_tokens
+        tokens["output"] += record.output_tokens
         if record.first_s is not None and record.way != "local":
             self.first_token.observe(record.first_s)
         if record.tokens_per_s > 0:
             self.per_token.observe(1 / record.tokens_per_s)
 
-    def _keep_session(self, record: TurnRecord) -> None:
-        """Make this the newest session; the one that was idle longest gives way."""
-        self.sessions.pop(record.session, None)
-        self.sessions[record.session] = record
-        if len(self.sessions) > SHOWN_SESSIONS:
-            del self.sessions[next(iter(self.sessions))]
-
 
 # ------------------------------ log lines ------------------------------
 
-COLOURS = {"ok": "32", CLIENT_LEFT: "33", "warn": "33"}
-ERROR_COLOUR = "31"
+GREEN, YELLOW, RED = "32", "33", "31"
 # Share of the window from which a turn's line says what is left.
 WINDOW_WARN_SHARE = 0.8
 
@@ -9145,6 +9123,17 @@ WINDOW_WARN_SHARE = 0.8
 def shown_text(text: str, secrets: Iterable[str] = ()) -> str:
     """Make foreign text one clean line without secrets or the login of a URL."""
     return clean(URL_LOGIN.sub("://", redact(text, secrets)))
+
+
+def scrub(value: Any, secrets: Tuple[str, ...]) -> Any:
+    """Make every string of a JSON value fit to be shown, and its numbers short."""
+    if isinstance(value, dict):
+        return {clean(str(key)): scrub(item, secrets) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrub(item, secrets) for item in value]
+    if isinstance(value, float):
+        return round(value, 3)
+    return shown_text(value, secrets) if isinstance(value, str) else value
 
 
 def token_text(count: int) -> str:
@@ -9175,33 +9164,15 @@ def fill_text(record: TurnRecord) -> str:
     if new is None and record.cached_tokens:
         new = record.prompt_tokens - record.cached_tokens
     told = f" ({token_text(new)} new)" if new is not None else ""
-    return f"{token_text(used_tokens(record))}{window} tokens{told}"
-
-
-def used_tokens(record: TurnRecord) -> int:
-    """Count what the next turn starts from: the prompt and its answer."""
-    return record.prompt_tokens + record.output_tokens
+    return f"{token_text(record.used)}{window} tokens{told}"
 
 
 def left_text(record: TurnRecord) -> str:
     """Warn of a window that is nearly full."""
-    used = used_tokens(record)
-    if not record.window or used < record.window * WINDOW_WARN_SHARE:
+    if not record.window or record.used < record.window * WINDOW_WARN_SHARE:
         return ""
-    left = max(0, record.window - used)
-    return f"{100 * used // record.window}% of the window used, {token_text(left)} left"
-
-
-def pace_texts(record: TurnRecord) -> List[str]:
-    """Say how long reading took, when the first token came and the speed after it."""
-    texts = []
-    if record.prefill_s:
-        texts.append(f"prefill {record.prefill_s:.1f}s")
-    if record.first_s is not None:
-        texts.append(f"first {record.first_s:.1f}s")
-    if record.tokens_per_s:
-        texts.append(f"{record.tokens_per_s:.0f} tok/s")
-    return texts
+    share = 100 * record.used // record.window
+    return f"{share}% of the window used, {token_text(record.left)} left"
 
 
 def tools_text(record: TurnRecord) -> str:
@@ -9223,38 +9194,26 @@ def turn_line(record: TurnRecord, colour: bool = False, utc_offset_s: float = 0.
     """
     second = int(record.started + record.total_s + utc_offset_s) % 86400
     at = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
-    parts = [f"{at} turn {record.turn}" if record.turn else at,
-             f"answered here ({record.model})" if record.way == "local" else fill_text(record),
-             *pace_texts(record), tools_text(record),
-             record.way if record.way in ("verbatim", "joined") else ""]
-    line = "  ".join(shown_text(part, secrets) for part in parts if part)
-    code = COLOURS.get(record.outcome, ERROR_COLOUR)
-    line += "  " + paint(shown_text(record.outcome), code, colour)
+    parts = [
+        f"{at} turn {record.turn}" if record.turn else at,
+        f"answered here ({record.model})" if record.way == "local" else fill_text(record),
+        f"prefill {record.prefill_s:.1f}s" if record.prefill_s else "",
+        f"first {record.first_s:.1f}s" if record.first_s is not None else "",
+        f"{record.tokens_per_s:.0f} tok/s" if record.tokens_per_s else "", tools_text(record),
+        record.way if record.way in ("verbatim", "joined") else ""]
+    code = {"ok": GREEN, CLIENT_LEFT: YELLOW}.get(record.outcome, RED)
+    told = paint(shown_text(record.outcome), code, colour)
     if record.error:
-        line += f": {shown_text(record.error, secrets)} {shown_text(record.cure, secrets)}".rstrip()
-    for note in filter(None, (left_text(record), *record.notes)):
-        line += "  " + paint(shown_text(note, secrets), COLOURS["warn"], colour)
-    return line
+        told += f": {shown_text(record.error, secrets)} {shown_text(record.cure, secrets)}".rstrip()
+    notes = [paint(shown_text(note, secrets), YELLOW, colour)
+             for note in (left_text(record), *record.notes) if note]
+    return "  ".join([*(shown_text(part, secrets) for part in parts if part), told, *notes])
 
 
-def turn_fields(record: TurnRecord, secrets: Iterable[str] = ()) -> Json:
-    """Return a turn as plain JSON values, cleaned for any reader."""
-    hidden = tuple(secrets)
-    fields: Json = {}
-    for name, value in record._asdict().items():
-        if isinstance(value, str):
-            fields[name] = shown_text(value, hidden)
-        elif isinstance(value, tuple):
-            fields[name] = [shown_text(item, hidden) for item in value]
-        else:
-            fields[name] = round(value, 3) if isinstance(value, float) else value
-    return fields
-
-
-def turn_json(record: TurnRecord, secrets: Iterable[str] = ()) -> str:
+def turn_json(record: TurnRecord, secrets: Tuple[str, ...] = ()) -> str:
     """Write a turn as one line of JSON for `--log-format json`."""
-    ended = round(record.started + record.total_s, 3)
-    return json.dumps({"event": "turn", "time": ended, **turn_fields(record, secrets)})
+    return json.dumps(scrub({"event": "turn", "time": record.started + record.total_s,
+                             **record._asdict()}, secrets))
 
 
 # ------------------------------ what broke the prefix ------------------------------
@@ -9293,40 +9252,15 @@ HIDDEN_OPTIONS = ("host", "port", "counts_file")
 def shown_options(config: Config) -> Json:
     """Return the options that are no secret; two shims with the same do the same."""
     return {row.name: scrub(getattr(config, row.name), secrets_of(config)) for row in OPTIONS
-            if row.kind != "secret" and row.name not in HIDDEN_OPTIONS}
-
-
-def running_fields(running: Running, now: float) -> Json:
-    """Describe a request at work."""
-    state_s = max(0.0, now - running.state_since)
-    writes = running.state == "writing" and state_s > 0
-    return {
-        "session": clean(running.session), "model": clean(running.model), "state": running.state,
-        "seconds": round(max(0.0, now - running.since), 1), "state_seconds": round(state_s, 1),
-        "tokens": running.tokens,
-        "tokens_per_s": round(running.tokens / state_s, 1) if writes else 0.0,
-    }
+            if not row.secret and row.name not in HIDDEN_OPTIONS}
 
 
 def session_fields(record: TurnRecord) -> Json:
     """Describe a session by its last turn: what its window holds and what is left."""
-    used = used_tokens(record)
-    return {
-        "session": clean(record.session), "model": clean(record.model), "turn": record.turn,
-        "used": used, "window": record.window,
-        "left": max(0, record.window - used) if record.window else None,
-        "last": record.started + record.total_s,
-        "left_out": [clean(name) for name in record.left_out],
-    }
-
-
-def scrub(value: Any, secrets: Tuple[str, ...]) -> Any:
-    """Make every string of a JSON value fit to be shown."""
-    if isinstance(value, dict):
-        return {clean(str(key)): scrub(item, secrets) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [scrub(item, secrets) for item in value]
-    return shown_text(value, secrets) if isinstance(value, str) else value
+    return {"session": record.session, "model": record.model, "turn": record.turn,
+            "used": record.used, "window": record.window,
+            "left": record.left if record.window else None,
+            "last": record.started + record.total_s, "left_out": record.left_out}
 
 
 def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
@@ -9334,103 +9268,72 @@ def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
 
     health is what `/health` answers. Prompts and answers are never in it.
     """
-    secrets = secrets_of(config)
     with stats.lock:
-        active = [running_fields(one, now) for one in stats.active.values()]
-        sessions = [session_fields(one) for one in reversed(list(stats.sessions.values()))]
-        lists = [list(one) for one in (stats.turns, stats.rescued, stats.failed)]
-        counters = {"requests": dict(stats.requests), "rescues": dict(stats.rescues),
-                    "upstream_errors": dict(stats.upstream_errors), "tokens": dict(stats.tokens)}
-    turns, rescues, errors = (
-        [turn_fields(one, secrets) for one in reversed(records)] for records in lists)
-    return {
-        "version": __version__, "now": round(now, 3), "uptime_s": round(now - stats.started, 1),
-        "health": scrub(health, secrets),
+        active = [one.fields(now) for one in stats.active.values()]
+        sessions = [session_fields(one) for one in stats.sessions.values()]
+        turns, rescues, errors = (
+            [one._asdict() for one in reversed(some)]
+            for some in (stats.turns, stats.rescued, stats.failed))
+        counters = {name: dict(counter) for name, counter in stats.counters.items()}
+    return dict(scrub({
+        "version": __version__, "now": now, "uptime_s": now - stats.started, "health": health,
         "options": shown_options(config),
         "running": [one for one in active if one["state"] != "waiting"],
         "waiting": [one for one in active if one["state"] == "waiting"],
-        "sessions": sessions, "turns": turns, "rescues": rescues, "errors": errors,
-        "counters": counters,
-    }
+        "sessions": sessions[::-1], "turns": turns, "rescues": rescues, "errors": errors,
+        "counters": counters}, secrets_of(config)))
 
 
 # ------------------------------ Prometheus ------------------------------
 
 
-class Metric(NamedTuple):
-    """One metric family: samples are (suffix and labels, value)."""
-
-    name: str
-    kind: str
-    help: str
-    samples: List[Tuple[str, float]]
-
-
 def labels(**values: str) -> str:
     """Write a label set; backslash, quote and line end are escaped."""
-    pairs = []
-    for name, value in values.items():
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        pairs.append(f'{name}="{escaped}"')
-    return "{" + ",".join(pairs) + "}"
-
-
-def by_label(label: str, counter: Dict[str, int]) -> List[Tuple[str, float]]:
-    """Return a counter's samples."""
-    return [(labels(**{label: key}), count) for key, count in sorted(counter.items())]
-
-
-def histogram_samples(histogram: Histogram) -> List[Tuple[str, float]]:
-    """Return the cumulative buckets, the sum and the count."""
-    samples: List[Tuple[str, float]] = []
-    seen = 0
-    for bound, count in zip((*histogram.bounds, None), histogram.counts):
-        seen += count
-        samples.append(("_bucket" + labels(le="+Inf" if bound is None else f"{bound:g}"), seen))
-    return [*samples, ("_sum", histogram.total), ("_count", seen)]
-
-
-def metrics_of(stats: Stats, config: Config) -> List[Metric]:
-    """Gather the families in the order in which they are printed."""
-    states = [one.state for one in list(stats.active.values())]
-    waiting = states.count("waiting")
-    info = labels(version=__version__, model=clean(config.model))
-    return [
-        Metric("info", "gauge", "What runs here; always 1.", [(info, 1)]),
-        Metric("start_time_seconds", "gauge", "Start of the shim, in epoch seconds.",
-               [("", stats.started)]),
-        Metric("requests_total", "counter", "Requests for messages by outcome.",
-               by_label("outcome", stats.requests)),
-        Metric("requests_running", "gauge", "Requests at work.", [("", len(states) - waiting)]),
-        Metric("requests_waiting", "gauge", "Requests that wait for a place.", [("", waiting)]),
-        Metric("rescues_total", "counter", "Tool calls made from text or a request, by rule.",
-               by_label("rule", stats.rescues)),
-        Metric("upstream_errors_total", "counter", "Failures of Ollama by kind.",
-               by_label("kind", stats.upstream_errors)),
-        Metric("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.",
-               [("", stats.tokens["prompt"])]),
-        Metric("cached_prompt_tokens_total", "counter", "Tokens of prompts not read again.",
-               [("", stats.tokens["cached"])]),
-        Metric("output_tokens_total", "counter", "Tokens written by the model.",
-               [("", stats.tokens["output"])]),
-        Metric("time_to_first_token_seconds", "histogram",
-               "From the request to the first token.", histogram_samples(stats.first_token)),
-        Metric("time_per_output_token_seconds", "histogram",
-               "Mean time for a token after the first, one observation a turn.",
-               histogram_samples(stats.per_token)),
-    ]
+    escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+               for name, value in values.items()}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
 
 
 def metrics_text(stats: Stats, config: Config) -> str:
     """Write the Prometheus text format, version 0.0.4."""
     with stats.lock:
-        families = metrics_of(stats, config)
+        states = [one.state for one in stats.active.values()]
+        waiting, counters = states.count("waiting"), stats.counters
+
+        def by(label: str, name: str) -> Dict[str, float]:
+            return {labels(**{label: key}): n for key, n in sorted(counters[name].items())}
+
+        families: Tuple[Tuple[str, str, str, Mapping[str, float]], ...] = (
+            ("info", "gauge", "What runs here; always 1.",
+             {labels(version=__version__, model=clean(config.model)): 1}),
+            ("start_time_seconds", "gauge", "Start of the shim, in epoch seconds.",
+             {"": stats.started}),
+            ("requests_total", "counter", "Requests for messages by outcome.",
+             by("outcome", "requests")),
+            ("requests_running", "gauge", "Requests at work.", {"": len(states) - waiting}),
+            ("requests_waiting", "gauge", "Requests that wait for a place.", {"": waiting}),
+            ("rescues_total", "counter", "Tool calls made from text or a request, by rule.",
+             by("rule", "rescues")),
+            ("upstream_errors_total", "counter", "Failures of Ollama by kind.",
+             by("kind", "upstream_errors")),
+            ("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.",
+             {"": counters["tokens"]["prompt"]}),
+            ("cached_prompt_tokens_total", "counter", "Tokens of prompts not read again.",
+             {"": counters["tokens"]["cached"]}),
+            ("output_tokens_total", "counter", "Tokens written by the model.",
+             {"": counters["tokens"]["output"]}),
+            ("time_to_first_token_seconds", "histogram", "From the request to the first token.",
+             stats.first_token.samples()),
+            ("time_per_output_token_seconds", "histogram",
+             "Mean time for a token after the first, one observation a turn.",
+             stats.per_token.samples()))
     lines = []
     for name, kind, text, samples in families:
         full = "qwencode_" + name
         lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-        lines += [f"{full}{suffix} {value:.10g}" for suffix, value in samples]
+        lines += [f"{full}{suffix} {value:.10g}" for suffix, value in samples.items()]
     return "\n".join(lines) + "\n"
+
 
 # ------------------------------ the page ------------------------------
 
@@ -9533,7 +9436,8 @@ function draw(id, data, make) {
 const none = (text) => el("p", { class: "empty" }, text);
 
 // Roles are named because display:block on a phone takes a table's own ones away.
-function table(label, heads, rows) {
+function table(label, heads, rows, empty) {
+  if (!rows.length) return none(empty);
   const cell = ([text, numeric], part, index) => el("td", { role: "cell", "data-label": text,
     class: numeric ? "num" : index ? "" : "nowrap" }, ...[].concat(part));
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
@@ -9578,12 +9482,10 @@ function gauges(sessions) {
 }
 
 function running(data) {
-  const rows = [...data.running, ...data.waiting];
-  if (!rows.length) return none("Nothing is running.");
   return table("Running now", [["Session"], ["State"], ["Seconds", 1], ["Tokens", 1],
-    ["Tokens/s", 1]], rows.map((one) => [short(one.session),
+    ["Tokens/s", 1]], [...data.running, ...data.waiting].map((one) => [short(one.session),
     one.state === "prefill" ? "prefill " + seconds(one.state_seconds) : one.state,
-    seconds(one.seconds), String(one.tokens), speed(one.tokens_per_s)]));
+    seconds(one.seconds), String(one.tokens), speed(one.tokens_per_s)]), "Nothing is running.");
 }
 
 function chart(id, caption, label, parts) {
@@ -9626,7 +9528,6 @@ function contexts(turns) {
 }
 
 function turnRows(turns) {
-  if (!turns.length) return none("No turn yet.");
   return table("Last turns", [["Time"], ["Turn", 1], ["First token", 1], ["Total", 1],
     ["Tokens in", 1], ["Cached", 1], ["Out", 1], ["Tokens/s", 1], ["Tools"], ["Outcome"]],
   turns.map((turn) => [clock(turn.started + turn.total_s), turn.turn ? String(turn.turn) : "",
@@ -9636,21 +9537,19 @@ function turnRows(turns) {
     String(turn.output_tokens), speed(turn.tokens_per_s),
     turn.tools.length ? turn.tools.join(", ") + (turn.rescue ? ` via rescue:${turn.rescue}` : "")
       : turn.way === "local" ? "answered without the model" : "",
-    [outcome(turn), ...turn.notes.map((note) => el("small", {}, note))]]));
+    [outcome(turn), ...turn.notes.map((note) => el("small", {}, note))]]), "No turn yet.");
 }
 
 function rescueRows(turns) {
-  if (!turns.length) return none("No rescue was needed.");
   return table("Rescues", [["Time"], ["Rule"], ["Call"], ["Result"]], turns.map((turn) =>
     [clock(turn.started + turn.total_s), turn.rescue, turn.tools.join(", "),
-      turn.rescue_outcome || turn.outcome]));
+      turn.rescue_outcome || turn.outcome]), "No rescue was needed.");
 }
 
 function errorRows(turns) {
-  if (!turns.length) return none("No error.");
   return table("Errors", [["Time"], ["Kind"], ["What to do"]], turns.map((turn) =>
     [clock(turn.started + turn.total_s), outcome(turn),
-      el("div", {}, turn.error, turn.cure ? el("small", {}, turn.cure) : "")]));
+      el("div", {}, turn.error, turn.cure ? el("small", {}, turn.cure) : "")]), "No error.");
 }
 
 function counters(data) {
@@ -9761,7 +9660,7 @@ poll();
 # The hashes let the page forbid every other script, style and host to itself. They are
 # written down, not computed, to spare the start-up; tests/test_status.py checks them.
 STATUS_STYLE_HASH = "sha256-2q8y6dwgkfx5f9Q2/qfqcZWct/zW12U3ZjQ63hcH8NY="
-STATUS_SCRIPT_HASH = "sha256-1xIC4UQuY5IFRmftq0UMyZXNdM+H6VG2xcH3kUVbL3c="
+STATUS_SCRIPT_HASH = "sha256-z5O5Q+qA3Q1OC+usC7Sj+g6au6xkMXP0DLwBf6FTsIM="
 
 STATUS_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qwencode</title>
@@ -10014,14 +9913,14 @@ class Upstream:
     """
 
     def __init__(self, config: Config) -> None:
-        parts = late("urllib.parse").urlsplit(config.base_url)
-        self.tls = parts.scheme.lower() == "https"
-        self.host = parts.hostname or ""
-        self.port = parts.port or (443 if self.tls else 80)
-        self._prefix = parts.path.rstrip("/")
-        shown = f"[{self.host}]" if ":" in self.host else self.host
-        self.url = f"{parts.scheme}://{shown}:{self.port}{self._prefix}"
-        login = late("urllib.parse").unquote(parts.netloc.rpartition("@")[0])
+        scheme, _, host, port, path = BASE_URL.findall(config.base_url)[0]
+        self.tls = scheme.lower() == "https"
+        self.host = host.strip("[]").lower()
+        self.port = int(port or (443 if self.tls else 80))
+        self._prefix = path.rstrip("/")
+        shown = bracketed(self.host)
+        self.url = f"{scheme.lower()}://{shown}:{self.port}{self._prefix}"
+        login = login_of(config.base_url)[1]
         authorization = f"Bearer {config.auth_token}" if config.auth_token else ""
         if login and not authorization:
             authorization = "Basic " + late("base64").b64encode(login.encode()).decode()
@@ -10073,7 +9972,9 @@ class Upstream:
 
         def look_up() -> None:
             try:
-                found.append(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
+                # As bytes: a text loads the codec of international names, which takes 1.5 ms.
+                found.append(socket.getaddrinfo(
+                    self.host.encode(), self.port, type=socket.SOCK_STREAM))
             except (OSError, UnicodeError) as problem:
                 found.append(problem)
             wake.close()
@@ -11940,8 +11841,7 @@ class ShimServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        host = self.config.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+        return f"http://{bracketed(self.config.host)}:{self.server_port}"
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept until stop(); sleeps in between (socketserver's wakes twice a second)."""
@@ -12134,37 +12034,17 @@ def bash_parses(command: str) -> bool:
 
 
 # ============================== 17. CLI ==============================
-
-def make_parser() -> Any:
-    """Make the command line from COMMANDS and OPTIONS."""
-    argparse = late("argparse")
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    group = common.add_argument_group("options of every command, each also a variable")
-    for option in OPTIONS:
-        default = f" (default {option.default})" if option.default else ""
-        group.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
-                           help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
-    parser = argparse.ArgumentParser(
-        prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
-        " of Ollama.", parents=[common], usage="%(prog)s [COMMAND] [OPTIONS]")
-    parser.error = one_line_error(parser)
-    parser.add_argument("--version", action="version", version=f"qwencode {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="qwencode")
-    for command in COMMANDS:
-        sub = commands.add_parser(command.name, help=command.help, parents=[common],
-                                  description=command.help, usage="%(prog)s [OPTIONS] ...")
-        sub.error = one_line_error(sub)
-        command.arguments(sub)
-    return parser
-
-
-def one_line_error(parser: Any) -> Callable[[str], None]:
-    """Answer a mistake in one line; argparse would print a page of usage before it."""
-    return lambda message: parser.exit(2, f"{parser.prog}: {message}. See --help.\n")
+# Each command takes the configuration, its own arguments and the environment, and returns
+# an exit code. A ConfigError or ShimError that it raises is told in one line by main.
 
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def tell(text: str) -> None:
+    """Say something beside a command's output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def open_server(config: Config) -> ShimServer:
@@ -12174,8 +12054,6 @@ def open_server(config: Config) -> ShimServer:
                           " to a long random text, or keep HOST=127.0.0.1")
     try:
         return ShimServer(config)
-    except OverflowError:
-        raise ConfigError(f"PORT: {config.port} is no port") from None
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             raise ConfigError(f"PORT: {config.port} on {config.host} is in use; stop the other"
@@ -12184,113 +12062,137 @@ def open_server(config: Config) -> ShimServer:
                           f" ({problem.strerror or problem})") from None
 
 
+@contextlib.contextmanager
+def running_server(config: Config) -> Iterator[ShimServer]:
+    """Serve beside this program, on a free port of loopback, until the block ends."""
+    server = open_server(config._replace(host="127.0.0.1", port=0))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(DRAIN_S)
+        server.finish(1.0)
+
+
+def shim_at(url: str, config: Config) -> Upstream:
+    """Make a client of a shim that has the configuration's key."""
+    return Upstream(config._replace(base_url=url, auth_token=config.api_key))
+
+
 def raise_descriptor_limit() -> None:
     """Allow as many open files as many clients need: macOS starts with 256."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         resource = late("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, MAX_DESCRIPTORS), hard))
 
 
-def run_serve(args: Any, env: Mapping[str, str]) -> int:
-    """Serve until SIGTERM or Ctrl-C; 0 and 130."""
+def on_signals(names: Sequence[str], act: Callable[[int], None]) -> None:
+    """Call act with the number of any of these signals; no system has all of them."""
     signal = late("signal")
-    config = load_config(vars(args), env)
+    for name in names:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _frame: act(number))
+
+
+def run_serve(config: Config, args: Any, env: Env) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 and 130."""
     raise_descriptor_limit()
     server = open_server(config)
     ended: List[int] = []
 
-    def on_signal(number: int, _frame: object) -> None:
+    def end(number: int) -> None:
         if ended:
             os._exit(130)
         ended.append(number)
         server.stop()
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
+    on_signals(("SIGINT", "SIGTERM", "SIGBREAK"), end)
     say(f"qwencode {__version__} on {server.url} -> {server.upstream.url} model {config.model}")
     server.warmer.start()
     server.serve_forever()
     server.finish()
-    return 130 if signal.SIGINT in ended else 0
+    return 130 if late("signal").SIGINT in ended else 0
 
 
-class StandIn(BaseHTTPRequestHandler):
-    """A few canned answers in Ollama's protocol: no model, for the demo only."""
-
-    protocol_version = "HTTP/1.1"
-    CALL = '<tool_call>\n{"name": "Write", "arguments": {"file_path": "hello.txt",' \
-           ' "content": "Hello from the demo.\\n"}}\n</tool_call>'
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Stay silent: the demo prints what is worth seeing."""
-
-    def do_POST(self) -> None:
-        """Answer a chat turn: first a call written as text, then a closing sentence."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/api/chat" or body.get("_debug_render_only"):
-            self.send_error(404)
-            return
-        after_result = body["messages"][-1]["role"] == "tool"
-        text = "The file is there now: hello.txt." if after_result else \
-            "I will write the file.\n" + self.CALL
-        words = [text[i:i + 12] for i in range(0, len(text), 12)]
-        lines: List[Json] = [
-            {"message": {"role": "assistant", "content": word}, "done": False} for word in words]
-        lines.append({"message": {"role": "assistant", "content": ""}, "done": True,
-                      "done_reason": "stop", "prompt_eval_count": 40, "eval_count": len(words)})
-        payload = "".join(to_json({"model": body["model"], **line}) + "\n" for line in lines)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/x-ndjson")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload.encode())
-
-    def do_GET(self) -> None:
-        """Know nothing else: the shim serves with defaults then."""
-        self.send_error(404)
-
+# ------------------------------ demo and try ------------------------------
 
 DEMO_TOOLS = [{"name": "Write", "description": "Write a file", "input_schema": {
     "type": "object", "required": ["file_path", "content"],
     "properties": {"file_path": {"type": "string"}, "content": {"type": "string"}}}}]
+DEMO_CALL = """I will write the file.
+<tool_call>
+{"name": "Write", "arguments": {"file_path": "hello.txt", "content": "Hello from the demo.\\n"}}
+</tool_call>"""
 
 
-def demo_turn(url: str, messages: List[Json]) -> Json:
+def stand_in_answer(handler: Any) -> None:
+    """Play Ollama and the model: first a call written as text, then a closing sentence."""
+    body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+    if handler.path != "/api/chat":
+        handler.send_error(404)  # the shim serves with defaults then
+        return
+    after_result = body["messages"][-1]["role"] == "tool"
+    text = "The file is there now: hello.txt." if after_result else DEMO_CALL
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(to_json({
+        "model": body["model"], "message": {"role": "assistant", "content": text}, "done": True,
+        "done_reason": "stop", "prompt_eval_count": 40, "eval_count": 20}).encode())
+
+
+def demo_turn(shim: Upstream, messages: List[Json]) -> Json:
     """Send one Messages request over HTTP, print its events, return the folded message."""
-    request = late("urllib.request").Request(
-        url + "/v1/messages", to_json({
-            "model": "demo", "max_tokens": 1000, "stream": True, "messages": messages,
-            "tools": DEMO_TOOLS}).encode(), {"Content-Type": "application/json"})
-    opener = late("urllib.request").build_opener(late("urllib.request").ProxyHandler({}))
-    events: List[Event] = []
-    with opener.open(request, timeout=30) as answer:
-        for line in answer:
-            if line.startswith(b"data: "):
-                payload = json.loads(line[6:])
-                events.append(Event(payload["type"], payload))
-                say("    " + clean(line[6:].decode().strip(), 110))
-    return fold(events)
+    answer = shim.ask("POST", "/v1/messages", to_json({
+        "model": "demo", "max_tokens": 1000, "stream": True, "messages": messages,
+        "tools": DEMO_TOOLS}), Waiter(), time.monotonic() + 30)
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    for line in lines:
+        say("    " + clean(line, 110))
+    return fold([Event(payload["type"], payload) for payload in map(json.loads, lines)])
 
 
-def run_demo(args: Any, env: Mapping[str, str]) -> int:
+def demo_conversation(shim: Upstream, folder: str) -> bool:
+    """Carry one tool call through; return whether it came to its end."""
+    question = "Write hello.txt with a greeting."
+    say(f"1. Claude Code would ask:  {question}")
+    say("   The model writes its tool call as plain text; the events that come back:")
+    content = demo_turn(shim, [{"role": "user", "content": question}])["content"]
+    call = next((block for block in content if block["type"] == "tool_use"), None)
+    if call is None:
+        say("The tool call was not found: the demo failed.")
+        return False
+    say(f"\n2. That is a real {call['name']} call; the demo runs it in a temporary folder:")
+    path = os.path.join(folder, os.path.basename(call["input"]["file_path"]))
+    with open(path, "w+", encoding="utf-8") as file:
+        file.write(call["input"]["content"])
+        file.seek(0)
+        say(f"   hello.txt now holds {file.read()!r}")
+    say("\n3. The tool's result goes back, and the answer comes:")
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "File created"}
+    final = demo_turn(shim, [
+        {"role": "user", "content": question}, {"role": "assistant", "content": content},
+        {"role": "user", "content": [result]}])
+    say(f"   -> {final['content'][0]['text']}")
+    return bool(final["stop_reason"] == "end_turn")
+
+
+def run_demo(config: Config, args: Any, env: Env) -> int:
     """Show the shim at work, a stand-in for the model behind it."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as model, \
+    http = late("http.server")
+    handler = type("StandIn", (http.BaseHTTPRequestHandler,), {
+        "do_POST": stand_in_answer, "log_message": lambda *_: None})
+    say("qwencode demo. The answers are canned: a stand-in plays Ollama and the model, so that")
+    say("this runs anywhere. The server, the translation and the rescue are the real ones.\n")
+    with http.ThreadingHTTPServer(("127.0.0.1", 0), handler) as model, \
             late("tempfile").TemporaryDirectory() as folder:
         threading.Thread(target=model.serve_forever, daemon=True).start()
-        config = load_config({"port": "0", "base_url": f"http://127.0.0.1:{model.server_port}",
-                              "model": "demo", "verbatim": "off", "warm": "off", "log": "error",
-                              "rescue": "text,intent"}, {})
-        server = open_server(config)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        say("qwencode demo. The answers are canned: a stand-in plays Ollama and the model, so that")
-        say("this runs anywhere. The server, the translation and the rescue are the real ones.\n")
-        done = _demo_conversation(server.url, folder)
-        server.stop()
-        server.finish()
+        config = load_config({"base_url": f"http://127.0.0.1:{model.server_port}", "model": "demo",
+                              "verbatim": "off", "warm": "off", "log": "error"}, {})
+        with running_server(config) as server:
+            done = demo_conversation(shim_at(server.url, config), folder)
         model.shutdown()
     say("\nNext, for the real thing: start Ollama, `ollama pull qwen2.5-coder:14b`, install Claude")
     say("Code with `npm install -g @anthropic-ai/claude-code`, and in your project:")
@@ -12298,39 +12200,12 @@ def run_demo(args: Any, env: Mapping[str, str]) -> int:
     return 0 if done else 1
 
 
-def _demo_conversation(url: str, folder: str) -> bool:
-    question = "Write hello.txt with a greeting."
-    say(f"1. Claude Code would ask:  {question}")
-    say("   The model writes its tool call as plain text; the events that come back:")
-    messages: List[Json] = [{"role": "user", "content": question}]
-    answer = demo_turn(url, messages)
-    calls = [block for block in answer["content"] if block["type"] == "tool_use"]
-    if not calls:
-        say("The tool call was not found: the demo failed.")
-        return False
-    call = calls[0]
-    path = os.path.join(folder, os.path.basename(call["input"]["file_path"]))
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(call["input"]["content"])
-    say(f"\n2. That is a real {call['name']} call; the demo runs it in a temporary folder:")
-    with open(path, encoding="utf-8") as file:
-        say(f"   hello.txt now holds {file.read()!r}")
-    say("\n3. The tool's result goes back, and the answer comes:")
-    messages += [{"role": "assistant", "content": answer["content"]},
-                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call["id"],
-                                               "content": "File created"}]}]
-    final = demo_turn(url, messages)
-    say(f"   -> {final['content'][0]['text']}")
-    return bool(final["stop_reason"] == "end_turn")
-
-
 TRY_TOOLS = {"Bash": Tool("Bash", "", {"type": "object", "required": ["command"], "properties": {
     "command": {"type": "string"}, "description": {"type": "string"}}})}
 
 
-def run_try(args: Any, env: Mapping[str, str]) -> int:
+def run_try(config: Config, args: Any, env: Env) -> int:
     """Carry out one request here, as the rescue would; return the command's exit code."""
-    config = load_config(vars(args), env)
     found = find_rescue((Message("user", (Text(" ".join(args.request)),)),), "I'll do that now.")
     if not found:
         say("No rescue: these words are not one clear file operation inside this folder, so the"
@@ -12344,20 +12219,13 @@ def run_try(args: Any, env: Mapping[str, str]) -> int:
     say(f"rule: {found.rule}\n{call[1].get('description', '')}\n\n{command}\n")
     if args.dry_run:
         return 0
-    bash = late("shutil").which("bash")
+    bash, subprocess = late("shutil").which("bash"), late("subprocess")
     if not bash:
         say("There is no bash here to run it; on Windows install Git Bash.")
         return 1
-    subprocess = late("subprocess")
-    done = subprocess.run([bash, "-c", command], check=False, stdin=subprocess.DEVNULL)
-    verdict = "done and verified" if done.returncode == 0 else "not done"
-    say(f"exit code {done.returncode}: {verdict}")
-    return int(done.returncode)
-
-
-def _try_arguments(sub: Any) -> None:
-    sub.add_argument("request", nargs="+", help="what to do, in words")
-    sub.add_argument("--dry-run", action="store_true", help="show the command, run nothing")
+    code = int(subprocess.call([bash, "-c", command], stdin=subprocess.DEVNULL))
+    say(f"exit code {code}: {'not done' if code else 'done and verified'}")
+    return code
 
 
 # ------------------------------ Claude Code ------------------------------
@@ -12380,49 +12248,43 @@ CLIENT_SETTINGS = {
     "DISABLE_TELEMETRY": "1",
     "API_TIMEOUT_MS": "3600000",  # the shim has deadlines of its own
 }
-MODEL_ROLES = ("OPUS", "SONNET", "HAIKU")
 DEFAULT_CLIENT_KEY = "qwencode"
 # A mode named by the user; as options Claude Code knows them.
 MODE_OPTION = Pattern(r"--(?:permission-mode|dangerously-skip-permissions)(?:=.*)?")
-PRINT_OPTIONS = ("-p", "--print", "-v", "--version", "-h", "--help")
+PRINT_OPTIONS = {"-p", "--print", "-v", "--version", "-h", "--help"}
 
 
-def client_env(base_url: str, key: str, config: Config, window: int) -> Dict[str, str]:
+def client_env(base_url: str, key: str, config: Config, window: int) -> Env:
     """Make the variables of a Claude Code that talks to the shim at base_url.
 
     The key goes as a Bearer token: an API key would be asked about in a dialog whose
     default is no (CC A11). window is in tokens, 0 where it is not known.
     """
     roles = dict(config.model_map)
-    made = {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": key or DEFAULT_CLIENT_KEY,
+    return {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": key or DEFAULT_CLIENT_KEY,
             "ANTHROPIC_API_KEY": "", "ANTHROPIC_MODEL": config.model,
-            "CLAUDE_CODE_SUBAGENT_MODEL": config.model, **CLIENT_SETTINGS}
-    for role in MODEL_ROLES:
-        made[f"ANTHROPIC_DEFAULT_{role}_MODEL"] = roles.get(role.lower(), config.model)
-    if window:
-        made.update(compact_env(window, DEFAULT_MAX_TOKENS))
-    return made
+            "CLAUDE_CODE_SUBAGENT_MODEL": config.model, **CLIENT_SETTINGS,
+            **{f"ANTHROPIC_DEFAULT_{role.upper()}_MODEL": roles.get(role, config.model)
+               for role in ("opus", "sonnet", "haiku")},
+            **(compact_env(window, DEFAULT_MAX_TOKENS) if window else {})}
 
 
-def child_env(made: Mapping[str, str], env: Mapping[str, str]) -> Dict[str, str]:
+def child_env(made: Env, env: Env) -> Env:
     """Lay made under the environment, which keeps what the user set.
 
     Not kept: where to send to and with which key, what would lead past the shim, and a
     NO_PROXY that would send loopback requests to a proxy.
     """
-    child = {**made, **{name: text for name, text in env.items() if text}}
-    for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"):
-        child[name] = made[name]
-    for name in CLOUD_SWITCHES:
-        child.pop(name, None)
+    ours = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")
+    child = {**made, **{name: text for name, text in env.items()
+                        if text and name not in (*ours, *CLOUD_SWITCHES)}}
     if not covers_loopback(env):
         there = env.get("NO_PROXY") or env.get("no_proxy") or ""
-        child["NO_PROXY"] = child["no_proxy"] = ",".join(
-            filter(None, (there, "127.0.0.1,localhost")))
+        child["NO_PROXY"] = child["no_proxy"] = f"{there},127.0.0.1,localhost".lstrip(",")
     return child
 
 
-def covers_loopback(env: Mapping[str, str]) -> bool:
+def covers_loopback(env: Env) -> bool:
     """Tell whether NO_PROXY keeps loopback requests away from a proxy."""
     names = (env.get("NO_PROXY") or env.get("no_proxy") or "").replace(" ", "").split(",")
     return "*" in names or {"127.0.0.1", "localhost"} <= set(names)
@@ -12434,100 +12296,80 @@ def claude_arguments(passed: Sequence[str], settings: Mapping[str, Any]) -> List
     Claude Code's own default, auto, asks Anthropic's servers to judge each action;
     nothing else can answer for them (CC F2).
     """
-    permissions = settings.get("permissions")
-    chosen = permissions.get("defaultMode") if isinstance(permissions, dict) else None
+    chosen = _mapping(settings.get("permissions")).get("defaultMode")
     if any(map(MODE_OPTION.fullmatch, passed)) or (chosen and chosen != "auto"):
         return list(passed)
     return ["--permission-mode", "default", *passed]
 
 
-def claude_settings(env: Mapping[str, str]) -> Json:
+def claude_settings(env: Env) -> Json:
     """Read Claude Code's settings, the project's over the user's; {} where there are none."""
     merged: Json = {}
-    home = claude_home(env)
-    for path in (os.path.join(home, "settings.json"),
-                 *(os.path.join(".claude", name) for name in ("settings.json",
-                                                              "settings.local.json"))):
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            for name, value in _mapping(json.load(file)).items():
-                both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-                merged[name] = {**merged[name], **value} if both else value
+    home = env.get("CLAUDE_CONFIG_DIR") or os.path.join(home_of(env), ".claude")
+    for path in (f"{home}/settings.json", ".claude/settings.json", ".claude/settings.local.json"):
+        for name, value in read_mapping(path).items():
+            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+            merged[name] = {**merged[name], **value} if both else value
     return merged
 
 
-def claude_home(env: Mapping[str, str]) -> str:
-    """Return Claude Code's folder."""
-    return env.get("CLAUDE_CONFIG_DIR") or os.path.join(home_of(env), ".claude")
+def read_mapping(path: str) -> Json:
+    """Read a JSON object from a file; {} where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _mapping(json.load(file))
+    except (OSError, ValueError):
+        return {}
 
 
-def home_of(env: Mapping[str, str]) -> str:
+def home_of(env: Env) -> str:
     return env.get("USERPROFILE" if os.name == "nt" else "HOME") or os.path.expanduser("~")
 
 
-def find_claude(env: Mapping[str, str]) -> str:
+def find_claude(env: Env) -> str:
     """Find the claude program on PATH or where its installer puts it; "" if nowhere."""
-    which, home = late("shutil").which, home_of(env)
-    places = (None, os.path.join(home, ".local", "bin"), os.path.join(home, ".claude", "local"))
-    found = (which("claude", path=env.get("PATH") if place is None else place)
-             for place in places)
-    return next(filter(None, found), "")
+    home = home_of(env)
+    places = (env.get("PATH"), f"{home}/.local/bin", f"{home}/.claude/local")
+    return next(filter(None, (late("shutil").which("claude", path=place) for place in places)), "")
 
 
-def ease_first_run(passed: Sequence[str], env: Mapping[str, str]) -> None:
+def ease_first_run(passed: Sequence[str], env: Env) -> None:
     """Spare a new user Claude Code's welcome, which fails without network (CC A11).
 
     Only where Claude Code has no file yet; one that is there is never touched, and the
     way out is said.
     """
+    if PRINT_OPTIONS.intersection(passed):
+        return
     folder = env.get("CLAUDE_CONFIG_DIR") or home_of(env)
     path = os.path.join(folder, ".claude.json")
-    if any(option in PRINT_OPTIONS for option in passed):
-        return
     try:
         os.makedirs(folder, exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             json.dump({"hasCompletedOnboarding": True}, file)
     except FileExistsError:
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            if not _mapping(json.load(file)).get("hasCompletedOnboarding"):
-                tell("Claude Code will greet you first, which needs the internet. Without it, add"
-                     f' "hasCompletedOnboarding": true to {path}.')
+        there = read_mapping(path)
+        if there and not there.get("hasCompletedOnboarding"):
+            tell("Claude Code will greet you first, which needs the internet. Without it, add"
+                 f' "hasCompletedOnboarding": true to {path}.')
     except OSError as problem:
         tell(f"{path} could not be written: {problem.strerror}")
 
 
-def tell(text: str) -> None:
-    """Say something beside a command's output."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def run_child(command: Sequence[str], env: Mapping[str, str]) -> int:
+def run_child(command: Sequence[str], env: Env) -> int:
     """Run a program on this terminal; return its exit code, 128 + n after signal n.
 
     Ctrl-C reaches the child from the terminal itself, so that it is only survived here;
     a SIGTERM is passed on.
     """
-    signal, subprocess = late("signal"), late("subprocess")
-    child = subprocess.Popen(list(command), env=dict(env))
-    before = {}
-    try:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                forward = name in ("SIGTERM", "SIGHUP")
-                before[number] = signal.signal(
-                    number, lambda got, _frame, forward=forward:
-                    child.send_signal(got) if forward else None)
-        code = int(child.wait())
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    child = late("subprocess").Popen(list(command), env=dict(env))
+    on_signals(("SIGINT", "SIGBREAK"), lambda number: None)
+    on_signals(("SIGTERM", "SIGHUP"), child.send_signal)
+    code = int(child.wait())
     return code if code >= 0 else 128 - code
 
 
-def claude_command(made: Mapping[str, str], passed: Sequence[str], env: Mapping[str, str],
-                   ) -> Tuple[List[str], Dict[str, str]]:
+def claude_command(made: Env, passed: Sequence[str], env: Env) -> Tuple[List[str], Env]:
     """Return the command line and environment of Claude Code, and say what is special."""
     for name in CLOUD_SWITCHES:
         if env.get(name):
@@ -12539,46 +12381,38 @@ def claude_command(made: Mapping[str, str], passed: Sequence[str], env: Mapping[
 
 def ask_shim(url: str, path: str, config: Config) -> Json:
     """Ask a shim something within a second; {} where none answers."""
-    asking = Upstream(config._replace(base_url=url, auth_token=config.api_key))
     try:
-        answer = asking.ask("GET", path, None, Waiter(), time.monotonic() + HEALTH_S + 0.2)
+        answer = shim_at(url, config).ask("GET", path, None, Waiter(), time.monotonic() + 1.0)
     except ShimError:
         return {}
     return _mapping(answer.body) if answer.status == 200 else {}
 
 
-def window_of(health: Json) -> int:
-    """Take the window out of what /health answers; 0 where it does not tell."""
-    window = _mapping(health.get("model")).get("window")
-    return window if type(window) is int and window > 0 else 0
-
-
-def as_served(config: Config, health: Json, args: Any, env: Mapping[str, str]) -> Config:
-    """Take the model's name from a shim that runs, unless the user named one here."""
-    name = _mapping(health.get("model")).get("name")
-    named_here = env.get("OLLAMA_MODEL") or getattr(args, "model", None)
-    return config if named_here or not isinstance(name, str) else config._replace(model=name)
-
-
 def planned_window(config: Config) -> int:
     """Return the window that a shim with this configuration will ask for at least."""
-    if config.num_ctx or config.auto_ctx == "off":
-        return config.num_ctx or 0
-    return int(config.auto_ctx) if config.auto_ctx.isdecimal() else SERVING_WINDOW
+    return config.num_ctx or (0 if config.auto_ctx == "off" else SERVING_WINDOW)
+
+
+def env_of_shim(url: str, config: Config, args: Any, env: Env) -> Tuple[bool, Env]:
+    """Tell whether a shim answers at url, and make Claude Code's variables for it.
+
+    Its own window and model count, but for a model that the user named here.
+    """
+    health = ask_shim(url, "/health", config)
+    model = _mapping(health.get("model"))
+    if isinstance(model.get("name"), str) and not env.get("OLLAMA_MODEL") and "model" not in args:
+        config = config._replace(model=model["name"])
+    window = natural(model.get("window")) or planned_window(config)
+    return bool(health), client_env(url, config.api_key, config, window)
 
 
 def local_url(config: Config) -> str:
     """Return where a client on this machine reaches the shim."""
-    host = CONNECTABLE.get(config.host, config.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    return f"http://{bracketed(CONNECTABLE.get(config.host, config.host))}:{config.port}"
 
 
-def run_client(args: Any, env: Mapping[str, str]) -> int:
+def run_client(config: Config, args: Any, env: Env) -> int:
     """Start Claude Code against a shim that runs already."""
-    config = load_config(vars(args), env)
-    if not find_claude(env):
-        tell(CLAUDE_MISSING)
-        return 127
     named = args.url or ("" if env.get("HOST") or env.get("PORT")
                          else env.get("ANTHROPIC_BASE_URL", ""))
     if named and not BASE_URL.fullmatch(named):
@@ -12587,14 +12421,12 @@ def run_client(args: Any, env: Mapping[str, str]) -> int:
     url = named.rstrip("/") or local_url(config)
     key = args.key or config.api_key or env.get("ANTHROPIC_AUTH_TOKEN") \
         or env.get("ANTHROPIC_API_KEY") or ""
-    health = ask_shim(url, "/health", config._replace(api_key=key))
-    if not health:
+    there, made = env_of_shim(url, config._replace(api_key=key), args, env)
+    if not there:
         tell(f"Nothing answers at {url} yet: start ./launch-shim.sh (or python qwencode.py)."
              " Claude Code is started all the same.")
     tell(f"Claude Code -> {url}")
-    window = window_of(health) or planned_window(config)
-    config = as_served(config, health, args, env)
-    return run_child(*claude_command(client_env(url, key, config, window), args.passed, env))
+    return run_child(*claude_command(made, args.passed, env))
 
 
 SHELLS = {
@@ -12605,28 +12437,23 @@ SHELLS = {
 }
 
 
-def export_lines(made: Mapping[str, str], shell: str) -> List[str]:
+def export_lines(made: Env, shell: str) -> List[str]:
     """Write the variables in a shell's own words; what leads past the shim is unset."""
-    setting, removing, (quote, escaped) = SHELLS[shell]
+    setting, removing, quotes = SHELLS[shell]
     lines = [removing.format(name=name) for name in CLOUD_SWITCHES]
     for name, value in sorted(made.items()):
         text = value.replace("\\", "\\\\") if shell == "fish" else value
-        lines.append(setting.format(name=name, value=f"'{text.replace(quote, escaped)}'"))
+        lines.append(setting.format(name=name, value=f"'{text.replace(*quotes)}'"))
     return lines
 
 
-def run_env(args: Any, env: Mapping[str, str]) -> int:
+def run_env(config: Config, args: Any, env: Env) -> int:
     """Print the variables for a shell: eval "$(python qwencode.py env)"."""
-    config = load_config(vars(args), env)
     windows = os.name == "nt" and not env.get("MSYSTEM")  # set in Git Bash
     usual = "fish" if env.get("SHELL", "").endswith("fish") else "bash"
     shell = args.shell or args.named_shell or ("powershell" if windows else usual)
-    url = local_url(config)
-    health = ask_shim(url, "/health", config)
-    window, config = window_of(health) or planned_window(config), as_served(
-        config, health, args, env)
-    for line in export_lines(client_env(url, config.api_key, config, window), shell):
-        say(line)
+    _, made = env_of_shim(local_url(config), config, args, env)
+    say("\n".join(export_lines(made, shell)))
     return 0
 
 
@@ -12650,6 +12477,12 @@ class Loaded(NamedTuple):
     size_vram: int = 0
     seconds: float = 0.0
 
+    @property
+    def share(self) -> str:
+        """Say how much of it is in graphics memory; "" where that is not known."""
+        share = 100 * min(self.size_vram, self.size) // max(self.size, 1)
+        return f"{share} % of {self.size / 1e9:.1f} GB in graphics memory" if self.size else ""
+
 
 # What Ollama below a version lacks (contract: in which version each came).
 OLLAMA_SINCE: Tuple[Tuple[Tuple[int, ...], str], ...] = (
@@ -12670,10 +12503,19 @@ SEE_OLLAMA = "See `ollama ps` and Ollama's log."
 BETTER_MODEL = "Choose a model that is good at tools, such as qwen3-coder (OLLAMA_MODEL)."
 
 
+def judge(good: str, *faults: Tuple[object, str, str, str]) -> Finding:
+    """Return the first fault whose condition holds, or else that all is good.
+
+    A fault is its condition, warn or bad, the line, and the cure.
+    """
+    return next((Finding(ok, line, cure) for holds, ok, line, cure in faults if holds),
+                Finding("ok", good))
+
+
 def version_of(text: str) -> Tuple[int, ...]:
     """Read the first x.y.z of a text; () where there is none."""
     found = THREE_NUMBERS.search(text)
-    return tuple(int(part) for part in found.groups()) if found else ()
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def dotted(version: Iterable[int]) -> str:
@@ -12681,46 +12523,45 @@ def dotted(version: Iterable[int]) -> str:
 
 
 def verdict_python(version: Tuple[int, ...]) -> Finding:
-    if version < (3, 9):
-        return Finding("bad", f"Python {dotted(version)} is too old", "Install 3.9 or newer.")
-    return Finding("ok", f"Python {dotted(version)}")
+    line = f"Python {dotted(version)}"
+    return judge(line, (version < (3, 9), "bad", f"{line} is too old", "Install 3.9 or newer."))
 
 
 def verdict_ollama(url: str, status: int, version: str) -> Finding:
     """Judge the answer of /api/version."""
-    number, line = version_of(version), f"Ollama {version or 'of an unknown version'} at {url}"
-    if status != 200 or not version:
-        return Finding("warn", f"{url} answers HTTP {status} but does not say that it is Ollama",
-                       "Check OLLAMA_BASE_URL.")
+    number, line = version_of(version), f"Ollama {version} at {url}"
     lacks = [text for since, text in OLLAMA_SINCE if (0, 0, 0) < number < since]
     if number == OLLAMA_MISCOUNTS:
         lacks.append("miscounts prompts (only this version)")
-    return Finding("warn", f"{line} {'; '.join(lacks)}", UPDATE_OLLAMA) if lacks \
-        else Finding("ok", line)
+    return judge(
+        line, (status != 200 or not version, "warn",
+               f"{url} answers HTTP {status} but does not say that it is Ollama",
+               "Check OLLAMA_BASE_URL."),
+        (lacks, "warn", f"{line} {'; '.join(lacks)}", UPDATE_OLLAMA))
 
 
 def verdict_model(name: str, present: bool, others: Sequence[str]) -> Finding:
     """Judge whether the model is there; others are the models that are."""
-    if name.endswith((":cloud", "-cloud")):
-        return Finding("bad", f"{name} runs in Ollama's cloud: prompts would leave this machine",
-                       "Choose a local model (OLLAMA_MODEL).")
-    if present:
-        return Finding("ok", f"model {name}")
     instead = f", or set OLLAMA_MODEL to one of: {', '.join(others[:6])}" if others else ""
-    return Finding("bad", f"Ollama does not have {name}", f"Run `ollama pull {name}`{instead}.")
+    return judge(
+        f"model {name}",
+        (name.endswith((":cloud", "-cloud")), "bad",
+         f"{name} runs in Ollama's cloud: prompts would leave this machine",
+         "Choose a local model (OLLAMA_MODEL)."),
+        (not present, "bad", f"Ollama does not have {name}", f"Run `ollama pull {name}`{instead}."))
 
 
 def verdict_capabilities(capabilities: Sequence[str]) -> Finding:
     """Judge what the model says it can do; empty where Ollama does not tell."""
     can = ", ".join(capabilities)
-    if not can:
-        return Finding("warn", "Ollama does not tell what the model can do", UPDATE_OLLAMA)
-    if "completion" not in capabilities:
-        return Finding("bad", f"the model cannot chat, only: {can}", BETTER_MODEL)
-    if "tools" not in capabilities:
-        return Finding("warn", f"the model has no tool support of its own, only: {can}",
-                       f"Calls are read from its text instead. {BETTER_MODEL}")
-    return Finding("ok", f"capabilities: {can}")
+    return judge(
+        f"capabilities: {can}",
+        (not can, "warn", "Ollama does not tell what the model can do", UPDATE_OLLAMA),
+        ("completion" not in capabilities, "bad", f"the model cannot chat, only: {can}",
+         BETTER_MODEL),
+        ("tools" not in capabilities, "warn",
+         f"the model has no tool support of its own, only: {can}",
+         f"Calls are read from its text instead. {BETTER_MODEL}"))
 
 
 def verdict_window(trained: int, asked: int, real: int) -> Finding:
@@ -12729,43 +12570,39 @@ def verdict_window(trained: int, asked: int, real: int) -> Finding:
     line = "context window: " + (", ".join(
         f"{count:,} {word}" for word, count in known if count) or "unknown")
     window = real or asked
-    small = judge_explicit(window, FIRST_PROMPT_TOKENS) if window else None
-    if small and 0 < trained < SERVING_WINDOW:
-        return Finding("bad", f"{line}; the model was trained for too little", BETTER_MODEL)
-    if small:
-        return Finding("bad", f"{line}; {small}", f"Set OLLAMA_NUM_CTX={SERVING_WINDOW} or more.")
-    if not window:
-        return Finding("warn", line, "Run `doctor` without --quick, which loads the model.")
-    return Finding("ok", line)
+    small = window and judge_explicit(window, FIRST_PROMPT_TOKENS)
+    return judge(
+        line,
+        (small and 0 < trained < SERVING_WINDOW, "bad",
+         f"{line}; the model was trained for too little", BETTER_MODEL),
+        (small, "bad", f"{line}; {small}", f"Set OLLAMA_NUM_CTX={SERVING_WINDOW} or more."),
+        (not window, "warn", line, "Run `doctor` without --quick, which loads the model."))
 
 
 def verdict_memory(loaded: Loaded) -> Finding:
-    if not loaded.size:
-        return Finding("warn", "Ollama does not tell where the model lies", SEE_OLLAMA)
-    share = 100 * min(loaded.size_vram, loaded.size) // loaded.size
-    line = f"{share} % of {loaded.size / 1e9:.1f} GB in graphics memory"
-    if share >= 99:
-        return Finding("ok", line)
-    return Finding("warn", f"{line}; the rest is slow", "Choose a smaller model or OLLAMA_NUM_CTX,"
-                   " or start Ollama with OLLAMA_KV_CACHE_TYPE=q8_0.")
+    return judge(
+        loaded.share,
+        (not loaded.share, "warn", "Ollama does not tell where the model lies", SEE_OLLAMA),
+        (loaded.size_vram < 0.99 * loaded.size, "warn", f"{loaded.share}; the rest is slow",
+         "Choose a smaller model or OLLAMA_NUM_CTX, or start Ollama with"
+         " OLLAMA_KV_CACHE_TYPE=q8_0."))
 
 
 def verdict_template(prompt: str) -> Finding:
     """Judge how Ollama rendered PROBE_MESSAGES and a system message after them."""
-    if not prompt:
-        return Finding("warn", "Ollama does not show how it renders a prompt", UPDATE_OLLAMA)
     reminder = prompt.find("probe reminder")
-    defects = [text for found, text in (
+    defects = ", ".join(text for found, text in (
         (GO_STRUCT.search(prompt), "prints tool definitions as Go structs"),
         ("ProbeTool" not in prompt.partition("probe question")[0], "leaves tools out"),
         ("probe value" not in prompt, "drops tool calls that follow text"),
         (reminder < 0, "drops later system messages"),
         (0 <= reminder < prompt.find("probe question"), "moves later system messages to the top"),
-    ) if found]
-    if not defects:
-        return Finding("ok", "the prompt template keeps tools, calls and system messages")
-    return Finding("warn", f"the prompt template {', '.join(defects)}",
-                   "Nothing to do: the shim writes these parts itself.")
+    ) if found)
+    return judge(
+        "the prompt template keeps tools, calls and system messages",
+        (not prompt, "warn", "Ollama does not show how it renders a prompt", UPDATE_OLLAMA),
+        (defects, "warn", f"the prompt template {defects}",
+         "Nothing to do: the shim writes these parts itself."))
 
 
 def tool_calls_in(content: Any) -> List[Any]:
@@ -12777,49 +12614,45 @@ def tool_calls_in(content: Any) -> List[Any]:
 def verdict_call(content: Any, word: str, problem: str) -> Finding:
     """Judge the answer to the order to call the tool with word."""
     calls = tool_calls_in(content)
-    if problem:
-        return Finding("bad", f"a live tool call failed: {problem}", SEE_OLLAMA)
-    if not calls:
-        return Finding("bad", "told to call a tool, the model wrote words", BETTER_MODEL)
-    if calls[0] != {"word": word}:
-        return Finding("warn", "a live tool call came with wrong arguments", BETTER_MODEL)
-    return Finding("ok", "a live tool call")
+    return judge(
+        "a live tool call",
+        (problem, "bad", f"a live tool call failed: {problem}", SEE_OLLAMA),
+        (not calls, "bad", "told to call a tool, the model wrote words", BETTER_MODEL),
+        (calls[:1] != [{"word": word}], "warn", "a live tool call came with wrong arguments",
+         BETTER_MODEL))
 
 
 def verdict_rescue(content: Any, word: str, problem: str) -> Finding:
     """Judge the answer to the order to write a call as text."""
-    if problem:
-        return Finding("bad", f"a live rescue failed: {problem}", SEE_OLLAMA)
-    if {"word": word} in tool_calls_in(content):
-        return Finding("ok", "a call that the model wrote as text became a real one")
-    if "doctor_probe" in to_json(content):
-        return Finding("bad", "a call that the model wrote as text stayed text",
-                       "Set SHIM_RESCUE=text,intent.")
-    return Finding("warn", "the model would not write a call as text: no rescue was seen",
-                   "Nothing to do.")
+    rescued = {"word": word} in tool_calls_in(content)
+    return judge(
+        "a call that the model wrote as text became a real one",
+        (problem, "bad", f"a live rescue failed: {problem}", SEE_OLLAMA),
+        (not rescued and "doctor_probe" in to_json(content), "bad",
+         "a call that the model wrote as text stayed text", "Set SHIM_RESCUE=text,intent."),
+        (not rescued, "warn", "the model would not write a call as text: no rescue was seen",
+         "Nothing to do."))
 
 
 def verdict_truncation(status: int, window: int) -> Finding:
     """Judge the HTTP status of a prompt beyond the window."""
-    if status == 400:
-        return Finding("ok", f"a prompt beyond {window:,} tokens is refused, not cut in silence")
-    if status == 200:
-        return Finding("bad", "Ollama cut a prompt beyond its window in silence", UPDATE_OLLAMA)
-    return Finding("warn", f"a prompt beyond the window got HTTP {status}", SEE_OLLAMA)
+    return judge(
+        f"a prompt beyond {window:,} tokens is refused, not cut in silence",
+        (status == 200, "bad", "Ollama cut a prompt beyond its window in silence", UPDATE_OLLAMA),
+        (status != 400, "warn", f"a prompt beyond the window got HTTP {status}", SEE_OLLAMA))
 
 
 def verdict_reuse(first_s: float, second_s: float, tokens: int) -> Finding:
     """Judge two turns of which the second begins with the first one's prompt."""
     line = f"{tokens:,} tokens were read in {first_s:.1f} s, and on the next turn in {second_s:.1f}"
-    if second_s <= max(0.5, first_s / 2):
-        return Finding("ok", line)
-    return Finding("warn", f"{line}: nothing was kept", "Another program uses this model with other"
-                   " options, or OLLAMA_NUM_PARALLEL is above 1: see `ollama ps`.")
+    return judge(line, (second_s > max(0.5, first_s / 2), "warn", f"{line}: nothing was kept",
+                        "Another program uses this model with other options, or"
+                        " OLLAMA_NUM_PARALLEL is above 1: see `ollama ps`."))
 
 
 def verdict_cancel(seconds: float) -> Finding:
     line = f"{seconds:.1f} s after a request was broken off the next one was answered"
-    return Finding("ok", line) if seconds <= SLOW_CANCEL_S else Finding("warn", line, SEE_OLLAMA)
+    return judge(line, (seconds > SLOW_CANCEL_S, "warn", line, SEE_OLLAMA))
 
 
 def verdict_speed(read_per_s: float, write_per_s: float) -> Finding:
@@ -12829,63 +12662,56 @@ def verdict_speed(read_per_s: float, write_per_s: float) -> Finding:
     wait_s = FIRST_PROMPT_TOKENS / read_per_s
     line = (f"reads {read_per_s:,.0f} and writes {write_per_s:.1f} tokens a second: a session's"
             f" first answer begins after about {wait_s:.0f} s")
-    if wait_s <= SLOW_FIRST_ANSWER_S and write_per_s >= SLOW_TOKENS_PER_S:
-        return Finding("ok", line)
-    return Finding("warn", line, "Choose a smaller model, or one that fits into graphics memory"
-                   " (`python qwencode.py models`).")
+    slow = wait_s > SLOW_FIRST_ANSWER_S or write_per_s < SLOW_TOKENS_PER_S
+    return judge(line, (slow, "warn", line, "Choose a smaller model, or one that fits into graphics"
+                        " memory (`python qwencode.py models`)."))
 
 
 def verdict_bash(path: str, missing: Sequence[str], windows: bool) -> Finding:
     """Judge the shell of Claude Code; missing are programs that it does not find."""
-    if not path:
-        return Finding("bad", "bash was not found", "Install Git for Windows (https://git-scm.com),"
-                       " or set CLAUDE_CODE_GIT_BASH_PATH." if windows else "Install bash.")
-    if missing:
-        return Finding("warn", f"bash at {path} lacks {', '.join(missing)}",
-                       "Install them: the commands of a rescue use them.")
-    return Finding("ok", f"bash at {path}, with all that a rescue's commands use")
+    return judge(
+        f"bash at {path}, with all that a rescue's commands use",
+        (not path, "bad", "bash was not found",
+         "Install Git for Windows (https://git-scm.com), or set CLAUDE_CODE_GIT_BASH_PATH."
+         if windows else "Install bash."),
+        (missing, "warn", f"bash at {path} lacks {', '.join(missing)}",
+         "Install them: the commands of a rescue use them."))
 
 
 def verdict_claude(path: str, version: str) -> Finding:
     """Judge the installed Claude Code by what `claude --version` says."""
-    if not path:
-        return Finding("bad", "claude was not found", CLAUDE_MISSING)
     number = version_of(version)
     line = f"claude {dotted(number) or 'of an unknown version'} at {path}"
-    if TESTED_CLAUDE[0] <= number <= TESTED_CLAUDE[-1]:
-        return Finding("ok", line)
-    return Finding("warn", f"{line}; tested: {', '.join(map(dotted, TESTED_CLAUDE))}",
-                   "If it misbehaves: npm install -g @anthropic-ai/claude-code@"
-                   + dotted(TESTED_CLAUDE[-1]))
+    return judge(
+        line,
+        (not path, "bad", "claude was not found", CLAUDE_MISSING),
+        (not TESTED_CLAUDE[0] <= number <= TESTED_CLAUDE[-1], "warn",
+         f"{line}; tested: {', '.join(map(dotted, TESTED_CLAUDE))}",
+         f"If it misbehaves: npm install -g @anthropic-ai/claude-code@{dotted(TESTED_CLAUDE[-1])}"))
 
 
 def verdict_port(address: str, problem: str, ours: bool) -> Finding:
     """Judge the address to listen on; problem is why it cannot be bound."""
-    if ours:
-        return Finding("ok", f"a shim answers at {address}")
-    if problem:
-        return Finding("warn", f"{address} cannot be used", problem)
-    return Finding("ok", f"{address} is free")
+    return judge(f"a shim answers at {address}" if ours else f"{address} is free",
+                 (problem, "warn", f"{address} cannot be used", problem))
 
 
-def verdict_environment(env: Mapping[str, str], settings: Json, upstream_host: str) -> Finding:
+def verdict_environment(env: Env, settings: Json, upstream_host: str) -> Finding:
     """Judge what may send prompts elsewhere; settings is the `env` of settings.json."""
-    places = (("the environment", env), ("Claude Code's settings.json", settings))
-    seen = [f"{name} in {place}" for place, values in places for name in CLOUD_SWITCHES
-            if values.get(name)]
-    for place, values in places:
+    seen = []
+    for place, values in (("the environment", env), ("Claude Code's settings.json", settings)):
+        seen += [f"{name} in {place}" for name in CLOUD_SWITCHES if values.get(name)]
         host = header_host(str(values.get("ANTHROPIC_BASE_URL") or "").partition("://")[2]
                            .partition("/")[0])
         if host and not is_loopback(host):
             seen.append(f"ANTHROPIC_BASE_URL in {place} is {host}")
     if not is_loopback(upstream_host):
         seen.append(f"OLLAMA_BASE_URL is {upstream_host}")
-    if any(env.get(name) for name in PROXIES) and not covers_loopback(env):
+    if any(map(env.get, PROXIES)) and not covers_loopback(env):
         seen.append("a proxy is set and NO_PROXY lacks 127.0.0.1,localhost")
-    if not seen:
-        return Finding("ok", "nothing in the environment sends prompts elsewhere")
-    return Finding("warn", "; ".join(seen), "Prompts may leave this machine: unset what you did not"
-                   " mean. `claude` and `env` clear the environment, never settings.json.")
+    return judge("nothing in the environment sends prompts elsewhere", (
+        seen, "warn", "; ".join(seen), "Prompts may leave this machine: unset what you did not"
+        " mean. `claude` and `env` clear the environment, never settings.json."))
 
 
 # ------------------------------ doctor: checks ------------------------------
@@ -12903,6 +12729,28 @@ SHELL_PROGRAMS = (
 OLLAMA_ANSWER_S = 5.0
 
 
+def find_bash(env: Env) -> str:
+    """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
+    which, path = late("shutil").which, env.get("PATH")
+    if os.name != "nt":
+        return which("bash", path=path) or ""
+    git = which("git", path=path) or r"C:\Program Files\Git\cmd\git.exe"
+    folder = os.path.dirname(os.path.dirname(git))
+    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), os.path.join(folder, "bin", "bash.exe"))
+    return next(filter(os.path.isfile, places), "")
+
+
+def output_of(command: Sequence[str], env: Env) -> str:
+    """Run a program and return what it says, "" where it cannot be run."""
+    subprocess = late("subprocess")
+    try:
+        done = subprocess.run(command, env=dict(env), stdin=subprocess.DEVNULL, timeout=20,
+                              capture_output=True, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return str(done.stdout.decode("utf-8", "replace"))
+
+
 class Ticker(Waiter):
     """Wait for Ollama and show on a terminal how long that takes already."""
 
@@ -12910,49 +12758,28 @@ class Ticker(Waiter):
         self.what, self.since = what, time.monotonic()
 
     def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
-        while not super().wait(sock, writing, min(until, time.monotonic() + 1.0)):
-            if time.monotonic() >= until:
-                return False
-            self.show(f"\r{self.what} ... {time.monotonic() - self.since:.0f} s ")
-        return True
-
-    @staticmethod
-    def show(text: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        ready, line = False, ""
+        while not ready and time.monotonic() < until:
+            ready = super().wait(sock, writing, min(until, time.monotonic() + 1.0))
+            if not ready and sys.stderr.isatty():
+                line = f"{self.what} ... {time.monotonic() - self.since:.0f} s "
+                print("\r" + line, end="", file=sys.stderr, flush=True)
+        if line:
+            print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+        return ready
 
 
-@contextlib.contextmanager
-def ticking(what: str) -> Iterator[Ticker]:
-    """Show a progress line until the block ends."""
-    ticker = Ticker(what)
-    try:
-        yield ticker
-    finally:
-        ticker.show("\r" + " " * (len(what) + 12) + "\r")
-
-
-@contextlib.contextmanager
-def running_server(config: Config) -> Iterator[ShimServer]:
-    """Serve beside this program, on a free port of loopback, until the block ends."""
-    server = open_server(config._replace(host="127.0.0.1", port=0))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(DRAIN_S)
-        server.finish(1.0)
+def loaded_from(row: Any) -> Loaded:
+    """Read a row of /api/ps."""
+    return Loaded(*(natural(_mapping(row).get(key))
+                    for key in ("context_length", "size", "size_vram")))
 
 
 class Doctor:
     """What the checks share: the configuration, a shim of their own, what Ollama said."""
 
-    def __init__(self, config: Config, env: Mapping[str, str], server: ShimServer,
-                 quick: bool = False) -> None:
-        self.config, self.env, self.server, self.quick = config, env, server, quick
+    def __init__(self, config: Config, env: Env, server: ShimServer) -> None:
+        self.config, self.env, self.server = config, env, server
         self.model = LocalModel(ModelFacts(config.model))
         self.loaded = Loaded()
         self.speed = (0.0, 0.0)
@@ -12960,10 +12787,16 @@ class Doctor:
 
     def ask(self, path: str, body: Optional[Json] = None, what: str = "asking Ollama") -> Answer:
         """Ask Ollama; what concerns a model may take as long as a first token."""
-        with ticking(what) as ticker:
-            return self.server.upstream.ask(
-                "POST" if body else "GET", path, to_json(body) if body else None, ticker,
-                time.monotonic() + (self.wait_s if body else OLLAMA_ANSWER_S))
+        until = time.monotonic() + (self.wait_s if body else OLLAMA_ANSWER_S)
+        return self.server.upstream.ask("POST" if body else "GET", path,
+                                        to_json(body) if body else None, Ticker(what), until)
+
+    def ask_well(self, path: str, body: Json, what: str) -> Json:
+        """Ask Ollama; raise a ShimError where it refuses."""
+        answer = self.ask(path, body, what)
+        if answer.status != 200:
+            raise upstream_error(answer.status, answer.text, self.config.model)
+        return _mapping(answer.body)
 
     def body(self, tokens: Optional[int] = None, **fields: Any) -> Json:
         """Make a body whose load options are those of every turn."""
@@ -12974,10 +12807,8 @@ class Doctor:
 
     def chat(self, messages: List[Json], tokens: int, what: str) -> Json:
         """Ask the model; raise a ShimError where that fails."""
-        answer = self.ask("/api/chat", self.body(tokens, messages=messages, think=False), what)
-        if answer.status != 200:
-            raise upstream_error(answer.status, answer.text, self.config.model)
-        return _mapping(answer.body)
+        return self.ask_well(
+            "/api/chat", self.body(tokens, messages=messages, think=False), what)
 
     def learn(self) -> None:
         """Ask what the model is; raise ModelMissingError where it is not there."""
@@ -12990,185 +12821,110 @@ class Doctor:
 
     def load(self) -> Loaded:
         """Choose the window and load the model; raise a ShimError where that fails."""
-        begun, name = time.monotonic(), self.config.model
-        with ticking(f"loading {name}") as ticker:
-            self.model = self.server.registry.model(name, ticker, begun + self.wait_s)
-        answer = self.ask("/api/generate", self.body(), f"loading {name}")
-        if answer.status != 200:
-            raise upstream_error(answer.status, answer.text, name)
+        begun, what = time.monotonic(), f"loading {self.config.model}"
+        self.model = self.server.registry.model(self.config.model, Ticker(what),
+                                                begun + self.wait_s)
+        self.ask_well("/api/generate", self.body(), what)
         self.loaded = self.look()._replace(seconds=time.monotonic() - begun)
         return self.loaded
 
     def look(self) -> Loaded:
         """See how the model is loaded, if it is."""
-        row = _mapping(self.server.registry._loaded_row(
+        return loaded_from(self.server.registry._loaded_row(
             self.model.facts, Waiter(), time.monotonic() + OLLAMA_ANSWER_S))
-        return Loaded(*(natural(row.get(key)) for key in ("context_length", "size", "size_vram")))
 
-    def messages(self, system: str, text: str, what: str) -> Tuple[Json, str]:
-        """Send a Messages request through the shim; return its answer and what failed."""
-        asking = Upstream(self.config._replace(base_url=self.server.url,
-                                               auth_token=self.config.api_key))
+    def check_call(self, verdict: Callable[[Any, str, str], Finding], word: str, what: str,
+                   system: str, text: str) -> Finding:
+        """Ask for a call through the shim and judge the answer."""
         body = to_json({"model": self.config.model, "max_tokens": 300, "system": system,
                         "thinking": {"type": "disabled"},
                         "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
         try:
-            with ticking(what) as ticker:
-                answer = asking.ask("POST", "/v1/messages", body, ticker,
-                                    time.monotonic() + 2 * self.wait_s)
+            answer = shim_at(self.server.url, self.config).ask(
+                "POST", "/v1/messages", body, Ticker(what), time.monotonic() + 2 * self.wait_s)
         except ShimError as error:
-            return {}, error.message
-        failed = _mapping(_mapping(answer.body).get("error")).get("message")
-        return _mapping(answer.body), str(failed or "") if answer.status != 200 else ""
+            return verdict([], word, error.message)
+        told = _mapping(answer.body)
+        problem = str(_mapping(told.get("error")).get("message") or "")
+        return verdict(told.get("content") or [], word, problem if answer.status != 200 else "")
 
+    def check_ollama(self) -> Finding:
+        answer = self.ask("/api/version")
+        version = _mapping(answer.body).get("version")
+        return verdict_ollama(self.server.upstream.url, answer.status, str(version or ""))
 
-def check_python(_doctor: Doctor) -> Finding:
-    return verdict_python(tuple(sys.version_info[:3]))
+    def check_model(self) -> Finding:
+        others, present = [], True
+        try:
+            self.learn()
+        except ModelMissingError:
+            others, present = [one["name"] for one in model_rows(self.ask("/api/tags").body)], False
+        return verdict_model(self.config.model, present, others)
 
+    def check_window(self) -> Finding:
+        facts = self.model.facts
+        return verdict_window(facts.trained or 0, self.model.num_ctx or facts.num_ctx or 0,
+                              self.look().window)
 
-def check_ollama(doctor: Doctor) -> Finding:
-    answer = doctor.ask("/api/version")
-    version = _mapping(answer.body).get("version")
-    return verdict_ollama(doctor.server.upstream.url, answer.status, str(version or ""))
+    def check_template(self) -> Finding:
+        body = probe_body(self.config.model, load_options(self.model.num_ctx))
+        body["messages"].append({"role": "system", "content": "probe reminder"})
+        return verdict_template(rendered_prompt(self.ask("/api/chat", body).body) or "")
 
+    def check_truncation(self) -> Finding:
+        window = self.loaded.window or self.model.window or SERVING_WINDOW
+        body = self.body(1, messages=[{"role": "user", "content": "7 " * 2 * window}])
+        return verdict_truncation(self.ask("/api/chat", body, "a prompt that is too long").status,
+                                  window)
 
-def check_model(doctor: Doctor) -> Finding:
-    others, present = [], True
-    try:
-        doctor.learn()
-    except ModelMissingError:
-        others, present = [one["name"] for one in model_rows(doctor.ask("/api/tags").body)], False
-    return verdict_model(doctor.config.model, present, others)
+    def check_reuse(self) -> Finding:
+        """Time a cold prompt and one that begins with it; the speed comes from the same two."""
+        cold = {"role": "user", "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}
+        answer = self.chat([cold], 64, "reading 3,000 tokens")
+        reply = {"role": "assistant",
+                 "content": str(_mapping(answer.get("message")).get("content") or "")}
+        first, second = _finish(answer), _finish(self.chat(
+            [cold, reply, {"role": "user", "content": "Go on."}], 8, "reading them again"))
+        self.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
+                      (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
+        return verdict_reuse(first.prompt_s, second.prompt_s, first.prompt_tokens or 0)
 
+    def check_cancel(self) -> Finding:
+        """Break a long answer off and see how soon the next one comes."""
+        until = time.monotonic() + self.wait_s
+        body = self.body(2000, think=False, stream=True, messages=[
+            {"role": "user", "content": "Count from one to five hundred."}])
+        with self.server.upstream.open("POST", "/api/chat", to_json(body), Waiter(), until) as call:
+            call.read_head(until)
+            call.read(until)
+        begun = time.monotonic()
+        self.chat([{"role": "user", "content": "Say ok."}], 1, "after a request broken off")
+        return verdict_cancel(time.monotonic() - begun)
 
-def check_capabilities(doctor: Doctor) -> Finding:
-    return verdict_capabilities(tuple(sorted(doctor.model.facts.capabilities or ())))
+    def check_bash(self) -> Finding:
+        path = find_bash(self.env)
+        script = 'for p; do type "$p" >/dev/null 2>&1 || echo "$p"; done'
+        missing = output_of([path, "-c", script, "bash", *SHELL_PROGRAMS], self.env).split() \
+            if path else ()
+        return verdict_bash(path, missing, os.name == "nt")
 
+    def check_claude(self) -> Finding:
+        path = find_claude(self.env)
+        return verdict_claude(path, output_of([path, "--version"], self.env) if path else "")
 
-def check_load(doctor: Doctor) -> Finding:
-    return Finding("ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}")
+    def check_port(self) -> Finding:
+        config, problem = self.config, ""
+        ours = "ok" in ask_shim(local_url(config), "/health", config)
+        try:
+            if not ours:
+                open_server(config).server_close()
+        except ConfigError as error:
+            problem = f"{error}."
+        return verdict_port(f"{config.host}:{config.port}", problem, ours)
 
-
-def check_window(doctor: Doctor) -> Finding:
-    loaded, facts = doctor.look(), doctor.model.facts
-    return verdict_window(facts.trained or 0, doctor.model.num_ctx or facts.num_ctx or 0,
-                          loaded.window)
-
-
-def check_memory(doctor: Doctor) -> Finding:
-    return verdict_memory(doctor.loaded)
-
-
-def check_template(doctor: Doctor) -> Finding:
-    body = probe_body(doctor.config.model, load_options(doctor.model.num_ctx))
-    body["messages"].append({"role": "system", "content": "probe reminder"})
-    answer = doctor.ask("/api/chat", body)
-    return verdict_template(rendered_prompt(answer.body) or "")
-
-
-def check_call(doctor: Doctor) -> Finding:
-    answer, problem = doctor.messages(
-        "You call tools.", "Call the tool doctor_probe with word set to kiwi. Write nothing else.",
-        "a live tool call")
-    return verdict_call(answer.get("content") or [], "kiwi", problem)
-
-
-def check_rescue(doctor: Doctor) -> Finding:
-    call = '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'
-    answer, problem = doctor.messages(
-        "Repeat the user's message exactly, as plain text. Write nothing else.", call,
-        "a call written as text")
-    return verdict_rescue(answer.get("content") or [], "plum", problem)
-
-
-def check_truncation(doctor: Doctor) -> Finding:
-    window = doctor.loaded.window or doctor.model.window or SERVING_WINDOW
-    body = doctor.body(1, messages=[{"role": "user", "content": "7 " * 2 * window}])
-    answer = doctor.ask("/api/chat", body, "a prompt that is too long")
-    return verdict_truncation(answer.status, window)
-
-
-def check_reuse(doctor: Doctor) -> Finding:
-    """Time a cold prompt and one that begins with it; the speed comes from the same two."""
-    cold = [{"role": "user", "content": f"{fresh_id()} {FILLER * PREFILL_WORDS} Count to forty."}]
-    answers = [doctor.chat(cold, 64, "reading 3,000 tokens")]
-    reply = {"role": "assistant", "content": str(
-        _mapping(answers[0].get("message")).get("content") or "")}
-    answers.append(doctor.chat([*cold, reply, {"role": "user", "content": "Go on."}], 8,
-                               "reading them again"))
-    first, second = map(_finish, answers)
-    doctor.speed = ((first.prompt_tokens or 0) / first.prompt_s if first.prompt_s else 0.0,
-                    (first.output_tokens or 0) / first.output_s if first.output_s else 0.0)
-    return verdict_reuse(first.prompt_s, second.prompt_s, first.prompt_tokens or 0)
-
-
-def check_cancel(doctor: Doctor) -> Finding:
-    """Break a long answer off and see how soon the next one comes."""
-    waiter, until = Waiter(), time.monotonic() + doctor.wait_s
-    body = doctor.body(2000, think=False, stream=True, messages=[
-        {"role": "user", "content": "Count from one to five hundred."}])
-    with doctor.server.upstream.open("POST", "/api/chat", to_json(body), waiter, until) as call:
-        call.read_head(until)
-        call.read(until)
-    begun = time.monotonic()
-    doctor.chat([{"role": "user", "content": "Say ok."}], 1, "after a request broken off")
-    return verdict_cancel(time.monotonic() - begun)
-
-
-def check_speed(doctor: Doctor) -> Finding:
-    return verdict_speed(*doctor.speed)
-
-
-def find_bash(env: Mapping[str, str]) -> str:
-    """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
-    which, path = late("shutil").which, env.get("PATH")
-    if os.name != "nt":
-        return which("bash", path=path) or ""
-    git = which("git", path=path) or r"C:\Program Files\Git\cmd\git.exe"
-    folder = os.path.dirname(os.path.dirname(git))
-    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), os.path.join(folder, "bin", "bash.exe"))
-    return next(filter(os.path.isfile, places), "")
-
-
-def check_bash(doctor: Doctor) -> Finding:
-    path = find_bash(doctor.env)
-    missing = "".join(output_of([path, "-c", "for p in " + " ".join(SHELL_PROGRAMS)
-                                 + '; do type "$p" >/dev/null 2>&1 || echo "$p"; done'],
-                                doctor.env)).split() if path else ()
-    return verdict_bash(path, missing, os.name == "nt")
-
-
-def check_claude(doctor: Doctor) -> Finding:
-    path = find_claude(doctor.env)
-    return verdict_claude(path, output_of([path, "--version"], doctor.env) if path else "")
-
-
-def check_port(doctor: Doctor) -> Finding:
-    config = doctor.config
-    address = f"{config.host}:{config.port}"
-    ours = "ok" in ask_shim(local_url(config), "/health", config)
-    try:
-        if not ours:
-            open_server(config).server_close()
-    except ConfigError as problem:
-        return verdict_port(address, f"{problem}.", ours)
-    return verdict_port(address, "", ours)
-
-
-def check_environment(doctor: Doctor) -> Finding:
-    settings = _mapping(claude_settings(doctor.env).get("env"))
-    return verdict_environment(doctor.env, settings, doctor.server.upstream.host)
-
-
-def output_of(command: Sequence[str], env: Mapping[str, str]) -> str:
-    """Run a program and return what it says, "" where it cannot be run."""
-    subprocess = late("subprocess")
-    try:
-        done = subprocess.run(command, env=dict(env), stdin=subprocess.DEVNULL, timeout=20,
-                              capture_output=True, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return str(done.stdout.decode("utf-8", "replace"))
+    def check_environment(self) -> Finding:
+        settings = _mapping(claude_settings(self.env).get("env"))
+        return verdict_environment(self.env, settings, self.server.upstream.host)
 
 
 class Check(NamedTuple):
@@ -13181,48 +12937,52 @@ class Check(NamedTuple):
 
 
 CHECKS: Tuple[Check, ...] = (
-    Check("python", check_python),
-    Check("ollama", check_ollama),
-    Check("model", check_model, "ollama"),
-    Check("capabilities", check_capabilities, "model"),
-    Check("load", check_load, "model", True),
-    Check("window", check_window, "model"),
-    Check("memory", check_memory, "load", True),
-    Check("template", check_template, "load", True),
-    Check("tool call", check_call, "load", True),
-    Check("rescue", check_rescue, "load", True),
-    Check("truncation", check_truncation, "load", True),
-    Check("reuse", check_reuse, "load", True),
-    Check("cancel", check_cancel, "load", True),
-    Check("speed", check_speed, "load", True),
-    Check("bash", check_bash),
-    Check("claude", check_claude),
-    Check("port", check_port),
-    Check("environment", check_environment),
+    Check("python", lambda doctor: verdict_python(sys.version_info[:3])),
+    Check("ollama", Doctor.check_ollama),
+    Check("model", Doctor.check_model, "ollama"),
+    Check("capabilities", lambda doctor: verdict_capabilities(
+        sorted(doctor.model.facts.capabilities or ())), "model"),
+    Check("load", lambda doctor: Finding(
+        "ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}"), "model", True),
+    Check("window", Doctor.check_window, "model"),
+    Check("memory", lambda doctor: verdict_memory(doctor.loaded), "load", True),
+    Check("template", Doctor.check_template, "load", True),
+    Check("tool call", lambda doctor: doctor.check_call(
+        verdict_call, "kiwi", "a live tool call", "You call tools.",
+        "Call the tool doctor_probe with word set to kiwi. Write nothing else."), "load", True),
+    Check("rescue", lambda doctor: doctor.check_call(
+        verdict_rescue, "plum", "a call written as text",
+        "Repeat the user's message exactly, as plain text. Write nothing else.",
+        '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'), "load", True),
+    Check("truncation", Doctor.check_truncation, "load", True),
+    Check("reuse", Doctor.check_reuse, "load", True),
+    Check("cancel", Doctor.check_cancel, "load", True),
+    Check("speed", lambda doctor: verdict_speed(*doctor.speed), "load", True),
+    Check("bash", Doctor.check_bash),
+    Check("claude", Doctor.check_claude),
+    Check("port", Doctor.check_port),
+    Check("environment", Doctor.check_environment),
 )
 
 
-def examine(doctor: Doctor) -> Iterator[Tuple[str, Finding]]:
+def examine(doctor: Doctor, quick: bool) -> Iterator[Tuple[str, Finding]]:
     """Run the checks in the order in which things break."""
     broken: Set[str] = set()
     for check in CHECKS:
-        if check.loads and doctor.quick:
-            continue
-        if check.after in broken:
-            broken.add(check.name)
-            yield check.name, Finding("skip", f"{check.name}: not checked")
+        if check.loads and quick:
             continue
         try:
-            found = check.run(doctor)
+            found = Finding("skip", f"{check.name}: not checked") if check.after in broken \
+                else check.run(doctor)
         except ShimError as error:
             told = isinstance(error, UpstreamRefusedError)  # it says what to do itself
             found = Finding("bad", error.message, "" if told else SEE_OLLAMA)
-        if found.ok == "bad":
+        if found.ok in ("bad", "skip"):
             broken.add(check.name)
         yield check.name, found
 
 
-MARKS = {"ok": ("\u2713", "ok", "32"), "warn": ("!", "!", "33"), "bad": ("\u2717", "x", "31"),
+MARKS = {"ok": ("\u2713", "ok", GREEN), "warn": ("!", "!", YELLOW), "bad": ("\u2717", "x", RED),
          "skip": ("-", "-", "")}
 
 
@@ -13233,19 +12993,16 @@ def finding_lines(found: Finding, colour: bool, unicode: bool) -> List[str]:
     return lines + ([f"  {found.cure}"] if found.cure else [])
 
 
-def run_doctor(args: Any, env: Mapping[str, str]) -> int:
+def run_doctor(config: Config, args: Any, env: Env) -> int:
     """Check and prove; return 1 if something is broken."""
-    config = load_config(vars(args), env)
     secrets = secrets_of(config)
     rows: List[Tuple[str, Finding]] = []
     with running_server(config._replace(log="error", api_key="")) as server:
-        for name, found in examine(Doctor(config, env, server, args.quick)):
-            shown = Finding(found.ok, clean(redact(found.line, secrets), 600),
-                            clean(redact(found.cure, secrets), 600))
+        for name, found in examine(Doctor(config, env, server), args.quick):
+            shown = Finding(found.ok, *(clean(redact(text, secrets), 600) for text in found[1:]))
             rows.append((name, shown))
             if not args.json:
-                for line in finding_lines(shown, wants_colour(sys.stdout, env), speaks_unicode()):
-                    say(line)
+                say("\n".join(finding_lines(shown, wants_colour(env), speaks_unicode())))
     broken = any(found.ok == "bad" for _, found in rows)
     if args.json:
         say(json.dumps({"version": __version__, "ok": not broken, "checks": [
@@ -13258,9 +13015,9 @@ def speaks_unicode() -> bool:
     return "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
 
 
-def wants_colour(stream: Any, env: Mapping[str, str]) -> bool:
+def wants_colour(env: Env) -> bool:
     """Colour a terminal, and never with NO_COLOR (no-color.org)."""
-    return bool(stream.isatty()) and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
+    return sys.stdout.isatty() and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
 
 
 # ------------------------------ claude ------------------------------
@@ -13270,23 +13027,18 @@ def same_shim(config: Config) -> str:
     """Return the address of a healthy shim that serves this configuration, "" if none."""
     url = local_url(config)
     status = ask_shim(url, "/status", config) if config.port else {}
-    wanted = json.loads(to_json(shown_options(config)))
-    same = status.get("version") == __version__ and status.get("options") == wanted
+    same = status.get("version") == __version__ and \
+        status.get("options") == json.loads(to_json(shown_options(config)))
     return url if same and _mapping(status.get("health")).get("ok") else ""
 
 
-def run_claude(args: Any, env: Mapping[str, str]) -> int:
+def run_claude(config: Config, args: Any, env: Env) -> int:
     """Start a shim, wait for the model, start Claude Code; stop what was started."""
-    config = load_config(vars(args), env)
-    if not find_claude(env):
-        tell(CLAUDE_MISSING)
-        return 127
     joined = same_shim(config)
     if joined:
         tell(f"Using the shim that runs at {joined}")
-        window = window_of(ask_shim(joined, "/health", config)) or planned_window(config)
-        made = client_env(joined, config.api_key, config, window)
-        return run_child(*claude_command(made, args.passed, env))
+        return run_child(*claude_command(env_of_shim(joined, config, args, env)[1], args.passed,
+                                         env))
     # Claude Code draws on this terminal: the shim's log would spoil it.
     terminal, (handle, path) = sys.stderr, late("tempfile").mkstemp(".log", "qwencode-")
     try:
@@ -13296,43 +13048,30 @@ def run_claude(args: Any, env: Mapping[str, str]) -> int:
                 made = wait_for_model(Doctor(config, env, server), path)
                 command = claude_command(made, args.passed, env)
             return run_child(*command)
-    except ShimError as error:
-        tell(redact(error.message, secrets_of(config)))
-        return 1
     finally:
         if not os.path.getsize(path):
             os.remove(path)
 
 
-def wait_for_model(doctor: Doctor, log: str) -> Dict[str, str]:
+def wait_for_model(doctor: Doctor, log: str) -> Env:
     """Load the model, say what came of it, and make Claude Code's variables."""
-    config = doctor.config
+    config, url = doctor.config, doctor.server.url
     doctor.learn()
     loaded = doctor.load()
-    share = f", {100 * loaded.size_vram // loaded.size} % in graphics memory" if loaded.size else ""
-    tell(f"{config.model} is ready after {loaded.seconds:.0f} s{share}; {doctor.model.reason}\n"
-         f"Status page {doctor.server.url}/  log {log}")
-    return client_env(doctor.server.url, config.api_key, config,
+    known = "; ".join(filter(None, (loaded.share, doctor.model.reason)))
+    tell(f"{config.model} is ready after {loaded.seconds:.0f} s; {known}\n"
+         f"Status page {url}/  log {log}")
+    return client_env(url, config.api_key, config,
                       doctor.model.window or loaded.window or planned_window(config))
 
 
 # ------------------------------ models and explain ------------------------------
 
 
-class ModelRow(NamedTuple):
-    """A model that Ollama has; size in bytes, window as trained."""
-
-    name: str
-    size: int
-    window: int
-    capabilities: Tuple[str, ...]
-    loaded: str = ""
-
-
 def model_rows(tags: Any) -> List[Json]:
     """Take the models out of /api/tags; rows without a name are left out."""
     rows = _mapping(tags).get("models")
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)] \
+    return [row for row in rows if isinstance(_mapping(row).get("name"), str)] \
         if isinstance(rows, list) else []
 
 
@@ -13346,78 +13085,65 @@ PULLS = ((20.0, "qwen3-coder:30b"), (10.0, "qwen2.5-coder:14b"), (6.0, "qwen3:8b
 WEIGHTS_SHARE = 0.8
 
 
-def recommend(rows: Iterable[ModelRow], memory: float) -> str:
-    """Choose a model for memory in bytes, 0 where it is not known; "" if none will do."""
-    fits = [row for row in rows if "tools" in row.capabilities
-            and (not memory or row.size <= memory * WEIGHTS_SHARE)]
+def recommend(models: Iterable[Tuple[ModelFacts, int]], memory: float) -> str:
+    """Choose one of the models and their sizes for memory; all in bytes, 0 where unknown.
 
-    def merit(row: ModelRow) -> Tuple[int, int]:
-        family = next((place for place, name in enumerate(FAMILIES) if name in row.name),
-                      len(FAMILIES))
-        return (-family, row.size)
+    Returns "" if none will do.
+    """
+    fits = [(size, facts.name) for facts, size in models if "tools" in (facts.capabilities or ())
+            and (not memory or size <= memory * WEIGHTS_SHARE)]
+    best = (max((one for one in fits if family in one[1]), default=None)
+            for family in (*FAMILIES, ""))
+    return next((one[1] for one in best if one), "")
 
-    return max(fits, key=merit).name if fits else ""
 
-
-def gpu_bytes(env: Mapping[str, str]) -> float:
+def gpu_bytes(env: Env) -> float:
     """Ask the NVIDIA driver for the memory of all GPUs; 0 where it is not known."""
     words = output_of(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
                       env).split()
     return sum(float(word) for word in words if word.isdecimal()) * 2**20
 
 
-def run_models(args: Any, env: Mapping[str, str]) -> int:
+def ask_facts(upstream: Upstream, name: str) -> ModelFacts:
+    """Ask Ollama what a model is; raise a ShimError where nothing answers."""
+    return facts_from_show(name, upstream.ask(
+        "POST", "/api/show", to_json({"model": name}), Waiter(),
+        time.monotonic() + OLLAMA_ANSWER_S).body)
+
+
+def run_models(config: Config, args: Any, env: Env) -> int:
     """List what Ollama has and which of it suits Claude Code here."""
-    config = load_config(vars(args), env)
-    upstream, waiter = Upstream(config), Waiter()
-
-    def ask(method: str, path: str, body: Optional[str] = None) -> Any:
-        return upstream.ask(method, path, body, waiter, time.monotonic() + OLLAMA_ANSWER_S).body
-
-    try:
-        tags = model_rows(ask("GET", "/api/tags"))
-        loaded = {row["name"]: row for row in model_rows(ask("GET", "/api/ps"))}
-        facts = [facts_from_show(row["name"], ask("POST", "/api/show", to_json(
-            {"model": row["name"]}))) for row in tags]
-    except ShimError as error:
-        tell(redact(error.message, secrets_of(config)))
-        return 1
-    rows = [ModelRow(fact.name, _count(tag.get("size")) or 0, fact.trained or 0,
-                     tuple(sorted(fact.capabilities or ())), loaded_text(loaded.get(fact.name)))
-            for tag, fact in zip(tags, facts)]
+    upstream = Upstream(config)
+    tags, loaded = (model_rows(upstream.ask(
+        "GET", path, None, Waiter(), time.monotonic() + OLLAMA_ANSWER_S).body)
+        for path in ("/api/tags", "/api/ps"))
+    models = [(ask_facts(upstream, tag["name"]), natural(tag.get("size"))) for tag in tags]
+    places = {row["name"]: loaded_from(row) for row in loaded}
+    ours = {config.model, f"{config.model}:latest"}
     say(f"{'MODEL':32} {'SIZE':>8} {'WINDOW':>8}  TOOLS  LOADED")
-    for row in rows:
-        mark = "*" if row.name in (config.model, config.model + ":latest") else " "
-        say(f"{mark}{clean(row.name):31} {row.size / 1e9:5.1f} GB {window_text(row.window):>8}"
-            f"  {'yes' if 'tools' in row.capabilities else 'no':5}  {row.loaded}")
+    for facts, size in models:
+        tools, place = "tools" in (facts.capabilities or ()), places.get(facts.name)
+        say(f"{'*' if facts.name in ours else ' '}{clean(facts.name):31} {size / 1e9:5.1f} GB"
+            f" {window_text(facts.trained or 0):>8}  {'yes' if tools else 'no':5}  "
+            + (f"{window_text(place.window)} {place.share}" if place else ""))
     memory = gpu_bytes(env)
-    best = recommend(rows, memory)
     room = f" in {memory / 1e9:.0f} GB of graphics memory" if memory else ""
     pull = next(name for least, name in PULLS if memory / 1e9 >= least)
-    there = any(row.name in (config.model, config.model + ":latest") for row in rows)
+    there = ours.intersection(facts.name for facts, _ in models)
     say(("* is OLLAMA_MODEL." if there else f"OLLAMA_MODEL, {config.model}, is not among them.")
-        + f" Recommended{room}: " + (best or f"ollama pull {pull}"))
+        + f" Recommended{room}: {recommend(models, memory) or f'ollama pull {pull}'}")
     return 0
-
-
-def loaded_text(row: Optional[Json]) -> str:
-    """Say with which window a model is loaded, and where."""
-    if row is None:
-        return ""
-    size, inside = _count(row.get("size")) or 0, _count(row.get("size_vram")) or 0
-    share = f", {100 * inside // size} % in graphics memory" if size else ""
-    return window_text(_count(row.get("context_length")) or 0) + share
 
 
 def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
     """Say what a request becomes: the upstream body, what was left out and why, tokens."""
-    session = Session()
+    session, slim, left_out = Session(), config.prompt == "slim", []
     table = session.table(request, config.max_tools)
-    tools, tools_json = session.tools(table, config.prompt == "slim", facts, "")
-    names, left_out = [tool.name for tool in table.sent], []
+    tools, tools_json = session.tools(table, slim, facts)
+    names = [tool.name for tool in table.sent]
 
     def shorten(text: str) -> str:
-        short, gone = slim_text(text, names) if config.prompt == "slim" else (text, [])
+        short, gone = slim_text(text, names) if slim else (text, [])
         left_out.extend(gone)
         return short
 
@@ -13427,8 +13153,8 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
         **load_options(config.num_ctx), "num_predict": request.max_tokens},
         messages_json=session.written.write(messages)[0], tools_json=tools_json)
     counts = [estimate_tokens(message.content) for message in messages]
-    known = next((place + 1 for place in range(len(messages) - 1, -1, -1)
-                  if messages[place].role == "assistant"), 0)
+    known = max((place for place, message in enumerate(messages, 1)
+                 if message.role == "assistant"), default=0)
     return {
         "model": config.model, "path": facts.path or "unknown: Ollama was not asked",
         "answered_without_the_model": answered.rule if answered else "",
@@ -13450,75 +13176,88 @@ def why_dropped(name: str, request: Request, config: Config) -> str:
     return f"beyond SHIM_MAX_TOOLS={config.max_tools}; a call of it would still go through"
 
 
-def run_explain(args: Any, env: Mapping[str, str]) -> int:
+def run_explain(config: Config, args: Any, env: Env) -> int:
     """Show what a Messages body would become: nothing is sent to the model."""
-    config = load_config(vars(args), env)
     try:
-        data = sys.stdin.buffer.read() if args.file == "-" else \
-            late("pathlib").Path(args.file).read_bytes()
-        request = parse_request(parse_json(data))
+        with open(0 if args.file == "-" else args.file, "rb") as file:
+            request = parse_request(parse_json(file.read()))
     except OSError as problem:
         raise ConfigError(f"{args.file} cannot be read ({problem.strerror}); name a file that"
                           " holds a request body, or - for standard input") from None
     except (ValueError, BadRequestError) as problem:
         raise ConfigError(f"{args.file} holds no request for /v1/messages:"
                           f" {clean(str(problem))}") from None
-    upstream = Upstream(config)
     facts = ModelFacts(config.model)
     with contextlib.suppress(ShimError):
-        facts = facts_from_show(config.model, upstream.ask(
-            "POST", "/api/show", to_json({"model": config.model}), Waiter(),
-            time.monotonic() + HEALTH_S).body)
+        facts = ask_facts(Upstream(config), config.model)
     say(json.dumps(explain(request, facts, config), indent=1, ensure_ascii=False))
     return 0
 
 
-def _client_arguments(sub: Any) -> None:
-    sub.add_argument("url", nargs="?", default="", help="base URL (default http://HOST:PORT)")
-    sub.add_argument("key", nargs="?", default="", help="key of the shim (default SHIM_API_KEY)")
-
-
-def _doctor_arguments(sub: Any) -> None:
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    sub.add_argument("--quick", action="store_true", help="skip what loads the model")
-
-
-def _env_arguments(sub: Any) -> None:
-    sub.add_argument("shell", nargs="?", choices=sorted(SHELLS), help="default: this one")
-    sub.add_argument("--shell", dest="named_shell", choices=sorted(SHELLS), help="the same")
-
-
-def _explain_arguments(sub: Any) -> None:
-    sub.add_argument("file", help="file that holds the body, or - for standard input")
+# ------------------------------ the command line ------------------------------
 
 
 class Command(NamedTuple):
-    """A subcommand: its name, help, own arguments and function."""
+    """A subcommand: its name, help, function and own arguments, as argparse wants them."""
 
     name: str
     help: str
-    arguments: Callable[[Any], None]
-    run: Callable[[Any, Mapping[str, str]], int]
+    run: Callable[[Config, Any, Env], int]
+    arguments: Mapping[str, Json] = {}
 
 
 COMMANDS: Tuple[Command, ...] = (
-    Command("serve", "serve the Messages API (the default)", lambda sub: None, run_serve),
-    Command("demo", "see it work without Ollama or Claude Code", lambda sub: None, run_demo),
-    Command("try", "carry out one request here, as the rescue would", _try_arguments, run_try),
+    Command("serve", "serve the Messages API (the default)", run_serve),
+    Command("demo", "see it work without Ollama or Claude Code", run_demo),
+    Command("try", "carry out one request here, as the rescue would", run_try, {
+        "request": {"nargs": "+", "help": "what to do, in words"},
+        "--dry-run": {"action": "store_true", "help": "show the command, run nothing"}}),
     Command("claude", "start a shim and Claude Code on it; arguments for claude after --",
-            lambda sub: None, run_claude),
+            run_claude),
     Command("client", "start Claude Code on a shim that runs; arguments for claude after --",
-            _client_arguments, run_client),
-    Command("doctor", "check everything, prove what can be proved, say the cures",
-            _doctor_arguments, run_doctor),
-    Command("models", "list Ollama's models and which one suits", lambda sub: None, run_models),
-    Command("env", "print the variables for Claude Code", _env_arguments, run_env),
-    Command("explain", "show what a Messages body would become", _explain_arguments, run_explain),
+            run_client, {
+        "url": {"nargs": "?", "default": "", "help": "base URL (default http://HOST:PORT)"},
+        "key": {"nargs": "?", "default": "", "help": "key of the shim (default SHIM_API_KEY)"}}),
+    Command("doctor", "check everything, prove what can be proved, say the cures", run_doctor, {
+        "--json": {"action": "store_true", "help": "print JSON"},
+        "--quick": {"action": "store_true", "help": "skip what loads the model"}}),
+    Command("models", "list Ollama's models and which one suits", run_models),
+    Command("env", "print the variables for Claude Code", run_env, {
+        "shell": {"nargs": "?", "choices": sorted(SHELLS), "help": "default: this one"},
+        "--shell": {"dest": "named_shell", "choices": sorted(SHELLS), "help": "the same"}}),
+    Command("explain", "show what a Messages body would become", run_explain, {
+        "file": {"help": "file that holds the body, or - for standard input"}}),
 )
+WITH_CLAUDE = ("claude", "client")
 
 
-def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a command; returns its exit code. 2 is a mistake of the user's."""
+def make_parser() -> Any:
+    """Make the command line from COMMANDS and OPTIONS."""
+    argparse = late("argparse")
+    # argparse would print a page of usage before a mistake; a command's parser is alike.
+    parser_type = type("Parser", (argparse.ArgumentParser,), {
+        "error": lambda self, message: self.exit(2, f"{self.prog}: {message}. See --help.\n")})
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("options of every command, each also a variable")
+    for option in OPTIONS:
+        default = f" (default {option.default})" if option.default else ""
+        group.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
+                           help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
+    parser = parser_type(
+        prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
+        " of Ollama.", parents=[common], usage="%(prog)s [COMMAND] [OPTIONS]")
+    parser.add_argument("--version", action="version", version=f"qwencode {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="qwencode")
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, parents=[common],
+                                  description=command.help, usage="%(prog)s [OPTIONS] ...")
+        for name, settings in command.arguments.items():
+            sub.add_argument(name, **settings)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> Any:
+    """Read the command line; raises SystemExit, as argparse does, when all is said."""
     own, passed = list(argv), []
     if "--" in own:
         own, passed = own[:own.index("--")], own[own.index("--") + 1:]
@@ -13526,16 +13265,31 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         # Making the parser takes 6 % of a start; a bare `qwencode.py` needs none.
         args = make_parser().parse_args(own) if own else SimpleNamespace(command="serve")
     except SystemExit as end:
-        if end.code == 2 and not passed and own[0] in ("claude", "client"):
+        if end.code == 2 and not passed and own[0] in WITH_CLAUDE:
             tell("What is meant for claude itself goes after --, as in: -- -p 'hello'")
-        return end.code if isinstance(end.code, int) else 2
+        raise
     args.passed = passed
-    command = next(c for c in COMMANDS if c.name == (args.command or "serve"))
+    return args
+
+
+def main(argv: Sequence[str], env: Env) -> int:
+    """Run a command; returns its exit code. 2 is a mistake of the user's."""
     try:
-        return command.run(args, env)
+        args = parse_arguments(argv)
+        command = next(c for c in COMMANDS if c.name == (args.command or "serve"))
+        config = load_config(vars(args), env)
+        if command.name in WITH_CLAUDE and not find_claude(env):
+            tell(CLAUDE_MISSING)
+            raise SystemExit(127)
+        return command.run(config, args, env)
+    except SystemExit as end:
+        return int(end.code or 0)
     except ConfigError as problem:
-        sys.stderr.write(f"qwencode: {problem}\n")
+        tell(f"qwencode: {problem}")
         return 2
+    except ShimError as error:
+        tell(redact(error.message, secrets_of(config)))
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output left, as `head` does

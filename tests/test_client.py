@@ -447,7 +447,7 @@ def test_models_without_ollama_says_what_to_do(capsys):
 
 
 def row(name, gigabytes, *capabilities):
-    return q.ModelRow(name, int(gigabytes * 1e9), 32768, capabilities)
+    return q.ModelFacts(name, capabilities=frozenset(capabilities)), int(gigabytes * 1e9)
 
 
 ROWS = [row("qwen3:4b", 2.5, "tools"), row("qwen3:14b", 9, "tools"), row("llama3:8b", 5, "tools"),

@@ -453,7 +453,7 @@ def test_a_client_that_takes_nothing_is_cut_off(monkeypatch):
             lagging_client(shim) as sock:
         sock.sendall(post({**HI, "stream": True, "max_tokens": 1000}))
         assert mock.wait_for().closed_by_client.wait(10)
-        wait_until(lambda: shim.server.stats.requests.get("client left") == 1)
+        wait_until(lambda: shim.server.stats.counters["requests"].get("client left") == 1)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -472,7 +472,7 @@ def test_more_than_four_megabytes_wait_for_nobody():
             lagging_client(shim) as sock:
         sock.sendall(post({**HI, "stream": True, "max_tokens": 1000}))
         assert mock.wait_for().closed_by_client.wait(10)
-        wait_until(lambda: shim.server.stats.requests.get("client left") == 1)
+        wait_until(lambda: shim.server.stats.counters["requests"].get("client left") == 1)
 
 
 def test_too_many_requests_are_told_to_wait():

@@ -182,7 +182,7 @@ def test_broken_answers_are_told(name):
             assert (shown, answer.status) == ("", code)
             message = answer.error[1]
         assert words in message
-        assert "internal" not in shim.server.stats.requests
+        assert "internal" not in shim.server.stats.counters["requests"]
         assert shim.request("GET", "/health").json["ok"]
 
 
@@ -263,7 +263,7 @@ def test_wrong_types_in_every_field_of_every_line(way):
             assert answer.status in (200, 502, 500, 400), (at, path, odd)
             if answer.status == 200:
                 check_events(answer.events)
-        assert "internal" not in shim.server.stats.requests
+        assert "internal" not in shim.server.stats.counters["requests"]
 
 
 # ---- the shim's own questions ----
@@ -335,7 +335,7 @@ def test_wrong_types_in_what_ollama_tells_of_itself(question, usual):
             assert (path, odd, answer.status) == (path, odd, 200)
             assert shim.request("GET", "/health").status == 200
             assert shim.request("GET", "/v1/models").status == 200
-        assert "internal" not in shim.server.stats.requests
+        assert "internal" not in shim.server.stats.counters["requests"]
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -363,7 +363,7 @@ def test_a_slow_resolver_holds_up_nobody(monkeypatch):
     usual = socket.getaddrinfo
 
     def slow(host, *rest, **options):
-        if host == "ollama.example":
+        if host == b"ollama.example":
             go.wait(10)
         return usual(host, *rest, **options)
 
