@@ -159,6 +159,8 @@ FOLLOW_S = 1.0  # between looks at whether anybody still listens to a request
 FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
 NO_FACTS_TTL_S = 15.0  # where it said nothing: it may have been starting
 MAX_MODELS = 64  # models whose facts are remembered
+MAX_KNOWN_TOOLS = 4  # lists of tools whose bytes are: a session's and its subagents'
+MAX_TOOLS_CHARS = 1 << 20  # of such a list; the CLI's have 63 KB
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
 LINGER_S = 3.0  # a client that still sends may read its refusal for so long
@@ -1653,36 +1655,54 @@ JSON_TYPE_WORDS = {
     str: "a string", bool: "a boolean", int: "a number", float: "a number",
     dict: "an object", list: "an array", type(None): "null",
 }
-TYPE_WORDS = {str: "a string", dict: "an object", list: "an array", bool: "a boolean",
-              int: "a whole number"}
+TYPE_WORDS = {**JSON_TYPE_WORDS, int: "a whole number"}
 
 
-def _wrong(path: str, expected: str, value: Any) -> BadRequestError:
-    return BadRequestError(f"{path}: expected {expected}, got {JSON_TYPE_WORDS[type(value)]}")
+# A refusal's message begins with the place within what was read (".type: ..."); who reads
+# the whole puts its own place before it.
+
+def _wrong(place: str, expected: str, value: Any) -> BadRequestError:
+    return BadRequestError(f"{place}: expected {expected}, got {JSON_TYPE_WORDS[type(value)]}")
 
 
-def _take(holder: Json, key: str, kind: Type[Value], path: str, default: Value) -> Value:
+def _take(holder: Json, key: str, kind: Type[Value], default: Value) -> Value:
     """Read holder[key]; null and absent give the default, a wrong type 400."""
     value = holder.get(key)
     if value is None:
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _wrong(f"{path}.{key}" if path else key, TYPE_WORDS[kind], value)
+        raise _wrong("." + key, TYPE_WORDS[kind], value)
     return value
 
 
-def _need(holder: Any, key: str, kind: Type[Value], path: str) -> Value:
+def _need(holder: Json, key: str, kind: Type[Value]) -> Value:
     """Read holder[key], which must be there."""
-    where = f"{path}.{key}" if path else key
     if holder.get(key) is None:
-        raise BadRequestError(f"{where}: {TYPE_WORDS[kind]} is required")
-    return _take(holder, key, kind, path, kind())
+        raise BadRequestError(f".{key}: {TYPE_WORDS[kind]} is required")
+    return _take(holder, key, kind, kind())
 
 
-def _object(value: Any, path: str) -> Json:
-    if not isinstance(value, dict):
-        raise _wrong(path, "an object", value)
+def _choice(holder: Json, key: str, choices: Tuple[str, ...]) -> str:
+    """Read holder[key], which must be one of the choices."""
+    value = _need(holder, key, str)
+    if value not in choices:
+        raise BadRequestError(f".{key}: expected {', '.join(choices[:-1])} or {choices[-1]},"
+                              f" got {clean(value, 40)!r}")
     return value
+
+
+def _at(place: str, value: Any, read: Callable[[Json], Value]) -> Value:
+    """Read an object that stands at a place."""
+    try:
+        if not isinstance(value, dict):
+            raise _wrong("", "an object", value)
+        return read(value)
+    except BadRequestError as error:
+        raise BadRequestError(place + error.message) from None
+
+
+def _each(place: str, values: List[Any], read: Callable[[Json], Value]) -> Tuple[Value, ...]:
+    return tuple([_at(f"{place}.{i}", value, read) for i, value in enumerate(values)])
 
 
 # Claude Code's first system block changes with the first user message, and with it
@@ -1700,112 +1720,87 @@ def as_reminder(text: str) -> str:
     return f"{REMINDER_START}\n{text}\n</system-reminder>"
 
 
-def _read_system(value: Any, path: str = "system") -> Tuple[str, ...]:
-    """Read a system prompt: a string or text blocks."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        texts = [value]
-    elif isinstance(value, list):
-        blocks = [_object(block, f"{path}.{i}") for i, block in enumerate(value)]
-        texts = [_need(block, "text", str, f"{path}.{i}") if block.get("type", "text") == "text"
-                 else _notice_of(block) for i, block in enumerate(blocks)]
-    else:
-        raise _wrong(path, "a string or an array of text blocks", value)
-    return tuple(text for text in (BILLING_HEADER.sub("", text) for text in texts) if text)
-
-
-def _notice_of(block: Json) -> str:
+def _notice_of(block: Json) -> Text:
     """Say in words what cannot be passed on: never base64 in the prompt."""
     kind = clean(str(block.get("type", "unknown")), 60)
     source = block.get("source")
     source = source if isinstance(source, dict) else {}
-    if kind == "document" and source.get("type") == "text" and isinstance(source.get("data"), str):
-        return str(source["data"])
-    media = clean(str(source.get("media_type") or ""), 60)
-    size = len(source["data"]) * 3 // 4096 if isinstance(source.get("data"), str) else 0
-    detail = ", ".join(filter(None, (media, f"{size} KB" if size else "")))
-    return f"[A block of type {kind}{f' ({detail})' if detail else ''} was left out here:" \
-           " this model reads text only.]"
+    data = source["data"] if isinstance(source.get("data"), str) else ""
+    if kind == "document" and source.get("type") == "text" and data:
+        return Text(data)
+    size = f"{len(data) * 3 // 4096} KB" if len(data) > 1365 else ""
+    detail = ", ".join(filter(None, (clean(str(source.get("media_type") or ""), 60), size)))
+    return Text(f"[A block of type {kind}{f' ({detail})' if detail else ''} was left out here:"
+                " this model reads text only.]")
 
 
-def _text_block(block: Json, path: str) -> Block:
-    return Text(_need(block, "text", str, path))
-
-
-def _thinking_block(block: Json, path: str) -> Block:
-    return Thinking(_take(block, "thinking", str, path, ""))
-
-
-def _image_block(block: Json, path: str) -> Block:
-    source = _need(block, "source", dict, path)
+def _image_block(block: Json) -> Block:
+    source = _need(block, "source", dict)
     if source.get("type") != "base64":
         return Text("[An image was left out here: only images sent as base64 can be shown"
                     " to the model.]")
-    data = _need(source, "data", str, f"{path}.source")
+    data = _at(".source", source, lambda holder: _need(holder, "data", str))
     return Image(DATA_URI.sub("", data).translate(URL_SAFE_ALPHABET))
 
 
-def _tool_use_block(block: Json, path: str) -> Block:
-    return ToolUse(_need(block, "id", str, path), _need(block, "name", str, path),
-                   _take(block, "input", dict, path, {}))
-
-
-def _tool_result_block(block: Json, path: str) -> Block:
-    content = block.get("content")
-    if content is None or isinstance(content, str):
-        parts: List[Block] = [Text(content or "")]
-    elif isinstance(content, list):
-        parts = [_result_part(_object(part, f"{path}.content.{i}"), f"{path}.content.{i}")
-                 for i, part in enumerate(content)]
-    else:
-        raise _wrong(f"{path}.content", "a string or an array of blocks", content)
-    text = "\n".join(part.text for part in parts if isinstance(part, Text) and part.text)
+def _tool_result_block(block: Json) -> Block:
+    parts = _read_content(block)
+    text = "\n".join([part.text for part in parts if isinstance(part, Text) and part.text])
     images = tuple(part for part in parts if isinstance(part, Image))
-    failed = _take(block, "is_error", bool, path, False)
+    failed = _take(block, "is_error", bool, False)
     if failed:
         text = f"[The tool call failed]\n{text}"
-    return ToolResult(_need(block, "tool_use_id", str, path),
+    return ToolResult(_need(block, "tool_use_id", str),
                       text or ("[image]" if images else "(no output)"), images, failed)
 
 
-def _result_part(part: Json, path: str) -> Block:
-    if part.get("type") == "tool_reference":
-        name = _need(part, "tool_name", str, path)
-        return Text(f"The tool {name} is loaded now and can be called.")
-    return _read_block(part, path)
-
-
-BLOCK_READERS: Dict[str, Callable[[Json, str], Block]] = {
-    "text": _text_block, "thinking": _thinking_block, "image": _image_block,
-    "tool_use": _tool_use_block, "tool_result": _tool_result_block,
+BLOCK_READERS: Dict[str, Callable[[Json], Block]] = {
+    "text": lambda block: Text(_need(block, "text", str)),
+    "thinking": lambda block: Thinking(_take(block, "thinking", str, "")),
+    "redacted_thinking": lambda block: Thinking(""),
+    "image": _image_block,
+    "tool_use": lambda block: ToolUse(
+        _need(block, "id", str), _need(block, "name", str), _take(block, "input", dict, {})),
+    "tool_result": _tool_result_block,
+    "tool_reference": lambda block: Text(
+        f"The tool {_need(block, 'tool_name', str)} is loaded now and can be called."),
 }
 
 
-def _read_block(block: Json, path: str) -> Block:
-    kind = _need(block, "type", str, path)
-    if kind == "redacted_thinking":
-        return Thinking("")
-    reader = BLOCK_READERS.get(kind)
-    return reader(block, path) if reader else Text(_notice_of(block))
+def _read_block(block: Json) -> Block:
+    return BLOCK_READERS.get(_need(block, "type", str), _notice_of)(block)
 
 
-def _read_message(value: Any, path: str) -> Message:
-    message = _object(value, path)
-    role = _need(message, "role", str, path)
-    if role == "developer":
-        role = "system"
-    if role not in ("user", "assistant", "system"):
-        raise BadRequestError(f"{path}.role: expected user, assistant or system,"
-                              f" got {clean(role, 40)!r}")
-    content = message.get("content")
+def _read_content(holder: Json) -> Tuple[Block, ...]:
+    """Read the content of a message or a tool result: a string or blocks."""
+    content = holder.get("content")
     if content is None or isinstance(content, str):
-        return Message(role, (Text(content),) if content else ())
+        return (Text(content),) if content else ()
     if not isinstance(content, list):
-        raise _wrong(f"{path}.content", "a string or an array of blocks", content)
-    return Message(role, tuple(
-        _read_block(_object(block, f"{path}.content.{i}"), f"{path}.content.{i}")
-        for i, block in enumerate(content)))
+        raise _wrong(".content", "a string or an array of blocks", content)
+    return _each(".content", content, _read_block)
+
+
+def _read_message(message: Json) -> Message:
+    if message.get("role") == "developer":
+        return Message("system", _read_content(message))
+    return Message(_choice(message, "role", ("user", "assistant", "system")),
+                   _read_content(message))
+
+
+def _read_system(value: Any) -> Tuple[str, ...]:
+    """Read a system prompt: a string or text blocks, without the billing header."""
+    if isinstance(value, str):
+        value = [{"text": value}]
+    elif value is not None and not isinstance(value, list):
+        raise _wrong(".system", "a string or an array of text blocks", value)
+    texts = _each(".system", value or [], lambda block: _need(block, "text", str)
+                  if block.get("type", "text") == "text" else _notice_of(block).text)
+    return tuple(text for text in map(without_billing, texts) if text)
+
+
+def without_billing(text: str) -> str:
+    return BILLING_HEADER.sub("", text) if text.startswith("x-anthropic-billing") else text
 
 
 _latest_tools: List[Tuple[List[Any], Tuple[Tool, ...]]] = [([], ())]
@@ -1819,39 +1814,27 @@ def _read_tools(value: List[Any]) -> Tuple[Tool, ...]:
     known, read = _latest_tools[0]
     if value == known:
         return read
-    tools = []
-    for i, entry in enumerate(value):
-        tool = _object(entry, f"tools.{i}")
-        if tool.get("type") not in (None, "custom"):
-            continue
-        tools.append(Tool(_need(tool, "name", str, f"tools.{i}"),
-                          _take(tool, "description", str, f"tools.{i}", ""),
-                          _take(tool, "input_schema", dict, f"tools.{i}", {})))
-    _latest_tools[0] = (value, tuple(tools))
-    return tuple(tools)
+    tools = _each(".tools", value, lambda tool: Tool(
+        _need(tool, "name", str), _take(tool, "description", str, ""),
+        _take(tool, "input_schema", dict, {}))
+        if tool.get("type") in (None, "custom") else None)
+    own = tuple(tool for tool in tools if tool)
+    _latest_tools[0] = (value, own)
+    return own
 
 
-def _read_tool_choice(value: Optional[Json]) -> ToolChoice:
-    if value is None:
-        return ToolChoice()
-    kind = _need(value, "type", str, "tool_choice")
-    if kind not in ("auto", "any", "tool", "none"):
-        raise BadRequestError("tool_choice.type: expected auto, any, tool or none,"
-                              f" got {clean(kind, 40)!r}")
-    name = _need(value, "name", str, "tool_choice") if kind == "tool" else ""
-    return ToolChoice(kind, name)
+def _read_tool_choice(value: Json) -> ToolChoice:
+    kind = _choice(value, "type", ("auto", "any", "tool", "none"))
+    return ToolChoice(kind, _need(value, "name", str) if kind == "tool" else "")
 
 
-def _read_sampling(body: Json) -> Tuple[Tuple[str, float], ...]:
-    found: List[Tuple[str, float]] = []
+def _read_sampling(body: Json) -> Iterator[Tuple[str, float]]:
     for key in ("temperature", "top_p", "top_k"):
         value = body.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _wrong(key, "a number", value)
-        found.append((key, value))
-    return tuple(found)
+        if value is not None:
+            if not is_number(value):
+                raise _wrong(key, "a number", value)
+            yield key, value
 
 
 def _loaded_tools(messages: List[Any]) -> AbstractSet[str]:
@@ -1864,20 +1847,61 @@ def _loaded_tools(messages: List[Any]) -> AbstractSet[str]:
             for part in inner if isinstance(inner, list) else ():
                 if isinstance(part, dict) and part.get("type") == "tool_reference":
                     found.add(str(part.get("tool_name", "")))
-    return frozenset(found)
+    return found
 
 
-def _read_session(body: Json) -> str:
-    metadata = body.get("metadata")
-    user_id = metadata.get("user_id") if isinstance(metadata, dict) else None
-    return user_id if isinstance(user_id, str) else ""
+def _inside(value: Any, *keys: str) -> Any:
+    """Follow keys through objects; None where one is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
-def _answer_schema(body: Json) -> Optional[Json]:
-    output = body.get("output_config")
-    form = output.get("format") if isinstance(output, dict) else None
-    schema = form.get("schema") if isinstance(form, dict) else None
-    return schema if isinstance(schema, dict) else None
+TOOLS_KEY = b'"tools":'
+_known_tools: List[Tuple[bytes, List[Any]]] = []
+
+
+def read_body(data: bytes) -> Any:
+    """Read a request's JSON; raises ValueError as parse_json does.
+
+    The tools, 63 of a first turn's 77 KB, are the same bytes in every turn of a session:
+    where an earlier body had them, they are left out of what is parsed and put back.
+    """
+    at = data.rfind(TOOLS_KEY) + len(TOOLS_KEY)  # in a string its quotes would be escaped
+    for written, tools in _known_tools:
+        if data.startswith(written, at):
+            body = _read_around(data[:at], tools, data[at + len(written):])
+            if body is not None:
+                return body
+    body = parse_json(data)
+    if at >= len(TOOLS_KEY) and isinstance(body, dict):
+        text = data[at:].decode()
+        with contextlib.suppress(ValueError, RecursionError):
+            tools, end = _scan_json(text)
+            if tools and tools == body.get("tools") and end <= MAX_TOOLS_CHARS:
+                newest = (text[:end].encode(), tools)
+                _known_tools[:] = [newest, *_known_tools[:MAX_KNOWN_TOOLS - 1]]
+    return body
+
+
+def _read_around(before: bytes, tools: List[Any], behind: bytes) -> Optional[Json]:
+    """Read a body whose tools are known; None where they are not its own tools.
+
+    NaN, which no body may hold, stands for them: so it is seen where they belong.
+    """
+    seen: List[str] = []
+
+    def put_back(constant: str) -> Any:
+        seen.append(constant)
+        return tools
+
+    decoder = json.JSONDecoder(parse_constant=put_back, parse_float=_finite)
+    try:
+        body = decoder.decode((before + b"NaN" + behind).decode())
+    except (ValueError, RecursionError):
+        return None
+    own = seen == ["NaN"] and isinstance(body, dict) and body.get("tools") is tools
+    return body if own else None
 
 
 def parse_request(body: Any) -> Request:
@@ -1886,34 +1910,45 @@ def parse_request(body: Any) -> Request:
     Unknown fields are ignored, as Anthropic's own additions come without notice:
     context_management, service_tier, betas, safeguards' details and the like.
     """
-    body = _object(body, "body")
-    messages = _need(body, "messages", list, "")
+    if not isinstance(body, dict):
+        raise _wrong("body", "an object", body)
+    try:
+        return _read_request(body)
+    except BadRequestError as error:
+        raise BadRequestError(error.message.lstrip(".")) from None
+
+
+def _read_request(body: Json) -> Request:
+    messages = _need(body, "messages", list)
     if not messages:
         raise BadRequestError("messages: at least one message is required")
-    parsed = tuple(_read_message(value, f"messages.{i}") for i, value in enumerate(messages))
-    max_tokens = _take(body, "max_tokens", int, "", DEFAULT_MAX_TOKENS)
+    parsed = _each(".messages", messages, _read_message)
+    max_tokens = _take(body, "max_tokens", int, DEFAULT_MAX_TOKENS)
     if max_tokens < 1:
         raise BadRequestError(f"max_tokens: expected at least 1, got {max_tokens}")
-    stops = _take(body, "stop_sequences", list, "", [])
+    stops = _take(body, "stop_sequences", list, [])
     for i, stop in enumerate(stops):
         if not isinstance(stop, str):
             raise _wrong(f"stop_sequences.{i}", "a string", stop)
-    thinking = _take(body, "thinking", dict, "", {}).get("type")
+    thinking = _take(body, "thinking", dict, {}).get("type")
+    schema = _inside(body, "output_config", "format", "schema")
+    session = _inside(body, "metadata", "user_id")
     return Request(
-        model=_take(body, "model", str, "", ""),
+        model=_take(body, "model", str, ""),
         system=_read_system(body.get("system")),
         messages=parsed,
-        tools=_read_tools(_take(body, "tools", list, "", [])),
-        tool_choice=_read_tool_choice(_take(body, "tool_choice", dict, "", None)),
+        tools=_read_tools(_take(body, "tools", list, [])),
+        tool_choice=_at(".tool_choice", _take(body, "tool_choice", dict, {"type": "auto"}),
+                        _read_tool_choice),
         max_tokens=max_tokens,
-        stop_sequences=tuple(stop for stop in stops if stop),
-        sampling=_read_sampling(body),
+        stop_sequences=tuple(filter(None, stops)),
+        sampling=tuple(_read_sampling(body)),
         thinking=None if thinking is None else thinking != "disabled",
-        schema=_answer_schema(body),
-        stream=_take(body, "stream", bool, "", False),
+        schema=schema if isinstance(schema, dict) else None,
+        stream=_take(body, "stream", bool, False),
         safeguards=bool(body.get("safeguards")),
         loaded=_loaded_tools(messages),
-        session=_read_session(body),
+        session=session if isinstance(session, str) else "",
     )
 
 
@@ -2083,9 +2118,8 @@ class TokenCounter:
             found = self.known[key] = text_sizes(text)
         return key, found
 
-    def count(self, model: str, parts: Iterable[str], images: int = 0) -> Count:
-        """Count a prompt: parts are its tools, system text and messages, in order."""
-        rows = [self.sizes_of(part) for part in parts]
+    def count(self, model: str, rows: Sequence[Tuple[int, Sizes]], images: int = 0) -> Count:
+        """Count a prompt: sizes_of its tools, system text and messages, in order."""
         sizes = Sizes(*map(sum, zip(*[size for _, size in rows])))
         fixed = len(rows) * MESSAGE_TOKENS + images * IMAGE_TOKENS
         keys = tuple([hash(tuple([key for key, _ in rows[:parts]])) for parts in ANCHOR_PARTS])
@@ -3079,7 +3113,7 @@ def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, 
         role, blocks = message.role, message.blocks
         if role == "system":
             text = _join_texts(b.text for b in blocks if isinstance(b, Text))
-            text = BILLING_HEADER.sub("", text)
+            text = without_billing(text)
             if not text:
                 continue
             if not turns:
@@ -3166,18 +3200,18 @@ def _pictures(
 
 # The git status at the end of the CLI's system text (2.1.197) differs from session to
 # session; behind it the tools, and all else, would be read again (OL 5b).
-VOLATILE_END = Pattern(r"(?<!\n)\n+(gitStatus: [\s\S]*)\Z")
+VOLATILE_END = "\ngitStatus: "
 
 
 def move_volatile(
     system: List[str], turns: List[Tuple[int, Message]],
 ) -> Tuple[List[str], List[Tuple[int, Message]]]:
     """Move what changes between sessions from the system text into the first user turn."""
-    moved = tuple(Text(as_reminder(match.group(1))) for match in
-                  map(VOLATILE_END.search, system) if match)
+    cut = [text.partition(VOLATILE_END) for text in system]
+    moved = tuple([Text(as_reminder(mark[1:] + rest)) for _, mark, rest in cut if mark])
     if not moved or not turns or turns[0][1].role != "user":
         return system, turns
-    stable = [VOLATILE_END.sub("", text) for text in system]
+    stable = [text.rstrip("\n") if mark else text for text, mark, _ in cut]
     index, first = turns[0]
     return stable, [(index, Message("user", moved + first.blocks)), *turns[1:]]
 
@@ -3244,37 +3278,38 @@ def load_options(num_ctx: Optional[int]) -> Json:
     return {"num_ctx": num_ctx} if num_ctx else {}
 
 
-class ReusedJson:
-    """Write message lists, taking over what the last list of the session had.
-
-    A 1 MB session of 78 messages costs 2.4 ms to write, its newest turn 0.1 ms.
-    """
-
-    def __init__(self) -> None:
-        self.first: Optional[ChatMessage] = None
-        self.same = 0  # messages that the last list had too
-        self._messages: List[ChatMessage] = []
-        self._written: List[str] = []
-
-    def write(self, messages: List[ChatMessage]) -> Tuple[str, int]:
-        """Return the messages' JSON, comma-separated, and same."""
-        same = 0
-        for old, new in zip(self._messages, messages):
-            if old != new:
-                break
-            same += 1
-        written = self._written[:same] + [to_json(message_json(m)) for m in messages[same:]]
-        self._messages, self._written, self.same = messages, written, same
-        self.first = messages[0] if messages else None
-        return ",".join(written), same
-
-
 def message_text(message: ChatMessage) -> str:
     """Return what a message adds to the prompt, for counting."""
     if not message.calls and not message.thinking:
         return message.content
     calls = [call_markup(name, arguments) for _, name, arguments in message.calls]
     return "\n".join([message.thinking, message.content, *calls])
+
+
+class WrittenMessage(NamedTuple):
+    """A message with its JSON, and its size as TokenCounter tells it."""
+
+    message: ChatMessage
+    json: str
+    size: Tuple[int, Sizes]
+
+
+def write_messages(
+    messages: Sequence[ChatMessage], last: List[WrittenMessage], counter: TokenCounter,
+) -> Tuple[List[WrittenMessage], int]:
+    """Write a session's messages; also return how many of them its last request had.
+
+    A 1 MB session of 78 messages costs 4 ms to write and count, its newest turn 0.1 ms.
+    """
+    same = 0
+    for row, message in zip(last, messages):
+        if row.message != message:
+            break
+        same += 1
+    return last[:same] + [
+        WrittenMessage(message, to_json(message_json(message)),
+                       counter.sizes_of(message_text(message))) for message in messages[same:]
+    ], same
 
 
 def agent_line(agent: str) -> str:
@@ -10568,13 +10603,15 @@ def new_enough(version: str) -> bool:
 # ------------------------------ between the turns ------------------------------
 
 class WrittenTools(NamedTuple):
-    """Forwarded tools as a prompt has them; key is what they were made from."""
+    """Forwarded tools as a prompt has them; key is what they were made from.
 
-    key: Any
-    tools: Tuple[Tool, ...]
-    json: str
-    segments: List[Segment]
-    text: str  # "" where the template prints the tools
+    A template that prints tools gets json, the others text within the system text.
+    """
+
+    key: Any = None
+    tools: Tuple[Tool, ...] = ()
+    json: str = ""
+    text: str = ""
 
 
 def write_tools(
@@ -10582,33 +10619,28 @@ def write_tools(
 ) -> WrittenTools:
     """Shorten tools and write their JSON: 8 cost 0.5 ms. agent's line stands in the first."""
     tools = tuple(map(slim_tool, sent)) if slim else sent
-    if agent and tools:
+    if not tools:
+        return WrittenTools(key)
+    if agent:
         first = tools[0]._replace(description=f"{agent_line(agent)} {tools[0].description}")
         tools = (first, *tools[1:])
-    each = [to_json(tool_json(tool, facts.renderer)) for tool in tools]
-    segments = [Segment(f"tools changed at {tool.name}", text, estimate_tokens(text))
-                for tool, text in zip(tools, each)]
-    return WrittenTools(key, tools, f"[{','.join(each)}]", segments,
-                        tools_as_text(tools) if facts.tools_in_text and tools else "")
+    if facts.tools_in_text:
+        return WrittenTools(key, tools, text=tools_as_text(tools))
+    return WrittenTools(key, tools, to_json([tool_json(tool, facts.renderer) for tool in tools]))
 
 
 class Session:
     """What is kept between the turns of one conversation; bounded, lost at the end."""
 
-    latest_tools: ClassVar[Optional[WrittenTools]] = None  # shared by sessions with the same
+    latest_tools: ClassVar[WrittenTools] = WrittenTools()  # shared by sessions with the same
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.turns = 0
         self.rescued: Tuple[str, ...] = ()  # ids of the last turn's rescued calls
         self._table: Optional[ToolTable] = None
-        self.written = ReusedJson()
-        self._tools: Optional[WrittenTools] = None
-        self.tools_json = self.tools_text = ""
-        self.tools_changed = False
-        self.tool_segments: List[Segment] = []
-        self.message_segments: List[Segment] = []
-        self.segments: List[Segment] = []  # of the last turn's whole prompt
+        self.tools = WrittenTools()  # and messages: what the last prompt had
+        self.messages: List[WrittenMessage] = []
 
     def table(self, request: Request, limit: int) -> ToolTable:
         """Choose the tools, the same as in the last turn while the client's are the same."""
@@ -10617,26 +10649,37 @@ class Session:
         self._table = tool_table(request, limit, self._table)
         return self._table
 
-    def tools(
+    def write_tools(
         self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str = "",
-    ) -> Tuple[Tuple[Tool, ...], str]:
-        """Return the forwarded tools and their JSON ("" where the text holds them).
+    ) -> WrittenTools:
+        """Return the forwarded tools.
 
         A session's are alike from turn to turn, and mostly those of the other sessions.
         Where they come before the system text, an agent's line stands in the first of them.
         """
         agent = agent if facts.tools_first else ""
         key = (table.sent, slim, facts.renderer, facts.tools_in_text, agent)
-        self.tools_changed = self._tools is None or self._tools.key != key
-        if self._tools is None or self.tools_changed:
+        if self.tools.key != key:
             latest = Session.latest_tools
-            self._tools = latest if latest and latest.key == key else \
+            self.tools = Session.latest_tools = latest if latest.key == key else \
                 write_tools(table.sent, slim, facts, agent, key)
-            Session.latest_tools = self._tools
-            self.tools_json, self.tool_segments = self._tools.json, self._tools.segments
-            self.tools_text = self._tools.text
-        in_text = facts.tools_in_text or not self._tools.tools
-        return self._tools.tools, "" if in_text else self.tools_json
+        return self.tools
+
+
+def tool_segments(tools: WrittenTools) -> List[Segment]:
+    texts = [(tool.name, to_json(tool)) for tool in tools.tools]
+    return [Segment(f"tools changed at {name}", text, estimate_tokens(text))
+            for name, text in texts]
+
+
+def message_segments(messages: Sequence[WrittenMessage], start: int) -> List[Segment]:
+    """List the messages from start on, to tell which of them changed."""
+    segments = []
+    for place, (message, text, (_, sizes)) in enumerate(messages[start:], start):
+        name = "system text" if message.role == "system" and not place else \
+            f"message {place} ({message.role})"
+        segments.append(Segment(f"{name} changed", text, int(sum(sizes))))
+    return segments
 
 
 class RawTurns:
@@ -11051,10 +11094,10 @@ class Exchange:
             warmer.offer(prefix, lambda: ("/api/generate", generate_body(
                 self.request, facts, prefix + USER_TURN, self.config, options)))
             return
-        first = self.session.written.first
-        if first is not None and first.role == "system":
-            messages = to_json([message_json(first), {"role": "user", "content": "."}])[1:-1]
-            warmer.offer(messages, lambda: ("/api/chat", chat_body(
+        first = next(iter(self.session.messages), None)
+        if first and first.message.role == "system":
+            messages = first.json + ',{"role":"user","content":"."}'
+            warmer.offer(first.json, lambda: ("/api/chat", chat_body(
                 self.request, facts, self.config, options, messages_json=messages,
                 tools_json=tools_json)))
 
@@ -11084,50 +11127,41 @@ class Exchange:
     def _translate(self, facts: ModelFacts, request: Request) -> Prompt:
         session, counter = self.session, self.server.counter
         with session.lock:
+            before = session.tools, session.messages
             table = session.table(request, self.config.max_tools)
-            tools, tools_json = session.tools(
-                table, self.config.prompt == "slim", facts, self.agent)
+            tools = session.write_tools(table, self.config.prompt == "slim", facts, self.agent)
             names = [tool.name for tool in table.sent]
             if self.agent:
                 request = request._replace(system=(agent_line(self.agent), *request.system))
             self.recalled.clear()
             messages = chat_messages(
-                request, tools, facts, self._recall, lambda text: self._slim(text, names),
-                tools_text=session.tools_text)
-            messages_json, same = session.written.write(messages)
-            if session.tools_changed:
-                same = 0
-            self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
-            self._note_break(messages)
-        texts = [tools_json, *map(message_text, messages)]
-        count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
+                request, tools.tools, facts, self._recall, lambda text: self._slim(text, names),
+                tools_text=tools.text)
+            written, same = write_messages(messages, session.messages, counter)
+            session.messages = written
+        self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
+        if tools is not before[0]:
+            same = 0
+        if same < len(before[1]) and self.session_id:
+            broken = prefix_break(*[
+                (tool_segments(row[0]) if tools is not before[0] else [])
+                + message_segments(row[1], same) for row in (before, (tools, written))])
+            self.notes += [broken] if broken else []
+        sizes = [counter.sizes_of(tools.json), *[row.size for row in written]]
+        count = counter.count(facts.name, sizes, sum([len(m.images) for m in messages]))
         self.estimate = count.tokens
-        sizes = [sum(counter.sizes_of(text)[1]) for text in texts]
-        known = sum(sizes[:same + 1]) if same else 0
-        shared = int(count.tokens * known / max(sum(sizes), 1))
-        answers = tuple(m.content for m in messages if m.role == "assistant")
-        return Prompt(table, messages_json, tools_json, answers, count, shared, request.max_tokens)
+        tokens = [sum(size) for _, size in sizes]
+        shared = count.tokens * sum(tokens[:same + 1]) / max(sum(tokens), 1) if same else 0
+        return Prompt(
+            table, ",".join([row.json for row in written]), tools.json,
+            tuple([m.content for m in messages if m.role == "assistant"]),
+            count, int(shared), request.max_tokens)
 
     def _recall(self, index: int, turn: Message) -> Optional[str]:
         """Return an earlier answer as the model wrote it, where that is remembered."""
         raw = self.server.raw_turns.recall(self.session_id, index, turn)
         self.recalled.append(raw is not None)
         return raw
-
-    def _note_break(self, messages: List[ChatMessage]) -> None:
-        """Compare the prompt with the session's last one."""
-        session = self.session
-        now = session.message_segments[:session.written.same]
-        for place, message in enumerate(messages[len(now):], len(now)):
-            tokens = int(sum(self.server.counter.sizes_of(message_text(message))[1]))
-            name = "system text" if message.role == "system" and not place else \
-                f"message {place} ({message.role})"
-            now.append(Segment(f"{name} changed", object(), tokens))
-        tools = session.tool_segments
-        broken = prefix_break(session.segments, [*tools, *now]) if self.session_id else ""
-        session.message_segments, session.segments = now, [*tools, *now]
-        if broken:
-            self.notes.append(broken)
 
     def _slim(self, text: str, names: Sequence[str]) -> str:
         if self.config.prompt == "full":
@@ -11555,7 +11589,7 @@ class Handler:
     def json_of(body: bytes) -> Any:
         """Parse a body; raise 400 with the reason."""
         try:
-            return parse_json(body)
+            return read_body(body)
         except ValueError as problem:
             raise BadRequestError(f"The body is not JSON: {clean(str(problem))}.") from None
 
@@ -11624,8 +11658,7 @@ class Handler:
         body = self.read_body()
         self.join_key = ""
         if self.http.header("x-claude-code-session-id"):
-            digest = late("hashlib").sha256(body).hexdigest()
-            self.join_key = f"{self.session_id} {digest}"
+            self.join_key = f"{self.session_id} {hash(body)}"
         request = parse_request(self.json_of(body))
         del body  # a long answer need not hold it
         Exchange(self, request).run()
@@ -13321,7 +13354,7 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
     """Say what a request becomes: the upstream body, what was left out and why, tokens."""
     session = Session()
     table = session.table(request, config.max_tools)
-    tools, tools_json = session.tools(table, config.prompt == "slim", facts, "")
+    tools = session.write_tools(table, config.prompt == "slim", facts)
     names, left_out = [tool.name for tool in table.sent], []
 
     def shorten(text: str) -> str:
@@ -13329,11 +13362,13 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
         left_out.extend(gone)
         return short
 
-    messages = chat_messages(request, tools, facts, lambda index, turn: None, shorten)
+    messages = chat_messages(request, tools.tools, facts, lambda index, turn: None, shorten,
+                             tools_text=tools.text)
     answered = local_answer(request, config)
     body = chat_body(request, facts, config, {
         **load_options(config.num_ctx), "num_predict": request.max_tokens},
-        messages_json=session.written.write(messages)[0], tools_json=tools_json)
+        messages_json=",".join([to_json(message_json(message)) for message in messages]),
+        tools_json=tools.json)
     counts = [estimate_tokens(message.content) for message in messages]
     known = next((place + 1 for place in range(len(messages) - 1, -1, -1)
                   if messages[place].role == "assistant"), 0)
@@ -13345,7 +13380,7 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
             if tool.name not in names}},
         "left_out_of_the_texts": left_out,
         "tokens": {"as_the_client_sent_it": count_request(request),
-                   "tools": estimate_tokens(tools_json), "messages": sum(counts)},
+                   "tools": estimate_tokens(tools.json), "messages": sum(counts)},
         "prefix": {"known_from_the_last_turn": sum(counts[:known]), "new": sum(counts[known:])},
         "body": json.loads(body)}
 

@@ -13,7 +13,6 @@ from qwencode import (
     Message,
     PromptTooLongError,
     Text,
-    TokenCounter,
     ToolResult,
     ToolUse,
     cache_usage,
@@ -29,6 +28,14 @@ from qwencode import (
     shorten_results,
     unwrap_error,
 )
+
+
+class TokenCounter(qwencode.TokenCounter):
+    """One that is given a prompt's texts."""
+
+    def count(self, model, parts, images=0):
+        return super().count(model, [self.sizes_of(part) for part in parts], images)
+
 
 # ---------------------------------------------------------------- estimates
 

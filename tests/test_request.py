@@ -6,7 +6,7 @@ import pytest
 from qwencode import (
     BadRequestError,
     ModelFacts,
-    ReusedJson,
+    TokenCounter,
     Tool,
     chat_body,
     chat_messages,
@@ -20,6 +20,7 @@ from qwencode import (
     render_body,
     tool_json,
     tool_table,
+    write_messages,
 )
 
 CONFIG = load_config({}, {})
@@ -324,16 +325,19 @@ def test_think_is_sent_only_where_the_model_can(thinking, capabilities, sent):
 
 
 def test_written_messages_are_taken_over_from_the_last_turn():
-    written = ReusedJson()
-    request = parse_request({"messages": [user(text("a")), {"role": "assistant", "content": "b"},
-                                          user(text("c"))]})
+    counter, request = TokenCounter(), parse_request({"messages": [
+        user(text("a")), {"role": "assistant", "content": "b"}, user(text("c"))]})
     rows = chat_messages(request, (), PLAIN, lambda index, turn: None, lambda words: words)
-    whole, same = written.write(rows)
+    whole, same = write_messages(rows, [], counter)
     assert same == 0
-    assert written.write(rows[:1] + rows[2:]) == (",".join(
-        json.dumps(message_json(row), separators=(",", ":")) for row in rows[:1] + rows[2:]), 1)
-    assert written.write(rows) == (whole, 1)
-    assert written.write(rows) == (whole, 3)
+    fewer, same = write_messages(rows[:1] + rows[2:], whole, counter)
+    assert same == 1
+    assert fewer[0] is whole[0]
+    assert [row.json for row in fewer] == [
+        json.dumps(message_json(row), separators=(",", ":")) for row in rows[:1] + rows[2:]]
+    assert [row.size for row in fewer] == [counter.sizes_of("a"), counter.sizes_of("c")]
+    assert write_messages(rows, fewer, counter) == (whole, 1)
+    assert write_messages(rows, whole, counter) == (whole, 3)
 
 
 def test_show_and_probe_tell_the_path(recording):
