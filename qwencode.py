@@ -888,9 +888,12 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def to_json(value: Any) -> str:
     """Write compact ASCII JSON: safe for lone surrogates and twice as fast as UTF-8."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _encode(value)
 
 
 def _no_constant(name: str) -> Any:
@@ -6689,11 +6692,12 @@ def _mask_block(text: str) -> Optional[Masked]:
 
 def _readings(words: str) -> Iterator[Masked]:
     """Yield the ways in which the quotes of a request can be read, likeliest first."""
-    for masked in (_mask(words, CLOSING), _mask_block(words)):
+    likeliest = _mask(words, CLOSING)
+    for masked in (likeliest, _mask_block(words)):
         if masked is not None:
             yield masked
     masked = _mask(words, CLOSING_TIGHT)
-    if masked is not None and all(_quotes_in_brackets(quote) for quote in masked.quotes):
+    if masked not in (None, likeliest) and all(map(_quotes_in_brackets, masked.quotes)):
         yield masked
 
 
@@ -7901,6 +7905,7 @@ def _without_trailers(core: str) -> str:
     return core
 
 
+@lru_cache(maxsize=2)  # a request is read by several rules
 def _freed(text: str) -> Asked:
     """Take courtesy and end marks off a masked request."""
     whole = text.strip()
@@ -10019,20 +10024,23 @@ class Upstream:
     def _addresses(self, waiter: Waiter, until: float) -> List[Any]:
         """Look the name up, on a thread: a resolver may take half a minute to give up."""
         found: List[Any] = []
-        mine, wake = socket.socketpair()
 
         def look_up() -> None:
             try:
                 found.append(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
             except (OSError, UnicodeError) as problem:
                 found.append(problem)
+
+        def look_up_and_wake() -> None:
+            look_up()
             wake.close()
 
-        with mine:
-            if self.host in LOCAL_NAMES:
-                look_up()
-            else:
-                threading.Thread(target=look_up, daemon=True).start()
+        if self.host in LOCAL_NAMES:
+            look_up()
+        else:
+            mine, wake = socket.socketpair()
+            with mine:
+                threading.Thread(target=look_up_and_wake, daemon=True).start()
                 waiter.wait(mine, False, until)
         if not found or isinstance(found[0], Exception):
             reason = found[0] if found else "the lookup takes too long"
@@ -10680,13 +10688,13 @@ def tool_segments(tools: WrittenTools) -> List[Segment]:
 
 
 def message_segments(messages: Sequence[WrittenMessage], start: int) -> List[Segment]:
-    """List the messages from start on, to tell which of them changed."""
-    segments = []
-    for place, (message, text, (_, sizes)) in enumerate(messages[start:], start):
-        name = "system text" if message.role == "system" and not place else \
-            f"message {place} ({message.role})"
-        segments.append(Segment(f"{name} changed", text, int(sum(sizes))))
-    return segments
+    """Name the message at start, and lump those behind it."""
+    if start >= len(messages):
+        return []
+    role = messages[start].message.role
+    name = "system text" if role == "system" and not start else f"message {start} ({role})"
+    first, *rest = [int(sum(row.size[1])) for row in messages[start:]]
+    return [Segment(f"{name} changed", messages[start].json, first), Segment("", None, sum(rest))]
 
 
 class RawTurns:
