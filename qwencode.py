@@ -2435,164 +2435,116 @@ def cache_usage(prompt_tokens: int, shared_tokens: int, prefill_s: float,
 
 
 # ------------------------------ slimming ------------------------------
-# What a small model needs to know of a tool: our own words, and those for its
-# parameters ("" where the name says it, None for one that is not shown: the client itself
-# fills it, no local model obeys it, or it is seldom right). A tool is recognised by its name and by
-# having no required parameter that the row does not know; the client's list is
-# contract/claude-code.md A8 and F1, contract/qwen-code.md. Optional parameters that
-# Qwen forgets in long prompts are asked for in the tool's own text (peers.md 2, no. 21).
-FILE = "absolute path"
+# What a small model needs to know of a tool: its names, our own words, and behind | its
+# parameters, with words where the name does not say it, and with - where it is not shown:
+# the client itself fills it, no local model obeys it, or it is seldom right. A tool is
+# recognised by its name and by having no required parameter that the row does not know; the
+# client's list is contract/claude-code.md A8 and F1, contract/qwen-code.md. Optional parameters
+# that Qwen forgets in long prompts are asked for in the tool's own text (peers.md 2, no. 21).
+TOOL_NOTES = """
+Bash run_shell_command: Run a shell command. The working directory stays between calls, variables
+  do not. For files use the file tools, not cat, sed or echo. Quote paths with spaces. Nothing
+  interactive (git rebase -i). Commit or push only when asked. Always give description. | command;
+  description: what it does, in 5 to 10 words; timeout: milliseconds, default 120000;
+  run_in_background: true: a notice comes when it ends; is_background: true for servers and
+  watchers; directory: absolute path to run in; dangerouslyDisableSandbox: -
+Read read_file: Show a file: text with line numbers, an image, a PDF or a notebook. Not for
+  folders. Of a long file (over 2000 lines) read a part: give offset and limit. | file_path:
+  absolute path; offset: line to start at; limit: number of lines; pages: of a PDF, for example
+  1-5; allow_large: -
+Edit edit: Replace text in a file that you have read. old_string is exact, with its indentation
+  and without line numbers, and must occur once: add lines around it, or set replace_all. |
+  file_path: absolute path; old_string; new_string; replace_all: change every occurrence
+Write write_file: Write a whole file, new or in place of the old one. Read an old one first; to
+  change a part use the edit tool. | file_path: absolute path; content; record_as_artifact: -
+NotebookEdit notebook_edit: Replace, insert or delete one cell of a Jupyter notebook that you have
+  read. | notebook_path: absolute path; cell_id: the cell, or the one to insert after; new_source;
+  cell_type: needed for insert; edit_mode: default replace
+Glob glob: Find files by name pattern, newest first. | pattern: for example src/**/*.ts; path:
+  folder, default the working directory
+Grep grep_search: Search file contents for a regular expression (ripgrep syntax). Narrow it with
+  path and glob. | pattern; path: file or folder; glob: for example *.js; limit: lines at most;
+  type: file type, for example py; output_mode: default files_with_matches; -i: ignore case; -n:
+  line numbers; -A: lines after; -B: lines before; -C: lines around; head_limit: results at most;
+  multiline: let . match newlines
+Agent Task agent: Give a large independent task to a subagent; do small things yourself. It knows
+  only your prompt: state goal, paths and what to report. Only you see its report: tell the user,
+  and never guess it. | description: 3 to 5 words; prompt; subagent_type: one of the listed;
+  run_in_background: false: wait for the report; isolation: -; model: -; effort: -
+Skill skill: Load instructions for one kind of task. Call it first when a listed skill fits or the
+  user types /name. Never guess names; /help and the like are no skills. | skill: name as listed,
+  no slash; args
+ToolSearch: Load tools that are only listed by name, so that they can be called. | query:
+  select:NAME,NAME or words; max_results: default 5
+WebFetch web_fetch: Fetch a public web page and answer prompt from it. Not for localhost or pages
+  behind a login. | url; prompt: what to find out; offset: where to read on
+AskUserQuestion: Let the user choose, only where you cannot go on without it. 1 to 4 questions,
+  each with 2 to 4 options; Other is added. | questions; answers: -; annotations: -; metadata: -
+TodoWrite todo_write: Set the list of steps shown to the user. Send the whole list each time; one
+  item in progress at a time, marked completed as soon as it is done. | todos
+TaskStop task_stop KillShell: Stop a background task. | task_id; shell_id: old name of task_id
+ListAgents: List the agents that SendMessage can reach. | cursor: -; channel: -; q: -
+SendMessage: Send a message to another agent, for example to go on with a finished subagent. | to:
+  name or id of the agent; message; summary: 5 to 10 words; notify_when_idle
+ExitPlanMode: In plan mode: say that the plan file is written and ask the user to approve it. Ends
+  planning; the only way to ask for approval. | allowedPrompts; plan: the plan
+EnterPlanMode: Start plan mode: explore and write a plan for the user to approve, before a change
+  that is large or open to choices.
+WebSearch: Search the web. Name the pages you used. | query; allowed_domains; blocked_domains
+BashOutput: Show new output of a background command. | bash_id; filter: regular expression
+TaskOutput: Show the output of a background task. | task_id; block: wait for its end; timeout:
+  milliseconds
+TaskCreate: Add a task to the list shown to the user; for work of three or more steps. | subject:
+  short title; description: what to do; activeForm: for example Running tests; metadata
+TaskUpdate: Change a task: in_progress when you start it, completed only when it is wholly done. |
+  taskId; status; subject; description; activeForm; owner; metadata; addBlocks: ids that wait for
+  this; addBlockedBy: ids this waits for
+TaskGet: Show one task of the list. | taskId
+TaskList: Show the task list.
+EnterWorktree: Work in a git worktree, only when the user or CLAUDE.md says so. | name: of a new
+  one; path: of an existing one
+ExitWorktree: Leave the worktree that EnterWorktree made. | action; discard_changes: only when the
+  user agreed
+ScheduleWakeup: In /loop: say when to wake up again, or stop the loop. | delaySeconds: 60 to 3600;
+  reason: one sentence; prompt: the /loop input again; stop: true: end the loop; noop: true:
+  nothing had changed
+Workflow: Run a script that directs many subagents. Only when the user asked for a workflow in so
+  many words; load the skill workflow-authoring first where there is one. The script begins with
+  export const meta = {name, description}. | script: JavaScript; name: of a saved workflow; args;
+  scriptPath; resumeFromRunId; description; title
+ReportFindings: Report the findings of a code review, worst first, when the review's instructions
+  say so. | findings; level
+Monitor: Watch a command in the background; each line it prints is a notice to you. | command;
+  description: what is watched; timeout_ms: at most 600000; ws: a WebSocket instead of a command
+CronCreate: Run a prompt later or again and again. | cron: minute hour day month weekday, local
+  time; prompt; recurring: false: once; durable: true: survives a restart
+CronDelete: Cancel a scheduled prompt. | id
+CronList: List the scheduled prompts.
+"""
 ToolText = Tuple[str, Dict[str, Optional[str]]]
-BASH_TEXT: ToolText = (
-    "Run a shell command. The working directory stays between calls, variables do not. For"
-    " files use the file tools, not cat, sed or echo. Quote paths with spaces. Nothing"
-    " interactive (git rebase -i). Commit or push only when asked. Always give description.",
-    {"command": "", "description": "what it does, in 5 to 10 words",
-     "timeout": "milliseconds, default 120000",
-     "run_in_background": "true: a notice comes when it ends",
-     "is_background": "true for servers and watchers", "directory": "absolute path to run in",
-     "dangerouslyDisableSandbox": None})
-READ_TEXT: ToolText = (
-    "Show a file: text with line numbers, an image, a PDF or a notebook. Not for folders. Of"
-    " a long file (over 2000 lines) read a part: give offset and limit.",
-    {"file_path": FILE, "offset": "line to start at", "limit": "number of lines",
-     "pages": "of a PDF, for example 1-5", "allow_large": None})
-EDIT_TEXT: ToolText = (
-    "Replace text in a file that you have read. old_string is exact, with its indentation and"
-    " without line numbers, and must occur once: add lines around it, or set replace_all.",
-    {"file_path": FILE, "old_string": "", "new_string": "",
-     "replace_all": "change every occurrence"})
-WRITE_TEXT: ToolText = (
-    "Write a whole file, new or in place of the old one. Read an old one first; to change a"
-    " part use the edit tool.",
-    {"file_path": FILE, "content": "", "record_as_artifact": None})
-NOTEBOOK_TEXT: ToolText = (
-    "Replace, insert or delete one cell of a Jupyter notebook that you have read.",
-    {"notebook_path": FILE, "cell_id": "the cell, or the one to insert after", "new_source": "",
-     "cell_type": "needed for insert", "edit_mode": "default replace"})
-GLOB_TEXT: ToolText = (
-    "Find files by name pattern, newest first.",
-    {"pattern": "for example src/**/*.ts", "path": "folder, default the working directory"})
-GREP_TEXT: ToolText = (
-    "Search file contents for a regular expression (ripgrep syntax). Narrow it with path and"
-    " glob.",
-    {"pattern": "", "path": "file or folder", "glob": "for example *.js", "limit": "lines at most",
-     "type": "file type, for example py", "output_mode": "default files_with_matches",
-     "-i": "ignore case", "-n": "line numbers", "-A": "lines after", "-B": "lines before",
-     "-C": "lines around", "head_limit": "results at most", "multiline": "let . match newlines"})
-AGENT_TEXT: ToolText = (
-    "Give a large independent task to a subagent; do small things yourself. It knows only your"
-    " prompt: state goal, paths and what to report. Only you see its report: tell the user,"
-    " and never guess it.",
-    {"description": "3 to 5 words", "prompt": "", "subagent_type": "one of the listed",
-     "run_in_background": "false: wait for the report", "isolation": None, "model": None,
-     "effort": None})
-SKILL_TEXT: ToolText = (
-    "Load instructions for one kind of task. Call it first when a listed skill fits or the"
-    " user types /name. Never guess names; /help and the like are no skills.",
-    {"skill": "name as listed, no slash", "args": ""})
-SEARCH_TOOLS_TEXT: ToolText = (
-    "Load tools that are only listed by name, so that they can be called.",
-    {"query": "select:NAME,NAME or words", "max_results": "default 5"})
-FETCH_TEXT: ToolText = (
-    "Fetch a public web page and answer prompt from it. Not for localhost or pages behind a"
-    " login.",
-    {"url": "", "prompt": "what to find out", "offset": "where to read on"})
-ASK_TEXT: ToolText = (
-    "Let the user choose, only where you cannot go on without it. 1 to 4 questions, each with"
-    " 2 to 4 options; Other is added.",
-    {"questions": "", "answers": None, "annotations": None, "metadata": None})
-STEPS_TEXT: ToolText = (
-    "Set the list of steps shown to the user. Send the whole list each time; one item in"
-    " progress at a time, marked completed as soon as it is done.",
-    {"todos": ""})
-STOP_TEXT: ToolText = ("Stop a background task.",
-                       {"task_id": "", "shell_id": "old name of task_id"})
-LIST_AGENTS_TEXT: ToolText = (
-    "List the agents that SendMessage can reach.",
-    {"cursor": None, "channel": None, "q": None})
-MESSAGE_TEXT: ToolText = (
-    "Send a message to another agent, for example to go on with a finished subagent.",
-    {"to": "name or id of the agent", "message": "", "summary": "5 to 10 words",
-     "notify_when_idle": ""})
-PLAN_EXIT_TEXT: ToolText = (
-    "In plan mode: say that the plan file is written and ask the user to approve it. Ends"
-    " planning; the only way to ask for approval.",
-    {"allowedPrompts": "", "plan": "the plan"})
-TOOL_TEXTS: Dict[str, ToolText] = {
-    "Bash": BASH_TEXT, "run_shell_command": BASH_TEXT,
-    "Read": READ_TEXT, "read_file": READ_TEXT,
-    "Edit": EDIT_TEXT, "edit": EDIT_TEXT,
-    "Write": WRITE_TEXT, "write_file": WRITE_TEXT,
-    "NotebookEdit": NOTEBOOK_TEXT, "notebook_edit": NOTEBOOK_TEXT,
-    "Glob": GLOB_TEXT, "glob": GLOB_TEXT, "Grep": GREP_TEXT, "grep_search": GREP_TEXT,
-    "Agent": AGENT_TEXT, "Task": AGENT_TEXT, "agent": AGENT_TEXT,
-    "Skill": SKILL_TEXT, "skill": SKILL_TEXT,
-    "ToolSearch": SEARCH_TOOLS_TEXT,
-    "WebFetch": FETCH_TEXT, "web_fetch": FETCH_TEXT,
-    "AskUserQuestion": ASK_TEXT, "TodoWrite": STEPS_TEXT, "todo_write": STEPS_TEXT,
-    "TaskStop": STOP_TEXT, "task_stop": STOP_TEXT, "KillShell": STOP_TEXT,
-    "ListAgents": LIST_AGENTS_TEXT, "SendMessage": MESSAGE_TEXT,
-    "ExitPlanMode": PLAN_EXIT_TEXT,
-    "EnterPlanMode": ("Start plan mode: explore and write a plan for the user to approve,"
-                      " before a change that is large or open to choices.", {}),
-    "WebSearch": ("Search the web. Name the pages you used.",
-                  {"query": "", "allowed_domains": "", "blocked_domains": ""}),
-    "BashOutput": ("Show new output of a background command.",
-                   {"bash_id": "", "filter": "regular expression"}),
-    "TaskOutput": ("Show the output of a background task.",
-                   {"task_id": "", "block": "wait for its end", "timeout": "milliseconds"}),
-    "TaskCreate": ("Add a task to the list shown to the user; for work of three or more steps.",
-                   {"subject": "short title", "description": "what to do",
-                    "activeForm": "for example Running tests", "metadata": ""}),
-    "TaskUpdate": ("Change a task: in_progress when you start it, completed only when it is"
-                   " wholly done.",
-                   {"taskId": "", "status": "", "subject": "", "description": "",
-                    "activeForm": "", "owner": "", "metadata": "", "addBlocks": "ids that wait"
-                    " for this", "addBlockedBy": "ids this waits for"}),
-    "TaskGet": ("Show one task of the list.", {"taskId": ""}),
-    "TaskList": ("Show the task list.", {}),
-    "EnterWorktree": ("Work in a git worktree, only when the user or CLAUDE.md says so.",
-                      {"name": "of a new one", "path": "of an existing one"}),
-    "ExitWorktree": ("Leave the worktree that EnterWorktree made.",
-                     {"action": "", "discard_changes": "only when the user agreed"}),
-    "ScheduleWakeup": ("In /loop: say when to wake up again, or stop the loop.",
-                       {"delaySeconds": "60 to 3600", "reason": "one sentence",
-                        "prompt": "the /loop input again", "stop": "true: end the loop",
-                        "noop": "true: nothing had changed"}),
-    "Workflow": ("Run a script that directs many subagents. Only when the user asked for a"
-                 " workflow in so many words; load the skill workflow-authoring first where"
-                 " there is one. The script begins with export const meta = {name,"
-                 " description}.",
-                 {"script": "JavaScript", "name": "of a saved workflow", "args": "",
-                  "scriptPath": "", "resumeFromRunId": "", "description": "", "title": ""}),
-    "ReportFindings": ("Report the findings of a code review, worst first, when the review's"
-                       " instructions say so.", {"findings": "", "level": ""}),
-    "Monitor": ("Watch a command in the background; each line it prints is a notice to you.",
-                {"command": "", "description": "what is watched", "timeout_ms": "at most 600000",
-                 "ws": "a WebSocket instead of a command"}),
-    "CronCreate": ("Run a prompt later or again and again.",
-                   {"cron": "minute hour day month weekday, local time", "prompt": "",
-                    "recurring": "false: once", "durable": "true: survives a restart"}),
-    "CronDelete": ("Cancel a scheduled prompt.", {"id": ""}),
-    "CronList": ("List the scheduled prompts.", {}),
-}
+
+
+@cache
+def tool_texts() -> Dict[str, ToolText]:
+    """Read TOOL_NOTES: each tool's text and those of its parameters, None for a hidden one."""
+    texts: Dict[str, ToolText] = {}
+    for row in TOOL_NOTES.replace("\n  ", " ").strip().split("\n"):
+        names, _, rest = row.partition(": ")
+        text, _, rest = rest.partition(" | ")
+        parameters: Dict[str, Optional[str]] = {}
+        for parameter in filter(None, rest.split("; ")):
+            name, _, words = parameter.partition(": ")
+            parameters[name] = None if words == "-" else words
+        texts.update(dict.fromkeys(names.split(), (text, parameters)))
+    return texts
+
+
 # Characters of what is not ours to rewrite: a tool of an MCP server, one of its
 # parameters. Models act on the first sentences; servers send up to 10 KB a tool.
 MAX_TOOL_TEXT_CHARS = 1000
 MAX_PARAMETER_TEXT_CHARS = 240
 # The same for what is nested in a known tool's parameters: its own text says the rest.
 MAX_NESTED_TEXT_CHARS = 60
-# Keywords that say nothing to a model: Ollama drops them, or prints them as tags of
-# their own (contract/ollama.md 1; peers.md 1d, Lucebox).
-NOISE_KEYWORDS = frozenset((
-    "$schema", "$id", "$comment", "additionalProperties", "examples", "example", "title", "format",
-    "pattern", "propertyNames", "contentEncoding", "contentMediaType", "exclusiveMinimum",
-    "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "readOnly",
-    "writeOnly", "deprecated"))
-NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties")
-# Numbers that only say "a whole number of JavaScript".
-MAX_SAFE_INTEGER = 2**53 - 1
 AGENTS_IN_TOOL = Pattern(r"(?m)^.{0,40}vailable agent types.{0,60}:\n(?:- .*\n?)+")
 SKILL_IN_TOOL = Pattern(
     r"<skill>\s*<name>([^<]{1,99})</name>\s*<description>([^<]{0,9999})</description>")
@@ -2606,12 +2558,13 @@ def slim_tool(tool: Tool) -> Tool:
     others keep theirs up to MAX_TOOL_TEXT_CHARS. Calls are still checked by the client's
     schema.
     """
-    row = TOOL_TEXTS.get(tool.name)
-    if row is None or not all(name in row[1] for name in required_of(tool.schema)):
-        row = (clip(tool.description, MAX_TOOL_TEXT_CHARS), {})
-    elif row in (AGENT_TEXT, SKILL_TEXT):
-        row = ("\n".join([row[0], *_list_in_tool(tool.description)]), row[1])
-    return Tool(tool.name, row[0], slim_schema(tool.schema, row[1]))
+    text, parameters = tool_texts().get(tool.name, ("", {}))
+    known = bool(text) and all(name in parameters for name in required_of(tool.schema))
+    if not known:
+        text, parameters = clip(tool.description, MAX_TOOL_TEXT_CHARS), {}
+    elif tool.name in AGENT_TOOLS + SKILL_TOOLS:
+        text = "\n".join([text, *_list_in_tool(tool.description)])
+    return Tool(tool.name, text, slim_schema(tool.schema, parameters))
 
 
 def _list_in_tool(description: str) -> List[str]:
@@ -2625,42 +2578,26 @@ def _list_in_tool(description: str) -> List[str]:
 
 
 def slim_schema(schema: Json, texts: Mapping[str, Optional[str]]) -> Json:
-    """Leave the noise out of a tool's schema; texts describes its own parameters."""
-    slim: Json = _without_noise(
-        schema, MAX_NESTED_TEXT_CHARS if texts else MAX_PARAMETER_TEXT_CHARS)
-    parameters = slim.get("properties")
-    if not isinstance(parameters, dict):
-        return slim
+    """Shorten a schema's descriptions; texts has those of its own parameters."""
+    slim: Json = _clipped(schema, MAX_NESTED_TEXT_CHARS if texts else MAX_PARAMETER_TEXT_CHARS)
+    parameters = properties_of(slim)
     for name in list(parameters):
-        if name in texts and texts[name] is None:
+        words = texts.get(name)
+        if name in texts and words is None:
             del parameters[name]
         elif name in texts and isinstance(parameters[name], dict):
             parameters[name].pop("description", None)
-            if texts[name]:
-                parameters[name]["description"] = texts[name]
+            parameters[name].update({"description": words} if words else {})
     return slim
 
 
-def _without_noise(node: Any, limit: int) -> Any:
+def _clipped(node: Any, limit: int) -> Any:
     if isinstance(node, list):
-        return [_without_noise(item, limit) for item in node]
+        return [_clipped(item, limit) for item in node]
     if not isinstance(node, dict):
         return node
-    slim: Json = {}
-    for key, value in node.items():
-        if key in NAMED_SCHEMAS and isinstance(value, dict):
-            slim[key] = {name: _without_noise(part, limit) for name, part in value.items()}
-        elif key in ("enum", "const", "default", "required"):
-            slim[key] = value
-        elif key == "description" and isinstance(value, str):
-            slim[key] = clip(value, limit)
-        elif key not in NOISE_KEYWORDS and not _is_unbounded(key, value):
-            slim[key] = _without_noise(value, limit)
-    return slim
-
-
-def _is_unbounded(key: str, value: Any) -> bool:
-    return key in ("minimum", "maximum") and value in (MAX_SAFE_INTEGER, -MAX_SAFE_INTEGER)
+    return {key: clip(value, limit) if key == "description" and isinstance(value, str)
+            else _clipped(value, limit) for key, value in node.items()}
 
 
 def clip(text: str, limit: int) -> str:
