@@ -1161,8 +1161,6 @@ NOT_PLAIN = Pattern(r"[^a-z0-9]+")
 NAMESPACE = Pattern(r"^(?:functions?|tools?|default_api|container|repo_browser)[.:/]|:\d+$|\.call$")
 WRAPPER_KEYS = ("arguments", "parameters", "input", "args", "params", "kwargs", "tool_input",
                 "action_input", "properties")
-INTEGER_TEXT = Pattern(r"\s*([+-]?[0-9]{1,18})(?:\.0*)?\s*")
-DECIMAL_TEXT = Pattern(r"\s*[+-]?[0-9]{1,18}(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,2})?\s*")
 
 
 @lru_cache(maxsize=1024)
@@ -1176,9 +1174,12 @@ def plain_words(row: str) -> Tuple[str, ...]:
     return tuple(plain_name(word) for word in row.split())
 
 
+def _mapping(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
 def properties_of(schema: Any) -> Json:
-    found = schema.get("properties") if isinstance(schema, dict) else None
-    return found if isinstance(found, dict) else {}
+    return _mapping(_mapping(schema).get("properties"))
 
 
 def required_of(schema: Json) -> List[str]:
@@ -1200,6 +1201,10 @@ def parameter_for(name: str, properties: Json, taken: Iterable[str] = ()) -> Opt
     return None
 
 
+def has_parameters(needs: Sequence[str], properties: Json) -> bool:
+    return all(parameter_for(need, properties) for need in needs)
+
+
 def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
     """List the offered tools that name can mean, the likeliest first."""
     if name in tools:
@@ -1208,17 +1213,17 @@ def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
     same = [tool for tool in tools.values() if folded and plain_name(tool.name) == folded]
     if same or not folded:
         return same[:1]
-    found = []
+    found: List[Tool] = []
     for kind in TOOL_KINDS:
         names, needs = plain_words(kind.names), kind.needs.split()
-        if folded in names:
-            fits = [tool for tool in tools.values()
-                    if all(parameter_for(need, properties_of(tool.schema)) for need in needs)]
-            named = [tool for tool in fits if plain_name(tool.name) in names]
-            exact = [tool for tool in fits if len(required_of(tool.schema)) == len(needs)
-                     and all(parameter_for(need, dict.fromkeys(required_of(tool.schema)))
-                             for need in needs)]
-            found += named or (exact if len(exact) == 1 else [])
+        if folded not in names:
+            continue
+        fits = [tool for tool in tools.values()
+                if has_parameters(needs, properties_of(tool.schema))]
+        exact = [tool for tool in fits if len(required_of(tool.schema)) == len(needs)
+                 and has_parameters(needs, dict.fromkeys(required_of(tool.schema)))]
+        found += [tool for tool in fits if plain_name(tool.name) in names] or (
+            exact if len(exact) == 1 else [])
     tails = [tool for tool in tools.values() if plain_name(tool.name.rsplit("__", 1)[-1]) == folded]
     return found + (tails if len(tails) == 1 else [])
 
@@ -1285,15 +1290,14 @@ def fit_object(given: Json, schema: Json, open_by_default: bool = True) -> Json:
 
 def types_of(schema: Any) -> List[str]:
     """List the JSON types that a schema allows; none listed means any."""
-    if not isinstance(schema, dict):
-        return []
-    kind = schema.get("type")
-    if kind is None:
+    schema = _mapping(schema)
+    kinds = schema.get("type")
+    if kinds is None:
         choices = schema.get("anyOf") or schema.get("oneOf")
-        return [each for choice in (choices if isinstance(choices, list) else ())
-                for each in types_of(choice)]
-    return [each for each in (kind if isinstance(kind, list) else [kind])
-            if isinstance(each, str) and each in SCHEMA_TYPES]
+        kinds = [kind for choice in choices for kind in types_of(choice)] \
+            if isinstance(choices, list) else []
+    return [kind for kind in (kinds if isinstance(kinds, list) else [kinds])
+            if isinstance(kind, str) and kind in SCHEMA_TYPES]
 
 
 def schema_takes(value: Any, schema: Any) -> bool:
@@ -1318,14 +1322,10 @@ SCHEMA_TYPES: Dict[str, Callable[[Any], bool]] = {
 
 def coerced(value: Any, schema: Any, name: str = "") -> Any:
     """Mend a value's type; what cannot be mended stays for the client to judge."""
-    if not isinstance(schema, dict):
-        return value
+    schema = _mapping(schema)
     if not schema_takes(value, schema):
-        for kind in types_of(schema):
-            mended = COERCIONS[kind](value, name)
-            if mended is not None:
-                value = mended
-                break
+        mended = [retyped(value, kind, name) for kind in types_of(schema)]
+        value = next((each for each in mended if each is not None), value)
     if isinstance(value, dict) and properties_of(schema):
         return fit_object(value, schema)
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
@@ -1336,44 +1336,27 @@ def coerced(value: Any, schema: Any, name: str = "") -> Any:
     return value
 
 
+def retyped(value: Any, kind: str, name: str) -> Any:
+    """Read a value as another JSON type; None where it cannot be read so."""
+    if kind == "string":
+        return string_from(value, name)
+    if kind == "boolean":
+        word = str(value).strip().lower()
+        return True if word in TRUE_WORDS else False if word and word in FALSE_WORDS else None
+    read = loose_json(value) if isinstance(value, str) else None
+    if kind == "array" and value is not None:
+        return read if isinstance(read, list) else [value]
+    if kind == "integer" and isinstance(read, float) and read == read // 1:
+        return int(read)
+    return read if SCHEMA_TYPES[kind](read) else None
+
+
 def string_from(value: Any, name: str) -> Optional[str]:
     """Write a value as text: an argument vector quoted, lines joined, else JSON."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return shlex.join(value) if plain_name(name) == "command" else "\n".join(value)
     return json.dumps(value, ensure_ascii=False, indent=2 if isinstance(value, dict) else None)
 
-
-def integer_from(value: Any, name: str) -> Optional[int]:
-    match = INTEGER_TEXT.fullmatch(value) if isinstance(value, str) else None
-    return int(match.group(1)) if match else None
-
-
-def number_from(value: Any, name: str) -> Union[int, float, None]:
-    whole = integer_from(value, name)
-    decimal = isinstance(value, str) and DECIMAL_TEXT.fullmatch(value)
-    return whole if whole is not None else float(value) if decimal else None
-
-
-def boolean_from(value: Any, name: str) -> Optional[bool]:
-    word = str(value).strip().lower()
-    return True if word in TRUE_WORDS else False if word and word in FALSE_WORDS else None
-
-
-def array_from(value: Any, name: str) -> Optional[List[Any]]:
-    read = loose_json(value) if isinstance(value, str) else value
-    return read if isinstance(read, list) else None if value is None else [value]
-
-
-def object_from(value: Any, name: str) -> Optional[Json]:
-    read = loose_json(value) if isinstance(value, str) else None
-    return read if isinstance(read, dict) else None
-
-
-COERCIONS: Dict[str, Callable[[Any, str], Any]] = {
-    "string": string_from, "integer": integer_from, "number": number_from,
-    "boolean": boolean_from, "array": array_from, "object": object_from,
-    "null": lambda value, name: None,
-}
 
 # A string ends at a quote that is followed by what can follow a value in its place; any
 # other quote was left unescaped by the model and belongs to the text.
@@ -1390,7 +1373,7 @@ CLOSING_QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", '"""': '"""'
           "<escape>": "<escape>", '<|"|>': '<|"|>'}
 OPENING_QUOTE = Pattern("\"\"\"|'''|<escape>|<\\|\"\\|>|[\"'`\u201c]")
 JSON_BLANKS = Pattern(r"(?:\s+|//[^\n]*|/\*[^*]*(?:\*(?!/)[^*]*)*\*/|#[^\n]*)*")
-JSON_NUMBER = Pattern(r"-?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?![\w.])")
+JSON_NUMBER = Pattern(r"[-+]?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?![\w.])")
 JSON_WORD = Pattern(r"[A-Za-z_][\w./-]{0,200}")
 JSON_WORDS: Json = {"true": True, "false": False, "null": None, "none": None, "undefined": None}
 JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\",
@@ -1413,20 +1396,17 @@ class LooseJson:
         self.text, self.unclosed = text, False
 
     def value(self, at: int, end: Pattern = END_ALONE, depth: int = 0) -> Tuple[Any, int]:
-        opening = self.text[at:at + 1]
         if depth > MAX_JSON_DEPTH:
             raise ValueError("nested too deeply")
-        if opening == "{":
+        if self.text[at:at + 1] in ("{", "["):
             return self.members(at + 1, depth)
-        if opening == "[":
-            return self.items(at + 1, depth)
         quote = OPENING_QUOTE.match(self.text, at)
         if quote:
             return self.string(quote, end)
         number = JSON_NUMBER.match(self.text, at)
         if number:
             written = number.group()
-            return (int if written.lstrip("-").isdigit() else float)(written), number.end()
+            return (int if written.lstrip("-+").isdigit() else _finite)(written), number.end()
         word = JSON_WORD.match(self.text, at)
         if word:
             return JSON_WORDS.get(word.group().lower(), word.group()), word.end()
@@ -1436,45 +1416,34 @@ class LooseJson:
         match = JSON_BLANKS.match(self.text, at)
         return match.end() if match else at
 
-    def members(self, at: int, depth: int) -> Tuple[Json, int]:
-        result: Json = {}
+    def members(self, at: int, depth: int) -> Tuple[Any, int]:
+        """Read the object or array whose bracket stands before at."""
+        closing = "}" if self.text[at - 1] == "{" else "]"
+        result: Any = {} if closing == "}" else []
         end = at
         while True:
             at = self.skip(at)
             following = self.text[at:at + 1]
-            if following == "}":
+            if following == closing:
                 return result, at + 1
             if following == ",":
                 at += 1
+            elif result and self.ended(end, at):
+                return result, end
+            elif closing == "]":
+                value, at = self.value(at, END_IN_ARRAY, depth + 1)
+                result.append(value)
+                end = at
             elif following == "{" and not result:
                 result, at = self.members(at + 1, depth)
                 at = self.skip(at)
                 return result, at + (self.text[at:at + 1] == "}")
-            elif result and self.ended(end, at):
-                return result, end
             else:
                 key, at = self.value(at, END_OF_KEY, MAX_JSON_DEPTH)
                 colon = END_OF_KEY.match(self.text, at)
                 if not colon or not isinstance(key, (str, int)):
                     raise ValueError("no key")
                 result[str(key)], at = self.value(self.skip(colon.end()), END_IN_OBJECT, depth + 1)
-                end = at
-
-    def items(self, at: int, depth: int) -> Tuple[List[Any], int]:
-        result: List[Any] = []
-        end = at
-        while True:
-            at = self.skip(at)
-            following = self.text[at:at + 1]
-            if following == "]":
-                return result, at + 1
-            if following == ",":
-                at += 1
-            elif result and self.ended(end, at):
-                return result, end
-            else:
-                value, at = self.value(at, END_IN_ARRAY, depth + 1)
-                result.append(value)
                 end = at
 
     def ended(self, end: int, at: int) -> bool:
@@ -1587,16 +1556,17 @@ def rank_tools(
     offered = [tool for tool in tools if tool.name != PLACEHOLDER_TOOL]
     if not limit or len(offered) <= limit:
         return offered
-    names = list(dict.fromkeys(tool.name for tool in offered))
-    kept = {name for name in names if name in CORE_TOOLS or name in in_use}
-    kept.update(_shell_by_shape(offered))
-    servers = {mcp_server(name) for name in kept} - {""}
-    for name in sorted(names, key=_rank):
-        server = mcp_server(name)
-        if len(kept) < limit and server and server not in servers:
-            servers.add(server)
-            kept.add(name)
-    for name in sorted(names, key=_rank):
+    kept = {tool.name for tool in offered if tool.name in CORE_TOOLS or tool.name in in_use}
+    if not any(tool.name in CORE_TOOLS for tool in offered):  # a client of unknown names
+        kept.update([tool.name for tool in offered if "command" in required_of(tool.schema)
+                     and not mcp_server(tool.name)][:1])
+    servers = set(map(mcp_server, kept))
+    first_of_server, others = [], sorted([tool.name for tool in offered], key=_rank)
+    for name in others:
+        if mcp_server(name) and mcp_server(name) not in servers:
+            servers.add(mcp_server(name))
+            first_of_server.append(name)
+    for name in first_of_server + others:
         if len(kept) < limit:
             kept.add(name)
     return [tool for tool in offered if tool.name in kept]
@@ -1611,15 +1581,6 @@ def mcp_server(name: str) -> str:
 def _rank(name: str) -> int:
     unnamed = len(TOOL_RANKS) if mcp_server(name) else RANK_OF[ANY_OTHER_TOOL]
     return RANK_OF.get(name, unnamed)
-
-
-def _shell_by_shape(tools: Sequence[Tool]) -> List[str]:
-    """The shell of a client whose names are unknown: the tool that requires a command."""
-    if any(tool.name in CORE_TOOLS for tool in tools):
-        return []
-    shells = [tool.name for tool in tools
-              if "command" in required_of(tool.schema) and not mcp_server(tool.name)]
-    return shells[:1]
 
 
 # ------------------------------ parsing ------------------------------
@@ -1973,19 +1934,19 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
     As long as the client offers the same tools the same are sent, whichever were
     called since: a changed list makes the model read everything again (OL 5b).
     """
-    tools = [tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL]
-    offered = {tool.name: tool for tool in tools}
     if request.tool_choice.kind == "none":
         return ToolTable({}, (), ())
+    offered = {tool.name: tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL}
     if last and last.offered.keys() == offered.keys():
-        kept = {tool.name for tool in last.sent}
-        sent = [tool for tool in tools if tool.name in kept]
+        dropped: AbstractSet[str] = frozenset(last.dropped)
     else:
-        used = {block.name for message in request.messages for block in message.blocks
-                if isinstance(block, ToolUse)}
-        sent = rank_tools(tools, limit, frozenset(used | request.loaded))
-    names = {tool.name for tool in sent}
-    return ToolTable(offered, tuple(sent), tuple(name for name in offered if name not in names))
+        used = set(request.loaded)
+        for message in request.messages:
+            used.update([block.name for block in message.blocks if isinstance(block, ToolUse)])
+        dropped = offered.keys() - {tool.name for tool in rank_tools(
+            list(offered.values()), limit, used)}
+    return ToolTable(offered, tuple([offered[name] for name in offered if name not in dropped]),
+                     tuple([name for name in offered if name in dropped]))
 
 
 # ============================== 7. REQUEST OUT ==============================
@@ -2813,45 +2774,32 @@ NUM_CTX_LINE = Pattern(r"^num_ctx\s+([0-9]{1,9})\s*$", re.MULTILINE)
 
 def facts_from_show(name: str, show: Any) -> ModelFacts:
     """Read /api/show; whatever is missing or of another type is left unknown."""
-    show = show if isinstance(show, dict) else {}
-    texts = {key: show[key] if isinstance(show.get(key), str) else ""
-             for key in ("modelfile", "template", "parameters")}
-    renderer = RENDERER_LINE.search(texts["modelfile"])
-    renderer_name = renderer.group(1) if renderer else ""
-    digest = FROM_DIGEST.search(texts["modelfile"])
-    window = NUM_CTX_LINE.search(texts["parameters"])
+    show = _mapping(show)
+    modelfile, template = str(show.get("modelfile") or ""), str(show.get("template") or "")
+    renderer = _first_group(RENDERER_LINE, modelfile)
+    window = _first_group(NUM_CTX_LINE, str(show.get("parameters") or ""))
+    trained = [natural(value) for key, value in _mapping(show.get("model_info")).items()
+               if key.endswith(".context_length") and natural(value)]
     capabilities = show.get("capabilities")
+    known = frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None
+    own_template = "{%" in template or template.strip() == "{{ .Prompt }}"
     return ModelFacts(
         name=name,
-        path=_path_of(bool(renderer), texts["template"]),
-        renderer=renderer_name,
-        capabilities=frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None,
-        trained=_trained_window(show.get("model_info")),
-        num_ctx=int(window.group(1)) if window else None,
-        digest=digest.group(1) if digest else "",
+        path="A" if renderer else "C" if own_template else "B" if template else "",
+        renderer=renderer,
+        capabilities=known,
+        trained=trained[0] if trained else None,
+        num_ctx=int(window) if window else None,
+        digest=_first_group(FROM_DIGEST, modelfile),
         remote=bool(show.get("remote_model") or show.get("remote_host")),
-        tools_in_text=isinstance(capabilities, list) and "tools" not in capabilities,
-        tools_first=renderer_name.startswith(TOOLS_FIRST_RENDERERS),
+        tools_in_text=known is not None and "tools" not in known,
+        tools_first=renderer.startswith(TOOLS_FIRST_RENDERERS),
     )
 
 
-def _path_of(renderer: bool, template: str) -> str:
-    if renderer:
-        return "A"
-    if not template:
-        return ""
-    if "{%" in template or template.strip() == "{{ .Prompt }}":
-        return "C"
-    return "B"
-
-
-def _trained_window(model_info: Any) -> Optional[int]:
-    if not isinstance(model_info, dict):
-        return None
-    for key, value in model_info.items():
-        if str(key).endswith(".context_length") and natural(value):
-            return natural(value)
-    return None
+def _first_group(pattern: Pattern, text: str) -> str:
+    match = pattern.search(text)
+    return str(match.group(1)) if match else ""
 
 
 # One canned conversation shows what a template does with tools (contract/ollama.md 0).
@@ -2896,8 +2844,10 @@ def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:
         chatml=CHATML_START in prompt)
 
 
-SCHEMA_DEPTH = 12  # nesting of a schema; deeper parts become {} (also ends $ref circles)
-KEPT_KEYWORDS = ("type", "description", "enum", "items", "properties", "required", "anyOf")
+# Nesting of a schema; deeper parts become {}. A reference counts for three levels: a type that
+# holds itself in five places, as filters do, would grow five-fold with each.
+SCHEMA_DEPTH = 12
+REFERENCE_DEPTH = 3
 
 
 def normal_schema(schema: Any, defs: Optional[Json] = None, depth: int = 0) -> Json:
@@ -2910,41 +2860,32 @@ def normal_schema(schema: Any, defs: Optional[Json] = None, depth: int = 0) -> J
         return {}
     if defs is None:
         defs = {**_mapping(schema.get("definitions")), **_mapping(schema.get("$defs"))}
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        target = _mapping(defs.get(reference.rpartition("/")[2]))
-        schema = {**target, **{k: v for k, v in schema.items() if k != "$ref"}}
-    for part in schema.get("allOf") if isinstance(schema.get("allOf"), list) else ():
-        schema = {**_mapping(part), **schema}
-    if "anyOf" not in schema and isinstance(schema.get("oneOf"), list):
-        schema = {**schema, "anyOf": schema["oneOf"]}
-    if "const" in schema and "enum" not in schema:
-        schema = {**schema, "enum": [schema["const"]]}
-    result: Json = {}
-    for key in KEPT_KEYWORDS:
-        if key in schema:
-            value = _normal_keyword(key, schema[key], defs, depth)
-            if value is not None:
-                result[key] = value
-    return result
+    schema = _resolved(schema, defs)
+    parts = schema.get("allOf")
+    for part in parts if isinstance(parts, list) else ():
+        schema = {**_resolved(_mapping(part), defs), **schema}
+    depth += REFERENCE_DEPTH if "$ref" in schema else 1
+    kind, names, properties = (schema.get(key) for key in ("type", "required", "properties"))
+    choices = schema.get("anyOf", schema.get("oneOf"))
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    words, items = schema.get("description"), normal_schema(schema.get("items"), defs, depth)
+    normal = {
+        "type": kind if isinstance(kind, str) or _all_strings(kind) else None,
+        "description": words if isinstance(words, str) else None,
+        "enum": values if isinstance(values, list) else None,
+        "items": items or None,
+        "properties": {str(name): normal_schema(part, defs, depth)
+                       for name, part in properties.items()}
+        if isinstance(properties, dict) else None,
+        "required": names if _all_strings(names) else None,
+        "anyOf": [normal_schema(part, defs, depth) for part in choices] or None
+        if isinstance(choices, list) else None}
+    return {key: value for key, value in normal.items() if value is not None}
 
 
-def _mapping(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _normal_keyword(key: str, value: Any, defs: Json, depth: int) -> Any:
-    """Return one keyword's value in a form that Ollama decodes, or None to leave it out."""
-    if key == "properties" and isinstance(value, dict):
-        return {str(name): normal_schema(part, defs, depth + 1) for name, part in value.items()}
-    if key == "items":
-        return normal_schema(value, defs, depth + 1) or None
-    if key == "anyOf" and isinstance(value, list):
-        return [normal_schema(part, defs, depth + 1) for part in value] or None
-    fits = {"description": isinstance(value, str), "enum": isinstance(value, list),
-            "required": _all_strings(value),
-            "type": isinstance(value, str) or _all_strings(value)}
-    return value if fits.get(key) else None
+def _resolved(schema: Json, defs: Json) -> Json:
+    target = str(schema.get("$ref")).rpartition("/")[2]
+    return {**_mapping(defs.get(target)), **schema}
 
 
 def _all_strings(value: Any) -> bool:
@@ -3209,14 +3150,11 @@ def keep_alive_value(text: str) -> Union[int, float, str]:
 
     A bare number as a string is refused: "missing unit in duration" (OL 1).
     """
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
-    try:
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        return text
+    return text
 
 
 def load_options(num_ctx: Optional[int]) -> Json:
@@ -3282,25 +3220,28 @@ def wants_thinking(request: Request, facts: ModelFacts) -> Optional[bool]:
     return bool(request.thinking)
 
 
+def turn_fields_of(request: Request, config: Config, options: Json) -> Json:
+    """Make the fields that a turn has on either way; options are load options and num_predict."""
+    fields: Json = {"stream": True, "truncate": False, "shift": False,
+                    "keep_alive": keep_alive_value(config.keep_alive),
+                    "options": {**options, **dict(request.sampling)}}
+    if request.schema is not None:
+        fields["format"] = request.schema
+    return fields
+
+
 def chat_body(
     request: Request, facts: ModelFacts, config: Config, options: Json, *,
     messages_json: str, tools_json: str,
 ) -> str:
-    """Write the body of /api/chat from the JSON of its messages and tools.
-
-    options holds load options and num_predict.
-    """
-    merged = {**options, **dict(request.sampling)}
-    fields: Json = {"stream": True, "truncate": False, "shift": False,
-                    "keep_alive": keep_alive_value(config.keep_alive), "options": merged}
+    """Write the body of /api/chat from the JSON of its messages and tools."""
+    fields = turn_fields_of(request, config, options)
     think = wants_thinking(request, facts)
     if think is not None:
         fields["think"] = think
-    if request.schema is not None:
-        fields["format"] = request.schema
-    head = to_json({"model": facts.name})[:-1]
     tools = f'"tools":{tools_json},' if tools_json else ""
-    return f'{head},"messages":[{messages_json}],{tools}{to_json(fields)[1:]}'
+    return f'{{"model":{to_json(facts.name)},"messages":[{messages_json}],' \
+           f'{tools}{to_json(fields)[1:]}'
 
 
 def render_body(chat: str) -> str:
@@ -3315,13 +3256,8 @@ def generate_body(
 
     think:false keeps Ollama from splitting the thought off on path B (OL 6).
     """
-    fields: Json = {"model": facts.name, "prompt": prompt, "raw": True, "think": False,
-                    "stream": True, "truncate": False, "shift": False,
-                    "keep_alive": keep_alive_value(config.keep_alive),
-                    "options": {**options, **dict(request.sampling)}}
-    if request.schema is not None:
-        fields["format"] = request.schema
-    return to_json(fields)
+    return to_json({"model": facts.name, "prompt": prompt, "raw": True, "think": False,
+                    **turn_fields_of(request, config, options)})
 
 
 # ============================== 8. UPSTREAM STREAMS ==============================

@@ -229,6 +229,10 @@ SCHEMAS = {
                         {"properties": {"a": {}, "b": {"anyOf": [{}, {"type": "null"}]}}}),
     "references": ({"properties": {"a": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"type": "number"}}},
                    {"properties": {"a": {"type": "number"}}}),
+    "a reference in allOf": (
+        {"properties": {"a": {"description": "d", "allOf": [{"$ref": "#/$defs/X"}]}},
+         "$defs": {"X": {"type": "number", "description": "x"}}},
+        {"properties": {"a": {"type": "number", "description": "d"}}}),
     "oneOf, allOf, const": (
         {"properties": {"a": {"oneOf": [{"type": "string"}]}, "b": {"allOf": [{"type": "number"}]},
                         "c": {"const": 5}}},
@@ -248,6 +252,13 @@ def test_schemas_are_made_fit_for_a_strict_decoder(name):
 def test_a_circle_of_references_ends():
     loop = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"$ref": "#/$defs/A"}}}}}
     assert json.dumps(normal_schema(loop)).count("properties") < 20
+
+
+def test_a_type_that_holds_itself_in_many_places_stays_small():
+    places = {name: {"anyOf": [{"$ref": "#/$defs/F"}, {"type": "string"}]} for name in "abcde"}
+    places["f"] = {"allOf": [{"$ref": "#/$defs/F"}]}
+    made = normal_schema({"$ref": "#/$defs/F", "$defs": {"F": {"properties": places}}})
+    assert 1000 < len(json.dumps(made)) < 30_000
 
 
 def test_the_top_of_a_schema_is_always_an_object():
