@@ -1925,7 +1925,6 @@ class ToolTable(NamedTuple):
 
     offered: Mapping[str, Tool]
     sent: Tuple[Tool, ...]
-    dropped: Tuple[str, ...]
 
 
 def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -> ToolTable:
@@ -1935,18 +1934,14 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
     called since: a changed list makes the model read everything again (OL 5b).
     """
     if request.tool_choice.kind == "none":
-        return ToolTable({}, (), ())
+        return ToolTable({}, ())
     offered = {tool.name: tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL}
     if last and last.offered.keys() == offered.keys():
-        dropped: AbstractSet[str] = frozenset(last.dropped)
-    else:
-        used = set(request.loaded)
-        for message in request.messages:
-            used.update([block.name for block in message.blocks if isinstance(block, ToolUse)])
-        dropped = offered.keys() - {tool.name for tool in rank_tools(
-            list(offered.values()), limit, used)}
-    return ToolTable(offered, tuple([offered[name] for name in offered if name not in dropped]),
-                     tuple([name for name in offered if name in dropped]))
+        return ToolTable(offered, tuple([offered[tool.name] for tool in last.sent]))
+    used = set(request.loaded)
+    for message in request.messages:
+        used.update([block.name for block in message.blocks if isinstance(block, ToolUse)])
+    return ToolTable(offered, tuple(rank_tools(list(offered.values()), limit, used)))
 
 
 # ============================== 7. REQUEST OUT ==============================
@@ -2509,7 +2504,7 @@ MAX_NESTED_TEXT_CHARS = 60
 AGENTS_IN_TOOL = Pattern(r"(?m)^.{0,40}vailable agent types.{0,60}:\n(?:- .*\n?)+")
 SKILL_IN_TOOL = Pattern(
     r"<skill>\s*<name>([^<]{1,99})</name>\s*<description>([^<]{0,9999})</description>")
-ENTRY = Pattern(r"(?m)^- (?:\*\*)?(?:([\w-]{1,80})(?:\*\*)?: )?")
+ENTRY = Pattern(r"(?m)^- (?:\*\*)?(?:([\w-]{1,80})(?:\*\*)?: )?[^\n]*(?:\n(?!- |\n)[^\n]+)*")
 
 
 def slim_tool(tool: Tool) -> Tool:
@@ -2573,20 +2568,23 @@ def clip(text: str, limit: int) -> str:
     return head[:cut].rstrip() + " …"
 
 class Passage(NamedTuple):
-    """A passage of the client's texts that is about tools.
+    """A passage of the client's texts that is about tools; pattern matches whole lines.
 
-    It starts at a line that start matches, at the beginning of a paragraph where
-    paragraph is set; more matches the first line of a further paragraph that belongs to
-    it. It is left out unless one of the tools in needs is forwarded; with no needs always.
+    It is left out unless one of the tools in needs is forwarded; with no needs always.
     If it stays, header takes the place of its first line.
     """
 
     name: str
-    start: Pattern
-    needs: Tuple[str, ...]
-    paragraph: bool = True
-    more: Optional[Pattern] = None
+    pattern: str
+    needs: Tuple[str, ...] = ()
     header: str = ""
+
+
+def paragraphs(start: str, more: str = "") -> str:
+    """Match a paragraph that begins so, those behind it that begin with more, and blank lines."""
+    blank, lines = r"(?:[^\S\n]*\n)", r"(?:[^\n]*\S[^\n]*\n)+"
+    further = f"(?:{blank}+(?={more}){lines})*" if more else ""
+    return rf"(?<![^\n]\n)(?={start}){lines}{further}{blank}*"
 
 
 AGENT_TOOLS = ("Agent", "Task", "agent")
@@ -2594,33 +2592,30 @@ SKILL_TOOLS = ("Skill", "skill")
 TASK_TOOLS = ("TaskCreate", "TaskUpdate", "TodoWrite", "todo_write")
 # First lines as 2.1.197, 2.1.330 and Qwen Code 0.24.4 write them (contract A6, F1).
 PASSAGES: Tuple[Passage, ...] = (
-    Passage("list of agents", Pattern(r"Available agent types for the \w+ tool:"), AGENT_TOOLS,
-            more=Pattern(r"When you launch multiple agents ")),
-    Passage("list of skills",
-            Pattern(r"The following skills are available for use with the Skill tool\b"),
-            SKILL_TOOLS, more=Pattern(r"- |<available_skills>|</?skill>")),
-    Passage("list of deferred tools",
-            Pattern(r"The following deferred tools are (?:now )?available via \w+\."),
+    Passage("list of agents", paragraphs(
+        r"Available agent types for the \w+ tool:", r"When you launch multiple agents "), AGENT_TOOLS),
+    Passage("list of skills", paragraphs(
+        r"The following skills are available for use with the Skill tool\b",
+        r"- |<available_skills>|</?skill>"), SKILL_TOOLS),
+    Passage("list of deferred tools", paragraphs(
+        r"The following deferred tools are (?:now )?available via \w+\."),
             ("ToolSearch", "tool_search"),
-            header="Load these tools with ToolSearch (select:NAME) before you call them:"),
-    Passage("task reminder",
-            Pattern(r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."),
-            TASK_TOOLS),
+            "Load these tools with ToolSearch (select:NAME) before you call them:"),
+    Passage("task reminder", paragraphs(
+        r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."), TASK_TOOLS),
     # The texts of Skill and Agent say these two already.
     Passage("hint at skills",
-            Pattern(r" ?- When the user types `/[^`]{1,40}`, invoke it via Skill"), (),
-            paragraph=False),
+            r" ?- When the user types `/[^`\n]{1,40}`, invoke it via Skill[^\n]*\n"),
     Passage("hint at agents",
-            Pattern(r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
-                    r"|Calling Agent with subagent_type"
-                    r"|For broad codebase exploration .{0,80} spawn Agent with )"),
-            (), paragraph=False),
-    Passage("hint at tasks", Pattern(r" ?- Use (?:TaskCreate|TodoWrite) to plan "),
-            TASK_TOOLS, paragraph=False),
+            r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
+            r"|Calling Agent with subagent_type"
+            r"|For broad codebase exploration [^\n]{0,80} spawn Agent with )[^\n]*\n"),
+    Passage("hint at tasks", r" ?- Use (?:TaskCreate|TodoWrite) to plan [^\n]*\n", TASK_TOOLS),
     # The client's own budget, of a window that the local model does not have; a new
     # number at every turn breaks the prefix (contract/ollama.md 5, #17918).
-    Passage("token count", Pattern(r"<total_tokens>[^<]{0,80}</total_tokens>\s*$"), ()),
+    Passage("token count", paragraphs(r"<total_tokens>[^<\n]{0,80}</total_tokens>\s*$")),
 )
+PASSAGE = Pattern("(?m)^(?:" + "|".join(f"({row.pattern})" for row in PASSAGES) + ")")
 SHORTENED = ("list of agents", "list of skills")
 # The client's own agents and skills: a name and a few words are enough. The user's
 # entries keep what he wrote up to MAX_ENTRY_CHARS.
@@ -2672,64 +2667,29 @@ _slim_known = lru_cache(maxsize=128)(_slim_text)
 def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) -> str:
     if USER_RULES.search(text):
         return text
-    lines, slim, here, before = text.split("\n"), [], 0, len(left_out)
-    while here < len(lines):
-        row = _passage_at(lines, here)
-        end = _passage_end(lines, here, row) if row else here + 1
-        kept = lines[here:end]
-        if row and not any(name in kept_tools for name in row.needs):
+
+    def slim(match: re.Match[str]) -> str:
+        row, passage = PASSAGES[(match.lastindex or 1) - 1], match.group()
+        if not any(name in kept_tools for name in row.needs):
             left_out.append(row.name)
-            kept = []
-            while row.paragraph and end < len(lines) and not lines[end].strip():
-                end += 1
-        elif row:
-            passage = "\n".join([row.header or kept[0], *kept[1:]])
-            if row.name in SHORTENED:
-                passage = clip_entries(passage)
-            if passage != "\n".join(kept):
-                left_out.append(row.name + ", shortened")
-            kept = [passage]
-        slim += kept
-        here = end
-    if len(left_out) == before:
-        return text
-    return EMPTY_HEADING.sub("", "\n".join(slim))
+            return ""
+        short = row.header + passage[passage.index("\n"):] if row.header else passage
+        if row.name in SHORTENED:
+            short = clip_entries(short)
+        if short != passage:
+            left_out.append(row.name + ", shortened")
+        return short
 
-
-def _passage_at(lines: Sequence[str], here: int) -> Optional[Passage]:
-    first = here == 0 or not lines[here - 1].strip()
-    for row in PASSAGES if lines[here].strip() else ():
-        if (first or not row.paragraph) and row.start.match(lines[here]):
-            return row
-    return None
-
-
-def _passage_end(lines: Sequence[str], here: int, row: Passage) -> int:
-    """Number of the line after the passage."""
-    if not row.paragraph:
-        return here + 1
-    end = here
-    while True:
-        while end < len(lines) and lines[end].strip():
-            end += 1
-        after = end
-        while after < len(lines) and not lines[after].strip():
-            after += 1
-        if row.more is None or after == len(lines) or not row.more.match(lines[after]):
-            return end
-        end = after
+    before = len(left_out)
+    slimmed = PASSAGE.sub(slim, text + "\n")[:-1]
+    return EMPTY_HEADING.sub("", slimmed) if len(left_out) > before else text
 
 
 def clip_entries(passage: str) -> str:
     """Shorten the entries of a list of agents or skills ("- name: what it is for")."""
-    entries = list(ENTRY.finditer(passage))
-    slim = [passage[:entries[0].start()] if entries else passage]
-    for entry, following in zip(entries, [*entries[1:], None]):
-        limit = MAX_CLIENT_ENTRY_CHARS if entry.group(1) in CLIENT_ENTRIES else MAX_ENTRY_CHARS
-        whole = passage[entry.start():following.start() if following else len(passage)]
-        body = whole.partition("\n\n")[0].rstrip("\n")
-        slim.append(clip(body, limit) + whole[len(body):])
-    return "".join(slim)
+    return ENTRY.sub(lambda entry: clip(entry.group(), MAX_CLIENT_ENTRY_CHARS
+                                        if entry.group(1) in CLIENT_ENTRIES
+                                        else MAX_ENTRY_CHARS), passage)
 
 
 # ------------------------------ bodies ------------------------------
@@ -2944,34 +2904,6 @@ def tools_as_text(tools: Iterable[Tool]) -> str:
         json.dumps(tool_json(tool), ensure_ascii=False) for tool in tools) + TOOLS_TAIL
 
 
-class ChatMessage(NamedTuple):
-    """One message of /api/chat; calls hold (id, name, arguments)."""
-
-    role: str
-    content: str
-    thinking: str = ""
-    images: Tuple[str, ...] = ()
-    calls: Tuple[Tuple[str, str, Json], ...] = ()
-    tool_name: str = ""
-    call_id: str = ""
-
-
-def message_json(message: ChatMessage) -> Json:
-    """Make the JSON object that Ollama reads."""
-    made: Json = {"role": message.role, "content": message.content}
-    if message.thinking:
-        made["thinking"] = message.thinking
-    if message.images:
-        made["images"] = list(message.images)
-    if message.calls:
-        made["tool_calls"] = [
-            {"id": call_id, "function": {"index": i, "name": name, "arguments": arguments}}
-            for i, (call_id, name, arguments) in enumerate(message.calls)]
-    if message.role == "tool":
-        made["tool_name"], made["tool_call_id"] = message.tool_name, message.call_id
-    return made
-
-
 Recall = Callable[[int, Message], Optional[str]]
 
 
@@ -3021,16 +2953,21 @@ def call_markup(name: str, arguments: Any) -> str:
         {"name": name, "arguments": arguments}, ensure_ascii=False) + "\n</tool_call>"
 
 
-def _assistant_message(message: Message, facts: ModelFacts, raw: Optional[str]) -> ChatMessage:
-    if raw is not None:
-        return ChatMessage("assistant", raw)
+def _assistant_message(message: Message, facts: ModelFacts) -> Json:
     text = _join_texts(b.text for b in message.blocks if isinstance(b, Text))
-    thought = "\n".join(b.text for b in message.blocks if isinstance(b, Thinking) and b.text)
-    calls = tuple((b.id, b.name, b.input) for b in message.blocks if isinstance(b, ToolUse))
+    thought = "\n".join([b.text for b in message.blocks if isinstance(b, Thinking) and b.text])
+    calls = [b for b in message.blocks if isinstance(b, ToolUse)]
+    made: Json = {"role": "assistant", "content": text}
+    if thought:
+        made["thinking"] = thought
     if calls and (facts.tools_in_text or (facts.drops_calls and text)):
-        marks = [call_markup(name, arguments) for _, name, arguments in calls]
-        return ChatMessage("assistant", "\n".join(filter(None, [text, *marks])), thought)
-    return ChatMessage("assistant", text, thought, (), calls)
+        marks = [call_markup(call.name, call.input) for call in calls]
+        made["content"] = "\n".join(filter(None, [text, *marks]))
+    elif calls:
+        made["tool_calls"] = [
+            {"id": call.id, "function": {"index": i, "name": call.name, "arguments": call.input}}
+            for i, call in enumerate(calls)]
+    return made
 
 
 NO_RESULT = "[No result: the call was interrupted before it ended.]"
@@ -3047,42 +2984,38 @@ def _in_call_order(results: List[ToolResult], calls: Sequence[ToolUse]) -> List[
     return ordered + [result for result in results if result.id in by_id]
 
 
-def _user_messages(
-    message: Message, calls: Sequence[ToolUse], facts: ModelFacts,
-) -> List[ChatMessage]:
+def _user_messages(message: Message, calls: Sequence[ToolUse], facts: ModelFacts) -> List[Json]:
     """Make the tool messages and the user message of one client turn."""
     results = [b for b in message.blocks if isinstance(b, ToolResult)]
-    rest: List[Block] = [b for b in message.blocks if isinstance(b, (Text, Image))]
-    made: List[ChatMessage] = []
+    texts = [b.text for b in message.blocks if isinstance(b, Text)]
+    pictures = [b for b in message.blocks if isinstance(b, Image)]
+    made: List[Json] = []
     names = {call.id: call.name for call in calls}
     for result in _in_call_order(results, calls) if results else ():
-        text, images = _pictures(result.images, result.text, facts)
-        if images and facts.path == "C":  # jinja templates print a tool's text only
-            rest = [Image(image) for image in images] + rest
-            images = ()
-        made.append(ChatMessage("tool", text, "", images, (), names.get(result.id, ""), result.id))
-    texts = [b.text for b in rest if isinstance(b, Text)]
-    pictures = tuple(b for b in rest if isinstance(b, Image))
+        seen: Sequence[Image] = result.images
+        if facts.path == "C" and not facts.lacks("vision"):
+            # jinja templates print a tool's text only
+            pictures, seen = [*seen, *pictures], ()
+        made.append({"role": "tool", **_with_images(result.text, seen, facts),
+                     "tool_name": names.get(result.id, ""), "tool_call_id": result.id})
     if made and not pictures and all(t.lstrip().startswith(REMINDER_START) for t in texts):
         # A user turn behind tool results makes thinking models read everything since the
         # last one again: 1,774 tokens against 32 (OL 5b).
-        last = made[-1]
-        made[-1] = last._replace(content=_join_texts([last.content, *texts]))
-    elif rest:
-        text, images = _pictures(pictures, _join_texts(texts), facts)
-        made.append(ChatMessage("user", text, "", images))
+        made[-1]["content"] = _join_texts([made[-1]["content"], *texts])
+    elif texts or pictures:
+        made.append({"role": "user", **_with_images(_join_texts(texts), pictures, facts)})
     return made
 
 
-def _pictures(
-    images: Sequence[Image], text: str, facts: ModelFacts,
-) -> Tuple[str, Tuple[str, ...]]:
+def _with_images(text: str, images: Sequence[Image], facts: ModelFacts) -> Json:
     """Pass images on, or say in the text that this model cannot see them."""
-    if not images or not facts.lacks("vision"):
-        return text, tuple(image.base64 for image in images)
+    if not images:
+        return {"content": text}
+    if not facts.lacks("vision"):
+        return {"content": text, "images": [image.base64 for image in images]}
     notice = f"[{len(images)} image{'s were' if len(images) > 1 else ' was'} left out here:" \
              f" the model {facts.name} cannot see images.]"
-    return _join_texts([text, notice]), ()
+    return {"content": _join_texts([text, notice])}
 
 
 # The git status at the end of the CLI's system text (2.1.197) differs from session to
@@ -3112,7 +3045,7 @@ CHOICE_WORDS = {
 def chat_messages(
     request: Request, tools: Sequence[Tool], facts: ModelFacts, recall: Recall,
     slim: Callable[[str], str], *, tools_text: str = "",
-) -> List[ChatMessage]:
+) -> List[Json]:
     """Make all messages of /api/chat.
 
     recall(index, turn) gives an assistant turn's raw text where it is remembered;
@@ -3120,28 +3053,30 @@ def chat_messages(
     the caller has it.
     """
     leading, turns = fold_turns(request.messages)
-    system, turns = move_volatile([*request.system, *leading], turns)
-    system = [slim(text) for text in system]
+    texts, turns = move_volatile([*request.system, *leading], turns)
+    system = [slim(text) for text in texts]
     if tools and facts.tools_in_text:
         system.append(tools_text or tools_as_text(tools))
-    made = [ChatMessage("system", "\n\n".join(system))] if any(system) else []
+    made: List[Json] = [{"role": "system", "content": "\n\n".join(system)}] if any(system) else []
     calls: Sequence[ToolUse] = ()
     for index, turn in turns:
         if turn.role == "assistant":
             calls = [b for b in turn.blocks if isinstance(b, ToolUse)]
-            message = _assistant_message(turn, facts, recall(index, turn))
-            if message.content or message.calls:
+            raw = recall(index, turn)
+            message = _assistant_message(turn, facts) if raw is None else \
+                {"role": "assistant", "content": raw}
+            if message["content"] or "tool_calls" in message:
                 made.append(message)
         else:
-            slimmed = Message("user", tuple(
+            slimmed = Message("user", tuple([
                 Text(slim(b.text)) if isinstance(b, Text) and b.text.startswith(REMINDER_START)
-                else b for b in turn.blocks))
+                else b for b in turn.blocks]))
             made.extend(_user_messages(slimmed, calls, facts))
             calls = ()
-    if request.tool_choice.kind in CHOICE_WORDS and tools and made:
-        words = CHOICE_WORDS[request.tool_choice.kind].format(name=request.tool_choice.name)
-        last = made[-1]
-        made[-1] = last._replace(content=_join_texts([last.content, as_reminder(words)]))
+    words = CHOICE_WORDS.get(request.tool_choice.kind)
+    if words and tools and made:
+        choice = as_reminder(words.format(name=request.tool_choice.name))
+        made[-1]["content"] = _join_texts([made[-1]["content"], choice])
     return made
 
 
@@ -3162,24 +3097,25 @@ def load_options(num_ctx: Optional[int]) -> Json:
     return {"num_ctx": num_ctx} if num_ctx else {}
 
 
-def message_text(message: ChatMessage) -> str:
-    """Return what a message adds to the prompt, for counting."""
-    if not message.calls and not message.thinking:
-        return message.content
-    calls = [call_markup(name, arguments) for _, name, arguments in message.calls]
-    return "\n".join([message.thinking, message.content, *calls])
-
-
 class WrittenMessage(NamedTuple):
     """A message with its JSON, and its size as TokenCounter tells it."""
 
-    message: ChatMessage
+    message: Json
     json: str
     size: Tuple[int, Sizes]
 
 
+def message_text(message: Json) -> str:
+    """Return what a message adds to the prompt, for counting."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if not calls and "thinking" not in message:
+        return str(message["content"])
+    return "\n".join([message.get("thinking", ""), message["content"],
+                      *[call_markup(call["name"], call["arguments"]) for call in calls]])
+
+
 def write_messages(
-    messages: Sequence[ChatMessage], last: List[WrittenMessage], counter: TokenCounter,
+    messages: Sequence[Json], last: List[WrittenMessage], counter: TokenCounter,
 ) -> Tuple[List[WrittenMessage], int]:
     """Write a session's messages; also return how many of them its last request had.
 
@@ -3193,8 +3129,8 @@ def write_messages(
     new = [(message, message_text(message)) for message in messages[same:]]
     chars = sum([len(text) for _, text in new]) or 1
     return last[:same] + [
-        WrittenMessage(message, to_json(message_json(message)),
-                       counter.sizes_of(text, len(text) / chars)) for message, text in new], same
+        WrittenMessage(message, to_json(message), counter.sizes_of(text, len(text) / chars))
+        for message, text in new], same
 
 
 def agent_line(agent: str) -> str:
@@ -10564,7 +10500,7 @@ def message_segments(messages: Sequence[WrittenMessage], start: int) -> List[Seg
     """Name the message at start, and lump those behind it."""
     if start >= len(messages):
         return []
-    role = messages[start].message.role
+    role = messages[start].message["role"]
     name = "system text" if role == "system" and not start else f"message {start} ({role})"
     first, *rest = [int(sum(row.size[1])) for row in messages[start:]]
     return [Segment(f"{name} changed", messages[start].json, first), Segment("", None, sum(rest))]
@@ -10983,7 +10919,7 @@ class Exchange:
                 self.request, facts, prefix + USER_TURN, self.config, options)))
             return
         first = next(iter(self.session.messages), None)
-        if first and first.message.role == "system":
+        if first and first.message["role"] == "system":
             messages = first.json + ',{"role":"user","content":"."}'
             warmer.offer(first.json, lambda: ("/api/chat", chat_body(
                 self.request, facts, self.config, options, messages_json=messages,
@@ -11027,7 +10963,8 @@ class Exchange:
                 tools_text=tools.text)
             written, same = write_messages(messages, session.messages, counter)
             session.messages = written
-        self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
+        dropped = [name for name in table.offered if name not in names]
+        self.left_out = tuple(dict.fromkeys((*dropped, *self.left_out)))
         if tools is not before[0]:
             same = 0
         if same < len(before[1]) and self.session_id:
@@ -11036,13 +10973,13 @@ class Exchange:
                 + message_segments(row[1], same) for row in (before, (tools, written))])
             self.notes += [broken] if broken else []
         sizes = [counter.sizes_of(tools.json), *[row.size for row in written]]
-        count = counter.count(facts.name, sizes, sum([len(m.images) for m in messages]))
+        count = counter.count(facts.name, sizes, sum([len(m.get("images", ())) for m in messages]))
         self.estimate = count.tokens
         tokens = [sum(size) for _, size in sizes]
         shared = count.tokens * sum(tokens[:same + 1]) / max(sum(tokens), 1) if same else 0
         return Prompt(
             table, ",".join([row.json for row in written]), tools.json,
-            tuple([m.content for m in messages if m.role == "assistant"]),
+            tuple([m["content"] for m in messages if m["role"] == "assistant"]),
             count, int(shared), request.max_tokens)
 
     def _recall(self, index: int, turn: Message) -> Optional[str]:
@@ -13255,11 +13192,11 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
     answered = local_answer(request, config)
     body = chat_body(request, facts, config, {
         **load_options(config.num_ctx), "num_predict": request.max_tokens},
-        messages_json=",".join([to_json(message_json(message)) for message in messages]),
+        messages_json=",".join([to_json(message) for message in messages]),
         tools_json=tools.json)
-    counts = [estimate_tokens(message.content) for message in messages]
+    counts = [estimate_tokens(message["content"]) for message in messages]
     known = next((place + 1 for place in range(len(messages) - 1, -1, -1)
-                  if messages[place].role == "assistant"), 0)
+                  if messages[place]["role"] == "assistant"), 0)
     return {
         "model": config.model, "path": facts.path or "unknown: Ollama was not asked",
         "answered_without_the_model": answered.rule if answered else "",

@@ -13,7 +13,6 @@ from qwencode import (
     facts_from_probe,
     facts_from_show,
     load_config,
-    message_json,
     normal_schema,
     opening_of,
     parse_request,
@@ -47,7 +46,7 @@ def upstream(messages, facts=PLAIN, recall=lambda index, turn: None, **fields):
     """The messages that Ollama gets, as short rows."""
     request = parse_request({"messages": messages, **fields})
     rows = chat_messages(request, request.tools, facts, recall, lambda words: words)
-    return [message_json(row) for row in rows]
+    return rows
 
 
 BAD_FIELDS = [
@@ -297,7 +296,7 @@ def test_tool_choice_is_said_in_words(choice, ending):
 def test_tool_choice_none_offers_nothing():
     request = parse_request({"messages": [{"role": "user", "content": "hi"}],
                              "tools": [{"name": "Read"}], "tool_choice": {"type": "none"}})
-    assert tool_table(request, 8) == ({}, (), ())
+    assert tool_table(request, 8) == ({}, ())
 
 
 def test_the_same_tools_are_sent_while_the_client_offers_the_same():
@@ -345,7 +344,7 @@ def test_written_messages_are_taken_over_from_the_last_turn():
     assert same == 1
     assert fewer[0] is whole[0]
     assert [row.json for row in fewer] == [
-        json.dumps(message_json(row), separators=(",", ":")) for row in rows[:1] + rows[2:]]
+        json.dumps(row, separators=(",", ":")) for row in rows[:1] + rows[2:]]
     assert [row.size for row in fewer] == [counter.sizes_of("a"), counter.sizes_of("c")]
     assert write_messages(rows, fewer, counter) == (whole, 1)
     assert write_messages(rows, whole, counter) == (whole, 3)
