@@ -1082,6 +1082,10 @@ class ChunkDecoder:
 # their input in the JSON of whatever language it has in mind.
 
 
+def words_of(text: str) -> Tuple[str, ...]:
+    return tuple(text.split())
+
+
 class ToolKind(NamedTuple):
     """One row of TOOL_KINDS: a kind of tool, the parameters it needs, its names."""
 
@@ -1300,24 +1304,22 @@ def types_of(schema: Any) -> List[str]:
             if isinstance(kind, str) and kind in SCHEMA_TYPES]
 
 
+SCHEMA_TYPES: Dict[str, Any] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list,
+    "object": dict, "null": type(None)}
+
+
+def is_of(value: Any, kind: str) -> bool:
+    """Tell whether a value is of a JSON type: 5.0 is an integer, True is no number."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    whole = kind == "integer" and isinstance(value, float) and value.is_integer()
+    return whole or isinstance(value, SCHEMA_TYPES[kind])
+
+
 def schema_takes(value: Any, schema: Any) -> bool:
     types = types_of(schema)
-    return not types or any(SCHEMA_TYPES[kind](value) for kind in types)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-SCHEMA_TYPES: Dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "integer": lambda value: is_number(value) and value == value // 1,
-    "number": is_number,
-    "boolean": lambda value: isinstance(value, bool),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-    "null": lambda value: value is None,
-}
+    return not types or any(is_of(value, kind) for kind in types)
 
 
 def coerced(value: Any, schema: Any, name: str = "") -> Any:
@@ -1346,9 +1348,9 @@ def retyped(value: Any, kind: str, name: str) -> Any:
     read = loose_json(value) if isinstance(value, str) else None
     if kind == "array" and value is not None:
         return read if isinstance(read, list) else [value]
-    if kind == "integer" and isinstance(read, float) and read == read // 1:
+    if kind == "integer" and isinstance(read, float) and is_of(read, kind):
         return int(read)
-    return read if SCHEMA_TYPES[kind](read) else None
+    return read if is_of(read, kind) else None
 
 
 def string_from(value: Any, name: str) -> Optional[str]:
@@ -1518,30 +1520,24 @@ def loose_json(text: str) -> Any:
 # ------------------------------ the tool table ------------------------------
 # What a client's file tools are called (Claude Code; Qwen Code; other published agents).
 # Without these four kinds no work gets done, so they are never dropped.
-CORE_TOOLS = frozenset((
-    "Bash", "PowerShell", "run_shell_command", "shell", "execute_bash", "run_command", "bash",
-    "Read", "read_file", "read", "view",
-    "Edit", "edit", "edit_file", "replace", "str_replace", "str_replace_editor", "apply_patch",
-    "Write", "write_file", "write", "create_file"))
+CORE_TOOLS = frozenset(words_of("""
+    Bash PowerShell run_shell_command shell execute_bash run_command bash Read read_file read
+    view Edit edit edit_file replace str_replace str_replace_editor apply_patch Write
+    write_file write create_file"""))
 # Holds the client's tool search open; the model must never call it (contract F1).
 PLACEHOLDER_TOOL = "DeferredToolPlaceholder"
 MCP_PREFIX = "mcp__"
 # The client's other tools, the most useful first; ANY_OTHER_TOOL stands for those that
 # are not named. A required answer format and the ways to further tools come first.
 ANY_OTHER_TOOL = "*"
-TOOL_RANKS: Tuple[str, ...] = (
-    "StructuredOutput", "ToolSearch", "tool_search", "tool_call",
-    "Grep", "grep_search", "Glob", "glob", "LS", "list_directory", "MultiEdit",
-    "ExitPlanMode", "exit_plan_mode", "Agent", "Task", "agent", "Skill", "skill",
-    "AskUserQuestion", "ask_user_question", "TodoWrite", "todo_write", "WebFetch", "web_fetch",
-    ANY_OTHER_TOOL,
-    "BashOutput", "KillShell", "KillBash", "TaskStop", "task_stop",
-    "NotebookEdit", "notebook_edit", "TaskCreate", "TaskUpdate", "TaskOutput",
-    "Monitor", "monitor",
-    "SendMessage", "send_message", "TaskList", "TaskGet", "WebSearch", "web_search",
-    "EnterPlanMode", "ListAgents", "list_agents", "get_goal", "update_goal", "ReportFindings",
-    "EnterWorktree", "ExitWorktree", "CronCreate", "CronDelete", "CronList", "ScheduleWakeup",
-    "Workflow", "DesignSync")
+TOOL_RANKS = words_of("""
+    StructuredOutput ToolSearch tool_search tool_call Grep grep_search Glob glob LS
+    list_directory MultiEdit ExitPlanMode exit_plan_mode Agent Task agent Skill skill
+    AskUserQuestion ask_user_question TodoWrite todo_write WebFetch web_fetch * BashOutput
+    KillShell KillBash TaskStop task_stop NotebookEdit notebook_edit TaskCreate TaskUpdate
+    TaskOutput Monitor monitor SendMessage send_message TaskList TaskGet WebSearch web_search
+    EnterPlanMode ListAgents list_agents get_goal update_goal ReportFindings EnterWorktree
+    ExitWorktree CronCreate CronDelete CronList ScheduleWakeup Workflow DesignSync""")
 RANK_OF = {name: rank for rank, name in enumerate(TOOL_RANKS)}
 
 
@@ -1797,22 +1793,21 @@ def _read_sampling(body: Json) -> Iterator[Tuple[str, float]]:
     for key in ("temperature", "top_p", "top_k"):
         value = body.get(key)
         if value is not None:
-            if not is_number(value):
+            if not is_of(value, "number"):
                 raise _wrong(key, "a number", value)
             yield key, value
 
 
-def _loaded_tools(messages: List[Any]) -> AbstractSet[str]:
+def _blocks_of(holder: Json) -> List[Json]:
+    content = holder.get("content")
+    return [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
+
+
+def _loaded_tools(messages: List[Json]) -> AbstractSet[str]:
     """Collect the tools that tool search results brought in (CC F1)."""
-    found = set()
-    for message in messages:
-        content = message.get("content")
-        for block in content if isinstance(content, list) else ():
-            inner = block.get("content")
-            for part in inner if isinstance(inner, list) else ():
-                if isinstance(part, dict) and part.get("type") == "tool_reference":
-                    found.add(str(part.get("tool_name", "")))
-    return found
+    return {str(part.get("tool_name", "")) for message in messages
+            for block in _blocks_of(message) for part in _blocks_of(block)
+            if part.get("type") == "tool_reference"}
 
 
 def _inside(value: Any, *keys: str) -> Any:
@@ -2174,13 +2169,13 @@ def _shorten(text: str, keep: int) -> str:
 def _shorten_block(block: Block, keep: int, everything: bool) -> Block:
     if isinstance(block, ToolResult):
         return block._replace(text=_shorten(block.text, keep), images=())
-    if everything and isinstance(block, ToolUse):
+    if isinstance(block, Image) or not everything:
+        return block
+    if isinstance(block, ToolUse):
         return block._replace(input={
             name: _shorten(value, keep) if isinstance(value, str) else value
             for name, value in block.input.items()})
-    if everything and isinstance(block, (Text, Thinking)):
-        return block._replace(text=_shorten(block.text, keep))
-    return block
+    return block._replace(text=_shorten(block.text, keep))
 
 
 def block_tokens(block: Block) -> int:
@@ -2580,8 +2575,8 @@ class Passage(NamedTuple):
     header: str = ""
 
 
-def paragraphs(start: str, more: str = "") -> str:
-    """Match a paragraph that begins so, those behind it that begin with more, and blank lines."""
+def whole_lines(start: str, more: str = "") -> str:
+    """Make the pattern of a paragraph, and of those behind it that begin with more."""
     blank, lines = r"(?:[^\S\n]*\n)", r"(?:[^\n]*\S[^\n]*\n)+"
     further = f"(?:{blank}+(?={more}){lines})*" if more else ""
     return rf"(?<![^\n]\n)(?={start}){lines}{further}{blank}*"
@@ -2592,16 +2587,17 @@ SKILL_TOOLS = ("Skill", "skill")
 TASK_TOOLS = ("TaskCreate", "TaskUpdate", "TodoWrite", "todo_write")
 # First lines as 2.1.197, 2.1.330 and Qwen Code 0.24.4 write them (contract A6, F1).
 PASSAGES: Tuple[Passage, ...] = (
-    Passage("list of agents", paragraphs(
-        r"Available agent types for the \w+ tool:", r"When you launch multiple agents "), AGENT_TOOLS),
-    Passage("list of skills", paragraphs(
+    Passage("list of agents", whole_lines(
+        r"Available agent types for the \w+ tool:", r"When you launch multiple agents "),
+            AGENT_TOOLS),
+    Passage("list of skills", whole_lines(
         r"The following skills are available for use with the Skill tool\b",
         r"- |<available_skills>|</?skill>"), SKILL_TOOLS),
-    Passage("list of deferred tools", paragraphs(
+    Passage("list of deferred tools", whole_lines(
         r"The following deferred tools are (?:now )?available via \w+\."),
             ("ToolSearch", "tool_search"),
             "Load these tools with ToolSearch (select:NAME) before you call them:"),
-    Passage("task reminder", paragraphs(
+    Passage("task reminder", whole_lines(
         r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."), TASK_TOOLS),
     # The texts of Skill and Agent say these two already.
     Passage("hint at skills",
@@ -2613,17 +2609,17 @@ PASSAGES: Tuple[Passage, ...] = (
     Passage("hint at tasks", r" ?- Use (?:TaskCreate|TodoWrite) to plan [^\n]*\n", TASK_TOOLS),
     # The client's own budget, of a window that the local model does not have; a new
     # number at every turn breaks the prefix (contract/ollama.md 5, #17918).
-    Passage("token count", paragraphs(r"<total_tokens>[^<\n]{0,80}</total_tokens>\s*$")),
+    Passage("token count", whole_lines(r"<total_tokens>[^<\n]{0,80}</total_tokens>\s*$")),
 )
 PASSAGE = Pattern("(?m)^(?:" + "|".join(f"({row.pattern})" for row in PASSAGES) + ")")
 SHORTENED = ("list of agents", "list of skills")
 # The client's own agents and skills: a name and a few words are enough. The user's
 # entries keep what he wrote up to MAX_ENTRY_CHARS.
-CLIENT_ENTRIES = frozenset((
-    "claude", "claude-code-guide", "Explore", "general-purpose", "Plan", "statusline-setup",
-    "dataviz", "deep-research", "update-config", "keybindings-help", "verify", "code-review",
-    "simplify", "fewer-permission-prompts", "loop", "claude-api", "workflow-authoring", "run",
-    "plugin-authoring", "init", "review", "security-review"))
+CLIENT_ENTRIES = frozenset(words_of("""
+    claude claude-code-guide Explore general-purpose Plan statusline-setup dataviz
+    deep-research update-config keybindings-help verify code-review simplify
+    fewer-permission-prompts loop claude-api workflow-authoring run plugin-authoring init
+    review security-review"""))
 MAX_CLIENT_ENTRY_CHARS = 60
 MAX_ENTRY_CHARS = 600
 # Texts that hold the user's rules are never searched, whatever they quote.
