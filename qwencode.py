@@ -1256,18 +1256,19 @@ def as_object(arguments: Any, schema: Json, depth: int = 4) -> Optional[Json]:
     """Read arguments given as an object, as JSON text, or as the one value needed."""
     if arguments is None:
         return {}
+    inner: Any = None
     if isinstance(arguments, dict):
-        inner = [key for key in arguments if (key in WRAPPER_KEYS and len(arguments) == 1)
-                 or (key == "properties" and arguments.get("type") == "object")]
-        if inner and depth and inner[0] not in properties_of(schema):
-            return as_object(arguments[inner[0]], schema, depth - 1)
-        return arguments
-    if isinstance(arguments, str) and arguments.strip()[:1] in ("{", "[", '"') and depth:
-        value = loose_json(arguments)
-        if value is not None:
-            return as_object(value, schema, depth - 1)
-    if isinstance(arguments, list) and len(arguments) == 1 and isinstance(arguments[0], dict):
-        return as_object(arguments[0], schema, depth - 1) if depth else None
+        wrapped = [key for key in arguments if (key in WRAPPER_KEYS and len(arguments) == 1)
+                   or (key == "properties" and arguments.get("type") == "object")]
+        if not depth or not wrapped or wrapped[0] in properties_of(schema):
+            return arguments
+        return as_object(arguments[wrapped[0]], schema, depth - 1)
+    if isinstance(arguments, str) and arguments.strip()[:1] in ("{", "[", '"'):
+        inner = loose_json(arguments)
+    elif isinstance(arguments, list) and len(arguments) == 1 and isinstance(arguments[0], dict):
+        inner = arguments[0]
+    if inner is not None:
+        return as_object(inner, schema, depth - 1) if depth else None
     needed = required_of(schema) or list(properties_of(schema))
     usable = isinstance(arguments, (str, list)) and bool(arguments) and len(needed) == 1
     return {needed[0]: arguments} if usable else None
@@ -1683,14 +1684,13 @@ def as_reminder(text: str) -> str:
 
 def _notice_of(block: Json) -> Text:
     """Say in words what cannot be passed on: never base64 in the prompt."""
-    kind = clean(str(block.get("type", "unknown")), 60)
-    source = block.get("source")
-    source = source if isinstance(source, dict) else {}
-    data = source["data"] if isinstance(source.get("data"), str) else ""
-    if kind == "document" and source.get("type") == "text" and data:
+    kind, source = clean(str(block.get("type", "unknown")), 60), _mapping(block.get("source"))
+    data = source.get("data")
+    if kind == "document" and source.get("type") == "text" and isinstance(data, str):
         return Text(data)
-    size = f"{len(data) * 3 // 4096} KB" if len(data) > 1365 else ""
-    detail = ", ".join(filter(None, (clean(str(source.get("media_type") or ""), 60), size)))
+    kilobytes = len(data) * 3 // 4096 if isinstance(data, str) else 0
+    detail = ", ".join(filter(None, (clean(str(source.get("media_type") or ""), 60),
+                                     f"{kilobytes} KB" if kilobytes else "")))
     return Text(f"[A block of type {kind}{f' ({detail})' if detail else ''} was left out here:"
                 " this model reads text only.]")
 
@@ -2562,19 +2562,6 @@ def clip(text: str, limit: int) -> str:
         cut = max(head.rfind(" "), limit // 2)
     return head[:cut].rstrip() + " …"
 
-class Passage(NamedTuple):
-    """A passage of the client's texts that is about tools; pattern matches whole lines.
-
-    It is left out unless one of the tools in needs is forwarded; with no needs always.
-    If it stays, header takes the place of its first line.
-    """
-
-    name: str
-    pattern: str
-    needs: Tuple[str, ...] = ()
-    header: str = ""
-
-
 def whole_lines(start: str, more: str = "") -> str:
     """Make the pattern of a paragraph, and of those behind it that begin with more."""
     blank, lines = r"(?:[^\S\n]*\n)", r"(?:[^\n]*\S[^\n]*\n)+"
@@ -2585,33 +2572,37 @@ def whole_lines(start: str, more: str = "") -> str:
 AGENT_TOOLS = ("Agent", "Task", "agent")
 SKILL_TOOLS = ("Skill", "skill")
 TASK_TOOLS = ("TaskCreate", "TaskUpdate", "TodoWrite", "todo_write")
+# Passages of the client's texts that are about tools: name, pattern of whole lines, tools,
+# header. One is left out unless one of its tools is forwarded, and always without any; if it
+# stays, header takes the place of its first line.
 # First lines as 2.1.197, 2.1.330 and Qwen Code 0.24.4 write them (contract A6, F1).
-PASSAGES: Tuple[Passage, ...] = (
-    Passage("list of agents", whole_lines(
+PASSAGES: Tuple[Tuple[str, str, Tuple[str, ...], str], ...] = (
+    ("list of agents", whole_lines(
         r"Available agent types for the \w+ tool:", r"When you launch multiple agents "),
-            AGENT_TOOLS),
-    Passage("list of skills", whole_lines(
+     AGENT_TOOLS, ""),
+    ("list of skills", whole_lines(
         r"The following skills are available for use with the Skill tool\b",
-        r"- |<available_skills>|</?skill>"), SKILL_TOOLS),
-    Passage("list of deferred tools", whole_lines(
+        r"- |<available_skills>|</?skill>"), SKILL_TOOLS, ""),
+    ("list of deferred tools", whole_lines(
         r"The following deferred tools are (?:now )?available via \w+\."),
-            ("ToolSearch", "tool_search"),
-            "Load these tools with ToolSearch (select:NAME) before you call them:"),
-    Passage("task reminder", whole_lines(
-        r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."), TASK_TOOLS),
+     ("ToolSearch", "tool_search"),
+     "Load these tools with ToolSearch (select:NAME) before you call them:"),
+    ("task reminder", whole_lines(
+        r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."),
+     TASK_TOOLS, ""),
     # The texts of Skill and Agent say these two already.
-    Passage("hint at skills",
-            r" ?- When the user types `/[^`\n]{1,40}`, invoke it via Skill[^\n]*\n"),
-    Passage("hint at agents",
-            r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
-            r"|Calling Agent with subagent_type"
-            r"|For broad codebase exploration [^\n]{0,80} spawn Agent with )[^\n]*\n"),
-    Passage("hint at tasks", r" ?- Use (?:TaskCreate|TodoWrite) to plan [^\n]*\n", TASK_TOOLS),
+    ("hint at skills", r" ?- When the user types `/[^`\n]{1,40}`, invoke it via Skill[^\n]*\n",
+     (), ""),
+    ("hint at agents",
+     r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
+     r"|Calling Agent with subagent_type"
+     r"|For broad codebase exploration [^\n]{0,80} spawn Agent with )[^\n]*\n", (), ""),
+    ("hint at tasks", r" ?- Use (?:TaskCreate|TodoWrite) to plan [^\n]*\n", TASK_TOOLS, ""),
     # The client's own budget, of a window that the local model does not have; a new
     # number at every turn breaks the prefix (contract/ollama.md 5, #17918).
-    Passage("token count", whole_lines(r"<total_tokens>[^<\n]{0,80}</total_tokens>\s*$")),
+    ("token count", whole_lines(r"<total_tokens>[^<\n]{0,80}</total_tokens>\s*$"), (), ""),
 )
-PASSAGE = Pattern("(?m)^(?:" + "|".join(f"({row.pattern})" for row in PASSAGES) + ")")
+PASSAGE = Pattern("(?m)^(?:" + "|".join(f"({pattern})" for _, pattern, _, _ in PASSAGES) + ")")
 SHORTENED = ("list of agents", "list of skills")
 # The client's own agents and skills: a name and a few words are enough. The user's
 # entries keep what he wrote up to MAX_ENTRY_CHARS.
@@ -2665,15 +2656,16 @@ def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) ->
         return text
 
     def slim(match: re.Match[str]) -> str:
-        row, passage = PASSAGES[(match.lastindex or 1) - 1], match.group()
-        if not any(name in kept_tools for name in row.needs):
-            left_out.append(row.name)
+        name, _, needs, header = PASSAGES[(match.lastindex or 1) - 1]
+        passage = match.group()
+        if not any(tool in kept_tools for tool in needs):
+            left_out.append(name)
             return ""
-        short = row.header + passage[passage.index("\n"):] if row.header else passage
-        if row.name in SHORTENED:
+        short = header + passage[passage.index("\n"):] if header else passage
+        if name in SHORTENED:
             short = clip_entries(short)
         if short != passage:
-            left_out.append(row.name + ", shortened")
+            left_out.append(name + ", shortened")
         return short
 
     before = len(left_out)
@@ -8444,17 +8436,10 @@ def local_answer(request: Request, config: Config) -> Optional[LocalAnswer]:
 
 def count_request(request: Request) -> int:
     """Estimate a request's input tokens: system, messages, tools and images."""
-    texts = list(request.system)
-    images = 0
-    for message in request.messages:
-        for block in message.blocks:
-            if isinstance(block, (Text, Thinking, ToolResult)):
-                texts.append(block.text)
-            elif isinstance(block, ToolUse):
-                texts.append(to_json(block.input))
-            images += isinstance(block, Image) or len(getattr(block, "images", ()))
-    texts += [to_json([tool.name, tool.description, tool.schema]) for tool in request.tools]
-    return sum(map(estimate_tokens, texts)) + images * IMAGE_TOKENS + 5 * len(request.messages)
+    texts = [to_json([tool.name, tool.description, tool.schema]) for tool in request.tools]
+    blocks = [block for message in request.messages for block in message.blocks]
+    return sum(map(estimate_tokens, [*request.system, *texts])) + sum(map(block_tokens, blocks)) \
+        + MESSAGE_TOKENS * len(request.messages)
 
 
 # ============================== 13. TURN ==============================
