@@ -2775,11 +2775,26 @@ def probe_body(name: str, options: Json) -> Json:
             "options": {**options, "num_predict": 1}}
 
 
-def rendered_prompt(answer: Any) -> Optional[str]:
-    """Take the prompt out of a render-only answer; None where it has another shape."""
-    detail = answer.get("_debug_info") if isinstance(answer, dict) else None
-    text = detail.get("rendered_template") if isinstance(detail, dict) else None
-    return text if isinstance(text, str) and text else None
+class Rendered(NamedTuple):
+    """A prompt as Ollama rendered it, and the JSON that it came in."""
+
+    prompt: str
+    json: str
+
+
+RENDERED_KEY = '"rendered_template":'
+
+
+def rendered_prompt(answer: str) -> Optional[Rendered]:
+    """Take the prompt out of a render-only answer's JSON; None where it has another shape."""
+    at = answer.find(RENDERED_KEY) + len(RENDERED_KEY)
+    try:
+        prompt, end = _scan_json(answer, at)
+        rest = _strict_json.decode(answer[:at] + "0" + answer[end:])
+    except (ValueError, RecursionError):
+        return None
+    own = _inside(rest, "_debug_info", "rendered_template") == 0 and isinstance(prompt, str)
+    return Rendered(prompt, answer[at:end]) if own and prompt else None
 
 
 def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:
@@ -3174,14 +3189,14 @@ def render_body(chat: str) -> str:
 
 
 def generate_body(
-    request: Request, facts: ModelFacts, prompt: str, config: Config, options: Json,
+    request: Request, facts: ModelFacts, prompt_json: str, config: Config, options: Json,
 ) -> str:
     """Write the body of /api/generate that has the model continue a rendered prompt.
 
     think:false keeps Ollama from splitting the thought off on path B (OL 6).
     """
-    return to_json({"model": facts.name, "prompt": prompt, "raw": True, "think": False,
-                    **turn_fields_of(request, config, options)})
+    fields = to_json({"raw": True, "think": False, **turn_fields_of(request, config, options)})
+    return f'{{"model":{to_json(facts.name)},"prompt":{prompt_json},{fields[1:]}'
 
 
 # ============================== 8. UPSTREAM STREAMS ==============================
@@ -3595,6 +3610,8 @@ def restored(prompt: str, answers: Sequence[str]) -> str:
     again (OL 5). Thought that the template dropped stays out. A prompt that holds other
     than these answers is left as it is: a file's text may speak ChatML too.
     """
+    if THINK_OPEN not in prompt:
+        return prompt
     head, *parts = prompt.split(ANSWER_START)
     if len(parts) != len(answers) + 1:
         return prompt
@@ -9742,12 +9759,19 @@ class UpstreamCall:
 
 
 class Answer(NamedTuple):
-    """A whole answer of the upstream; body is parsed JSON or None."""
+    """A whole answer of the upstream."""
 
     status: int
     text: str
-    body: Any
     retry_after: Optional[str] = None
+
+    @property
+    def body(self) -> Any:
+        """Its JSON, or None."""
+        try:
+            return _strict_json.decode(self.text)
+        except (ValueError, RecursionError):
+            return None
 
 
 class Upstream:
@@ -9877,11 +9901,7 @@ class Upstream:
         with self.open(method, path, body, waiter, until) as call:
             call.read_head(until)
             text = call.read_all(until).decode("utf-8", "replace")
-        try:
-            parsed = _strict_json.decode(text)
-        except (ValueError, RecursionError):
-            parsed = None
-        return Answer(call.status, text, parsed, call.headers.get("retry-after"))
+        return Answer(call.status, text, call.headers.get("retry-after"))
 
 
 # ============================== 16. SERVER ==============================
@@ -10346,8 +10366,8 @@ class Registry:
         facts = model.facts
         answer = self.ask("POST", "/api/chat", probe_body(
             facts.name, load_options(model.num_ctx)), waiter, until)
-        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        return facts_from_probe(facts, prompt) if prompt else facts
+        rendered = rendered_prompt(answer.text) if answer.status == 200 else None
+        return facts_from_probe(facts, rendered.prompt) if rendered else facts
 
     def amend(self, model: LocalModel) -> None:
         """Remember what a refusal has taught."""
@@ -10864,14 +10884,16 @@ class Exchange:
         prompt = prompt._replace(messages_json="")  # a long answer need not hold it
         dialect, prefix, self.opening = DIALECTS["chat"], None, ""
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
-            text = self._render(facts, body, prompt.answers, own_until)
-            if text is not None:
+            rendered = self._render(facts, body, prompt.answers, own_until)
+            if rendered:
+                text = rendered.prompt
                 dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
                 prefix = text[:max(text.find(USER_TURN), 0)]
                 if False in self.recalled[-1:]:
                     self.notes.append("the last answer went back in the template's form")
-                body = generate_body(self.request, facts, text, self.config, options)
-            del text
+                body = generate_body(self.request, facts, rendered.json, self.config, options)
+                del text
+            del rendered
         self.way = dialect.way
         if server.log.on("debug"):
             server.log.write("debug", f"history: {sum(self.recalled)} of {len(self.recalled)}"
@@ -10897,7 +10919,7 @@ class Exchange:
         options, warmer = {**options, "num_predict": 1}, self.server.warmer
         if prefix is not None:
             warmer.offer(prefix, lambda: ("/api/generate", generate_body(
-                self.request, facts, prefix + USER_TURN, self.config, options)))
+                self.request, facts, to_json(prefix + USER_TURN), self.config, options)))
             return
         first = next(iter(self.session.messages), None)
         if first and first.message["role"] == "system":
@@ -10981,7 +11003,7 @@ class Exchange:
 
     def _render(
         self, facts: ModelFacts, body: str, answers: Sequence[str], until: float,
-    ) -> Optional[str]:
+    ) -> Optional[Rendered]:
         """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
         try:
             answer = self.server.upstream.ask(
@@ -10989,9 +11011,10 @@ class Exchange:
         except UpstreamBrokenError as problem:  # chat tells what is wrong, if it lasts
             self.notes.append(f"not verbatim: {problem.message}")
             return None
-        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        if prompt is not None:
-            return prompt if facts.path == "B" else restored(prompt, answers)
+        rendered = rendered_prompt(answer.text) if answer.status == 200 else None
+        if rendered:
+            prompt = rendered.prompt if facts.path == "B" else restored(rendered.prompt, answers)
+            return rendered if prompt is rendered.prompt else Rendered(prompt, to_json(prompt))
         if answer.status == 200:
             self.unrendered = "Ollama rendered no prompt"
             return None
@@ -12810,7 +12833,8 @@ def check_template(doctor: Doctor) -> Finding:
     body = probe_body(doctor.config.model, load_options(doctor.model.num_ctx))
     body["messages"].append({"role": "system", "content": "probe reminder"})
     answer = doctor.ask("/api/chat", body)
-    return verdict_template(rendered_prompt(answer.body) or "")
+    rendered = rendered_prompt(answer.text)
+    return verdict_template(rendered.prompt if rendered else "")
 
 
 def check_call(doctor: Doctor) -> Finding:

@@ -16,6 +16,7 @@ from qwencode import (
     normal_schema,
     opening_of,
     parse_request,
+    read_body,
     render_body,
     tool_json,
     tool_table,
@@ -64,6 +65,10 @@ BAD_FIELDS = [
      "messages.0.content.1.text: a string is required"),
     ({"messages": [user({"text": "a"})]}, "messages.0.content.0.type: a string is required"),
     ({"messages": [user({"type": "image"})]}, "messages.0.content.0.source: an object is required"),
+    ({"messages": [user({"type": "image", "source": {"type": "base64"}})]},
+     "messages.0.content.0.source.data: a string is required"),
+    ({"messages": [user(result("a", [text("x"), 5]))]},
+     "messages.0.content.0.content.1: expected an object, got a number"),
     ({"messages": [{"role": "assistant", "content": [
         {"type": "tool_use", "id": "a", "name": "b", "input": "c"}]}]},
      "messages.0.content.0.input: expected an object, got a string"),
@@ -86,6 +91,39 @@ BAD_FIELDS = [
     ({"messages": [user(text("x"))], "tool_choice": {"type": "tool"}},
      "tool_choice.name: a string is required"),
 ]
+
+
+TOOLS = json.dumps([{"name": "Read", "description": "a é \" ] }", "input_schema": {}}],
+                   ensure_ascii=False)
+BODIES = [
+    ("the same tools", '{"messages":[],"tools":%s,"stream":true}' % TOOLS),
+    ("others", '{"messages":[],"tools":[{"name":"é"}],"stream":true}'),
+    ("none", '{"messages":[]}'),
+    ("an empty list", '{"tools":[]}'),
+    ("tools that are no list", '{"tools":{"a":%s}}' % TOOLS),
+    ("spaces", '{ "tools" : %s }' % TOOLS),
+    ("the same list inside a call only", '{"messages":[{"input":{"tools":%s}}]}' % TOOLS),
+    ("and as its own", '{"tools":%s,"messages":[{"input":{"tools":%s}}]}' % (TOOLS, TOOLS)),
+    ("twice", '{"tools":%s,"tools":[]}' % TOOLS),
+    ("quoted in a text", json.dumps({"messages": '{"tools":%s}' % TOOLS})),
+    ("a list", '[{"tools":%s}]' % TOOLS),
+]
+
+
+def test_bodies_are_read_alike_whatever_tools_are_known():
+    for name, body in [*BODIES, *reversed(BODIES)]:
+        assert read_body(body.encode()) == json.loads(body), name
+    same = BODIES[0][1].encode()
+    assert read_body(same)["tools"] is read_body(same + b" ")["tools"]
+
+
+@pytest.mark.parametrize("body", [
+    '{"tools":%s,"x":NaN}' % TOOLS, '{"x":-Infinity,"tools":%s}' % TOOLS, '{"tools":NaN}',
+    '{"tools":%s' % TOOLS, '{"tools":%s,"x":1e999}' % TOOLS, '{"tools":%s}x' % TOOLS])
+def test_known_tools_make_no_bad_body_good(body):
+    read_body(BODIES[0][1].encode())
+    with pytest.raises(ValueError):
+        read_body(body.encode())
 
 
 @pytest.mark.parametrize(("body", "words"), BAD_FIELDS, ids=[row[1] for row in BAD_FIELDS])
