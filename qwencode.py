@@ -1086,81 +1086,73 @@ def words_of(text: str) -> Tuple[str, ...]:
     return tuple(text.split())
 
 
-class ToolKind(NamedTuple):
-    """One row of TOOL_KINDS: a kind of tool, the parameters it needs, its names."""
-
-    needs: str
-    names: str
-
-
-# Names are those of Claude Code, Qwen Code, Gemini CLI, Cline, Roo, Cursor, Continue,
-# OpenHands, SWE-agent, Codex, Goose, Zed, VS Code and the MCP file-system server.
-TOOL_KINDS: Tuple[ToolKind, ...] = (
-    ToolKind("command", "bash shell run_command run_shell_command execute_bash execute_command "
-             "terminal run_terminal_cmd run_terminal_command run_in_terminal terminal_command exec "
-             "exec_command execute run_bash run_shell bash_command shell_command execute_shell "
-             "execute_shell_command local_shell shell_exec sh cmd command console powershell zsh "
-             "bash_tool terminal_run run_cmd execute_terminal_command system developer__shell run"),
-    ToolKind("file_path old_string new_string", "edit edit_file str_replace str_replace_editor "
-             "str_replace_based_edit_tool replace_in_file search_replace search_and_replace "
-             "replace update_file modify_file find_and_replace replace_string_in_file file_edit "
-             "apply_edit patch_file apply_diff change_file string_replace replace_text edit_block"),
-    ToolKind("file_path content", "write write_file create_file write_to_file save_file new_file "
-             "create_new_file file_write fs_write write_text_file overwrite_file make_file create "
-             "file_create put_file save create_text_file write_new_file edit_file "
-             "create_or_update_file str_replace_editor str_replace_based_edit_tool"),
-    ToolKind("file_path", "read read_file view_file open_file view file_read fs_read cat open "
-             "read_text_file get_file_contents get_file read_files fetch_file_content show_file "
-             "load_file read_file_content cat_file view_source file_view str_replace_editor "
-             "str_replace_based_edit_tool"),
-    ToolKind("pattern", "grep grep_search search_files search_file_content ripgrep rg search_code "
-             "code_search codebase_search grep_files search_in_files search search_for_pattern "
-             "text_search find_in_files search_text search_dir search_file grep_tool"),
-    ToolKind("pattern", "glob find_files glob_file_search file_search find find_file glob_search "
-             "list_files search_file_names find_path find_by_name file_glob_search glob_files"),
-    ToolKind("path", "ls list list_directory list_dir list_files list_folder read_directory dir "
-             "view_directory list_directory_contents"),
-    ToolKind("url", "web_fetch fetch fetch_url fetch_web fetch_webpage browse get_url open_url "
-             "read_url url_fetch fetch_page read_web_page http_get"),
-    ToolKind("query", "web_search search_web google_search brave_search internet_search search "
-             "google_web_search bing_search duckduckgo_search"),
-    ToolKind("todos", "todo_write write_todos update_todos todo update_todo_list update_plan "
-             "todo_list manage_todo_list todowrite"),
-    ToolKind("prompt", "agent task dispatch_agent spawn_agent new_task subagent launch_agent "
-             "run_agent delegate delegate_task run_subagent"),
-    ToolKind("skill", "skill use_skill run_skill invoke_skill load_skill"),
-)
+# A kind of tool in each row: the parameters it needs, and its names. These are of Claude Code,
+# Qwen Code, Gemini CLI, Cline, Roo, Cursor, Continue, OpenHands, SWE-agent, Codex, Goose, Zed,
+# VS Code and the MCP file-system server.
+TOOL_KINDS = """
+command: bash shell run_command run_shell_command execute_bash execute_command terminal
+  run_terminal_cmd run_terminal_command run_in_terminal terminal_command exec exec_command execute
+  run_bash run_shell bash_command shell_command execute_shell execute_shell_command local_shell
+  shell_exec sh cmd command console powershell zsh bash_tool terminal_run run_cmd
+  execute_terminal_command system developer__shell run
+file_path old_string new_string: edit edit_file str_replace str_replace_editor
+  str_replace_based_edit_tool replace_in_file search_replace search_and_replace replace
+  update_file modify_file find_and_replace replace_string_in_file file_edit apply_edit patch_file
+  apply_diff change_file string_replace replace_text edit_block
+file_path content: write write_file create_file write_to_file save_file new_file create_new_file
+  file_write fs_write write_text_file overwrite_file make_file create file_create put_file save
+  create_text_file write_new_file edit_file create_or_update_file str_replace_editor
+  str_replace_based_edit_tool
+file_path: read read_file view_file open_file view file_read fs_read cat open read_text_file
+  get_file_contents get_file read_files fetch_file_content show_file load_file read_file_content
+  cat_file view_source file_view str_replace_editor str_replace_based_edit_tool
+pattern: grep grep_search search_files search_file_content ripgrep rg search_code code_search
+  codebase_search grep_files search_in_files search search_for_pattern text_search find_in_files
+  search_text search_dir search_file grep_tool
+pattern: glob find_files glob_file_search file_search find find_file glob_search list_files
+  search_file_names find_path find_by_name file_glob_search glob_files
+path: ls list list_directory list_dir list_files list_folder read_directory dir view_directory
+  list_directory_contents
+url: web_fetch fetch fetch_url fetch_web fetch_webpage browse get_url open_url read_url url_fetch
+  fetch_page read_web_page http_get
+query: web_search search_web google_search brave_search internet_search search google_web_search
+  bing_search duckduckgo_search
+todos: todo_write write_todos update_todos todo update_todo_list update_plan todo_list
+  manage_todo_list todowrite
+prompt: agent task dispatch_agent spawn_agent new_task subagent launch_agent run_agent delegate
+  delegate_task run_subagent
+skill: skill use_skill run_skill invoke_skill load_skill
+"""
 # Parameter names that stand for each other; a tool's schema says which one it wants.
-PARAMETER_NAMES: Tuple[str, ...] = (
-    "file_path path filename file file_name filepath target_file absolute_path abs_path "
-    "full_path relative_path pathname name_of_file target_path output_path destination uri",
-    "command cmd shell_command command_line bash_command script code commands bash argv shell",
-    "content contents text file_text file_content file_contents body data new_content code "
-    "code_content value file_body source",
-    "old_string old_str old_text old search find target original search_string old_content "
-    "original_text from string_to_replace old_code search_text",
-    "new_string new_str new_text new replace replacement replace_with new_content updated "
-    "replace_string to new_code replace_text updated_text",
-    "pattern regex regexp query search_pattern glob glob_pattern search_query search_term search "
-    "expression file_pattern keyword text",
-    "path directory dir folder dir_path directory_path target_directory root search_path cwd "
-    "search_dir relative_workspace_path file_path include_path",
-    "glob include file_pattern include_pattern glob_pattern file_glob filter",
-    "query search_query search_term q keywords text search term",
-    "url uri link address href website page",
-    "prompt task instruction instructions message question request query",
-    "description summary explanation title reason purpose",
-    "offset start_line line_start start from_line begin_line line_number start_line_number",
-    "limit num_lines max_lines line_count count lines n_lines line_limit number_of_lines "
-    "max_results",
-    "timeout timeout_ms timeout_seconds time_limit",
-    "replace_all all global replace_all_occurrences replace_all_matches",
-    "run_in_background is_background background in_background",
-    "todos todo_list items tasks plan todo",
-    "skill skill_name name command",
-    "args arguments argument parameters",
-    "subagent_type agent_type agent type",
-)
+PARAMETER_NAMES = """
+file_path path filename file file_name filepath target_file absolute_path abs_path full_path
+  relative_path pathname name_of_file target_path output_path destination uri
+command cmd shell_command command_line bash_command script code commands bash argv shell
+content contents text file_text file_content file_contents body data new_content code code_content
+  value file_body source
+old_string old_str old_text old search find target original search_string old_content
+  original_text from string_to_replace old_code search_text
+new_string new_str new_text new replace replacement replace_with new_content updated
+  replace_string to new_code replace_text updated_text
+pattern regex regexp query search_pattern glob glob_pattern search_query search_term search
+  expression file_pattern keyword text
+path directory dir folder dir_path directory_path target_directory root search_path cwd search_dir
+  relative_workspace_path file_path include_path
+glob include file_pattern include_pattern glob_pattern file_glob filter
+query search_query search_term q keywords text search term
+url uri link address href website page
+prompt task instruction instructions message question request query
+description summary explanation title reason purpose
+offset start_line line_start start from_line begin_line line_number start_line_number
+limit num_lines max_lines line_count count lines n_lines line_limit number_of_lines max_results
+timeout timeout_ms timeout_seconds time_limit
+replace_all all global replace_all_occurrences replace_all_matches
+run_in_background is_background background in_background
+todos todo_list items tasks plan todo
+skill skill_name name command
+args arguments argument parameters
+subagent_type agent_type agent type
+"""
 NOT_PLAIN = Pattern(r"[^a-z0-9]+")
 NAMESPACE = Pattern(r"^(?:functions?|tools?|default_api|container|repo_browser)[.:/]|:\d+$|\.call$")
 WRAPPER_KEYS = ("arguments", "parameters", "input", "args", "params", "kwargs", "tool_input",
@@ -1173,9 +1165,25 @@ def plain_name(name: str) -> str:
     return NOT_PLAIN.sub("", name.lower())
 
 
-@cache
+def rows_of(table: str) -> List[str]:
+    """Cut a table into its rows; what is indented goes on with the row above it."""
+    return table.replace("\n  ", " ").strip().split("\n")
+
+
 def plain_words(row: str) -> Tuple[str, ...]:
-    return tuple(plain_name(word) for word in row.split())
+    return tuple(map(plain_name, row.split()))
+
+
+@cache
+def tool_kinds() -> List[Tuple[List[str], Tuple[str, ...]]]:
+    """Read TOOL_KINDS: what each kind needs, and its names, folded."""
+    cut = [row.partition(": ") for row in rows_of(TOOL_KINDS)]
+    return [(needs.split(), plain_words(names)) for needs, _, names in cut]
+
+
+@cache
+def parameter_names() -> List[Tuple[str, ...]]:
+    return [plain_words(row) for row in rows_of(PARAMETER_NAMES)]
 
 
 def _mapping(value: Any) -> Json:
@@ -1197,7 +1205,7 @@ def parameter_for(name: str, properties: Json, taken: Iterable[str] = ()) -> Opt
     free = {plain_name(known): known for known in reversed(list(properties)) if known not in taken}
     if folded in free:
         return free[folded]
-    for row in map(plain_words, PARAMETER_NAMES):
+    for row in parameter_names():
         if folded in row:
             for word in row:
                 if word in free:
@@ -1218,8 +1226,7 @@ def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
     if same or not folded:
         return same[:1]
     found: List[Tool] = []
-    for kind in TOOL_KINDS:
-        names, needs = plain_words(kind.names), kind.needs.split()
+    for needs, names in tool_kinds():
         if folded not in names:
             continue
         fits = [tool for tool in tools.values()
@@ -2479,7 +2486,7 @@ ToolText = Tuple[str, Dict[str, Optional[str]]]
 def tool_texts() -> Dict[str, ToolText]:
     """Read TOOL_NOTES: each tool's text and those of its parameters, None for a hidden one."""
     texts: Dict[str, ToolText] = {}
-    for row in TOOL_NOTES.replace("\n  ", " ").strip().split("\n"):
+    for row in rows_of(TOOL_NOTES):
         names, _, rest = row.partition(": ")
         text, _, rest = rest.partition(" | ")
         parameters: Dict[str, Optional[str]] = {}
@@ -4550,7 +4557,7 @@ def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
     """Tell whether a tag that is cut, maybe in its name, may open a call."""
     name, *rest = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())
     bare = TAG_NAMESPACE.sub("", name)
-    names = [*CALL_TAGS, *tools, *(word for kind in TOOL_KINDS for word in plain_words(kind.names))]
+    names = [*CALL_TAGS, *tools, *(word for _, words in tool_kinds() for word in words)]
     folded = plain_name(bare)
     if rest:  # the name is whole: "if a <b and" holds nothing back
         return folded in map(plain_name, names)
