@@ -1564,15 +1564,12 @@ def rank_tools(
     if not any(tool.name in CORE_TOOLS for tool in offered):  # a client of unknown names
         kept.update([tool.name for tool in offered if "command" in required_of(tool.schema)
                      and not mcp_server(tool.name)][:1])
-    servers = set(map(mcp_server, kept))
-    first_of_server, others = [], sorted([tool.name for tool in offered], key=_rank)
-    for name in others:
-        if mcp_server(name) and mcp_server(name) not in servers:
-            servers.add(mcp_server(name))
-            first_of_server.append(name)
-    for name in first_of_server + others:
-        if len(kept) < limit:
-            kept.add(name)
+    ranked = sorted([tool.name for tool in offered], key=_rank)
+    best_of_server = {mcp_server(name): name for name in reversed(ranked)}
+    served = {"", *map(mcp_server, kept)}
+    first = [name for server, name in best_of_server.items() if server not in served]
+    waiting = dict.fromkeys([*sorted(first, key=ranked.index), *ranked])
+    kept.update([name for name in waiting if name not in kept][:max(limit - len(kept), 0)])
     return [tool for tool in offered if tool.name in kept]
 
 
@@ -1711,10 +1708,14 @@ def _image_block(block: Json) -> Block:
     return Image(DATA_URI.sub("", data).translate(URL_SAFE_ALPHABET))
 
 
+def blocks_of(kind: Type[Value], blocks: Iterable[Block]) -> List[Value]:
+    return [block for block in blocks if isinstance(block, kind)]
+
+
 def _tool_result_block(block: Json) -> Block:
     parts = _read_content(block)
-    text = "\n".join([part.text for part in parts if isinstance(part, Text) and part.text])
-    images = tuple(part for part in parts if isinstance(part, Image))
+    text = "\n".join([part.text for part in blocks_of(Text, parts) if part.text])
+    images = tuple(blocks_of(Image, parts))
     failed = _take(block, "is_error", bool, False)
     if failed:
         text = f"[The tool call failed]\n{text}"
@@ -1942,7 +1943,7 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
         return ToolTable(offered, tuple([offered[tool.name] for tool in last.sent]))
     used = set(request.loaded)
     for message in request.messages:
-        used.update([block.name for block in message.blocks if isinstance(block, ToolUse)])
+        used.update([call.name for call in blocks_of(ToolUse, message.blocks)])
     return ToolTable(offered, tuple(rank_tools(list(offered.values()), limit, used)))
 
 
@@ -2928,6 +2929,10 @@ def _join_texts(texts: Iterable[str]) -> str:
                        + kept[-1:])
 
 
+def _joined_text(blocks: Iterable[Block]) -> str:
+    return _join_texts([block.text for block in blocks_of(Text, blocks)])
+
+
 def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, Message]]]:
     """Put system messages where every template keeps them and join like neighbours.
 
@@ -2941,8 +2946,7 @@ def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, 
     for index, message in enumerate(messages):
         role, blocks = message.role, message.blocks
         if role == "system":
-            text = _join_texts(b.text for b in blocks if isinstance(b, Text))
-            text = without_billing(text)
+            text = without_billing(_joined_text(blocks))
             if not text:
                 continue
             if not turns:
@@ -2964,9 +2968,8 @@ def call_markup(name: str, arguments: Any) -> str:
 
 
 def _assistant_message(message: Message, facts: ModelFacts) -> Json:
-    text = _join_texts(b.text for b in message.blocks if isinstance(b, Text))
-    thought = "\n".join([b.text for b in message.blocks if isinstance(b, Thinking) and b.text])
-    calls = [b for b in message.blocks if isinstance(b, ToolUse)]
+    text, calls = _joined_text(message.blocks), blocks_of(ToolUse, message.blocks)
+    thought = "\n".join([b.text for b in blocks_of(Thinking, message.blocks) if b.text])
     made: Json = {"role": "assistant", "content": text}
     if thought:
         made["thinking"] = thought
@@ -2996,9 +2999,8 @@ def _in_call_order(results: List[ToolResult], calls: Sequence[ToolUse]) -> List[
 
 def _user_messages(message: Message, calls: Sequence[ToolUse], facts: ModelFacts) -> List[Json]:
     """Make the tool messages and the user message of one client turn."""
-    results = [b for b in message.blocks if isinstance(b, ToolResult)]
-    texts = [b.text for b in message.blocks if isinstance(b, Text)]
-    pictures = [b for b in message.blocks if isinstance(b, Image)]
+    results, pictures = blocks_of(ToolResult, message.blocks), blocks_of(Image, message.blocks)
+    texts = [b.text for b in blocks_of(Text, message.blocks)]
     made: List[Json] = []
     names = {call.id: call.name for call in calls}
     for result in _in_call_order(results, calls) if results else ():
@@ -3071,7 +3073,7 @@ def chat_messages(
     calls: Sequence[ToolUse] = ()
     for index, turn in turns:
         if turn.role == "assistant":
-            calls = [b for b in turn.blocks if isinstance(b, ToolUse)]
+            calls = blocks_of(ToolUse, turn.blocks)
             raw = recall(index, turn)
             message = _assistant_message(turn, facts) if raw is None else \
                 {"role": "assistant", "content": raw}
@@ -10531,8 +10533,8 @@ class RawTurns:
                 self._chars -= len(self._turns.pop(oldest))
 
     def recall(self, session: str, index: int, turn: Message) -> Optional[str]:
-        ids = tuple(b.id for b in turn.blocks if isinstance(b, ToolUse))
-        text = "".join(b.text for b in turn.blocks if isinstance(b, Text))
+        ids = tuple([call.id for call in blocks_of(ToolUse, turn.blocks)])
+        text = "".join([block.text for block in blocks_of(Text, turn.blocks)])
         return self._turns.get(self.key(session, index, ids, text))
 
     @staticmethod
