@@ -2872,9 +2872,10 @@ def _single_extra(schema: Json) -> Json:
     extra = [key for key in ("properties", "items", "anyOf", "enum", "required") if key in schema]
     if len(extra) < 2:
         return schema
-    words = "; ".join(f"{key}: {to_json(schema[key])}" for key in extra[1:])
-    description = " ".join(filter(None, (schema.get("description", ""), f"({words})")))
-    return {**{k: v for k, v in schema.items() if k not in extra[1:]}, "description": description}
+    single = dict(schema)
+    words = "; ".join([f"{key}: {to_json(single.pop(key))}" for key in extra[1:]])
+    single["description"] = f"{schema.get('description', '')} ({words})".strip()
+    return single
 
 
 def tool_json(tool: Tool, renderer: str = "") -> Json:
@@ -6261,11 +6262,14 @@ def _notices(turns: Sequence[Message]) -> List[str]:
     return found
 
 
+lowered = lru_cache(maxsize=8)(str.lower)  # the client says the same in every turn
+
+
 def _plan_mode(notices: Sequence[str]) -> bool:
     """Tell whether plan mode was announced and not ended since."""
     planning = False
     for notice in notices:
-        if "plan mode" in notice.lower():  # a tenth of what the pattern's search costs
+        if "plan mode" in lowered(notice):  # a tenth of what the pattern's search costs
             for match in PLAN_MODE.finditer(notice):
                 planning = match.group("off") is None
     return planning
@@ -6274,7 +6278,7 @@ def _plan_mode(notices: Sequence[str]) -> bool:
 def working_directory(notices: Sequence[str]) -> str:
     """Return the announced working directory; "" when none or more than one is named."""
     naming = [notice for notice in notices
-              for lower in (notice.lower(),) if "working directory" in lower or "cwd" in lower]
+              for lower in (lowered(notice),) if "working directory" in lower or "cwd" in lower]
     found = {match.group(1).strip().rstrip("/.") for notice in naming
              for match in WORKING_DIRECTORY.finditer(notice)}
     return found.pop() if len(found) == 1 else ""
@@ -10501,7 +10505,7 @@ class Session:
 
 
 def tool_segments(tools: WrittenTools) -> List[Segment]:
-    texts = [(tool.name, to_json(tool)) for tool in tools.tools]
+    texts = [(tool.name, to_json(tool_json(tool))) for tool in tools.tools]
     return [Segment(f"tools changed at {name}", text, estimate_tokens(text))
             for name, text in texts]
 
