@@ -1838,7 +1838,8 @@ def read_body(data: bytes) -> Any:
     at = data.rfind(TOOLS_KEY) + len(TOOLS_KEY)  # in a string its quotes would be escaped
     for written, tools in _known_tools:
         if data.startswith(written, at):
-            body = _read_around(data[:at], tools, data[at + len(written):])
+            view = memoryview(data)
+            body = _read_around(view[:at], tools, view[at + len(written):])
             if body is not None:
                 return body
     body = parse_json(data)
@@ -1852,7 +1853,7 @@ def read_body(data: bytes) -> Any:
     return body
 
 
-def _read_around(before: bytes, tools: List[Any], behind: bytes) -> Optional[Json]:
+def _read_around(before: memoryview, tools: List[Any], behind: memoryview) -> Optional[Json]:
     """Read a body whose tools are known; None where they are not its own tools.
 
     NaN, which no body may hold, stands for them: so it is seen where they belong.
@@ -1865,7 +1866,7 @@ def _read_around(before: bytes, tools: List[Any], behind: bytes) -> Optional[Jso
 
     decoder = json.JSONDecoder(parse_constant=put_back, parse_float=_finite)
     try:
-        body = decoder.decode((before + b"NaN" + behind).decode())
+        body = decoder.decode(b"".join((before, b"NaN", behind)).decode())
     except (ValueError, RecursionError):
         return None
     own = seen == ["NaN"] and isinstance(body, dict) and body.get("tools") is tools
@@ -11398,7 +11399,8 @@ class Handler:
         link, progress = self.link, Progress()
         pieces, missing = [], length
         while True:
-            piece = bytes(link.input[:missing])
+            with memoryview(link.input) as arrived:
+                piece = bytes(arrived[:missing])
             del link.input[:len(piece)]
             pieces.append(piece)
             missing -= len(piece)
