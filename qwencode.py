@@ -1643,9 +1643,10 @@ def _take(holder: Json, key: str, kind: Type[Value], default: Value) -> Value:
 
 def _need(holder: Json, key: str, kind: Type[Value]) -> Value:
     """Read holder[key], which must be there."""
-    if holder.get(key) is None:
+    value: Optional[Value] = _take(holder, key, kind, None)
+    if value is None:
         raise BadRequestError(f".{key}: {TYPE_WORDS[kind]} is required")
-    return _take(holder, key, kind, kind())
+    return value
 
 
 def _choice(holder: Json, key: str, choices: Tuple[str, ...]) -> str:
