@@ -115,6 +115,18 @@ def test_a_long_text_is_judged_by_slices_to_within_five_percent():
     assert estimate_tokens(piece * 200) == pytest.approx(whole, rel=0.05)
 
 
+def test_many_long_texts_are_judged_together_to_within_five_percent():
+    """Each from fewer slices than it would be alone; chance errors cancel."""
+    texts = [(text * (40_000 // len(text)))[:number * 1000 + 3000]
+             for number, (_, text, _) in enumerate(counted_texts.COUNTED) if len(text) > 100]
+    chars = sum(map(len, texts))
+    whole = sum(estimate_tokens(text[at:at + 5000]) for text in texts
+                for at in range(0, len(text), 5000))
+    together = sum(sum(qwencode.text_sizes(text, len(text) / chars)) for text in texts)
+    assert len(texts) > 10
+    assert together == pytest.approx(whole, rel=0.05)
+
+
 def test_ten_megabytes_cost_milliseconds():
     text = "the quick brown fox = jumps(over, 13);\n" * 270_000
     started = time.process_time()
