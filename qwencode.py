@@ -176,6 +176,8 @@ FOLLOW_S = 1.0  # between looks at whether anybody still listens to a request
 FACTS_TTL_S = 300.0  # what /api/show said is asked again after this
 NO_FACTS_TTL_S = 15.0  # where it said nothing: it may have been starting
 MAX_MODELS = 64  # models whose facts are remembered
+MAX_KNOWN_TOOLS = 4  # lists of tools whose bytes are: a session's and its subagents'
+MAX_TOOLS_CHARS = 1 << 20  # of such a list; the CLI's have 63 KB
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
 LINGER_S = 3.0  # a client that still sends may read its refusal for so long
@@ -200,11 +202,12 @@ MAX_LOG_TOOLS = 4  # tool names in one log line; a turn can hold dozens of calls
 # 20,000 tokens minutes. A token: 200/s on a large GPU, 1/s on a CPU.
 FIRST_TOKEN_BOUNDS_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 600.0)
 PER_TOKEN_BOUNDS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
-# Counting (section 7). A text of more characters is counted by slices, a sixth of it
-# and at most so many characters: 10 MB in 1 ms instead of 200, most within 2 %.
+# Counting (section 7). A text of more characters is counted by 36 slices and one more for
+# each 2,048 characters, at most so many: two in three are within 3 % of counting it whole,
+# 262 files of code, prose and logs within 10 %. 24 KB take 0.06 ms, 10 MB 1 ms, not 200.
 WHOLE_TEXT_CHARS = 8192
-SAMPLE_SLICE = 256
-MAX_SAMPLE_CHARS = 24_576
+SLICE_CHARS = 64
+MAX_SLICES = 384
 MAX_SLIM_KNOWN_CHARS = 16_384  # of a text that is kept with its slim form; 128 of them
 MESSAGE_TOKENS = 5  # ChatML's own for each message (contract/ollama.md 5a)
 MAX_KNOWN_TEXTS = 20_000  # texts whose counts are remembered, some 200 bytes each
@@ -842,9 +845,12 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def to_json(value: Any) -> str:
     """Write compact ASCII JSON: safe for lone surrogates and twice as fast as UTF-8."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _encode(value)
 
 
 def _no_constant(name: str) -> Any:
@@ -1033,87 +1039,81 @@ class ChunkDecoder:
 # their input in the JSON of whatever language it has in mind.
 
 
-class ToolKind(NamedTuple):
-    """One row of TOOL_KINDS: a kind of tool, the parameters it needs, its names."""
-
-    needs: str
-    names: str
+def words_of(text: str) -> Tuple[str, ...]:
+    return tuple(text.split())
 
 
-# Names are those of Claude Code, Qwen Code, Gemini CLI, Cline, Roo, Cursor, Continue,
-# OpenHands, SWE-agent, Codex, Goose, Zed, VS Code and the MCP file-system server.
-TOOL_KINDS: Tuple[ToolKind, ...] = (
-    ToolKind("command", "bash shell run_command run_shell_command execute_bash execute_command "
-             "terminal run_terminal_cmd run_terminal_command run_in_terminal terminal_command exec "
-             "exec_command execute run_bash run_shell bash_command shell_command execute_shell "
-             "execute_shell_command local_shell shell_exec sh cmd command console powershell zsh "
-             "bash_tool terminal_run run_cmd execute_terminal_command system developer__shell run"),
-    ToolKind("file_path old_string new_string", "edit edit_file str_replace str_replace_editor "
-             "str_replace_based_edit_tool replace_in_file search_replace search_and_replace "
-             "replace update_file modify_file find_and_replace replace_string_in_file file_edit "
-             "apply_edit patch_file apply_diff change_file string_replace replace_text edit_block"),
-    ToolKind("file_path content", "write write_file create_file write_to_file save_file new_file "
-             "create_new_file file_write fs_write write_text_file overwrite_file make_file create "
-             "file_create put_file save create_text_file write_new_file edit_file "
-             "create_or_update_file str_replace_editor str_replace_based_edit_tool"),
-    ToolKind("file_path", "read read_file view_file open_file view file_read fs_read cat open "
-             "read_text_file get_file_contents get_file read_files fetch_file_content show_file "
-             "load_file read_file_content cat_file view_source file_view str_replace_editor "
-             "str_replace_based_edit_tool"),
-    ToolKind("pattern", "grep grep_search search_files search_file_content ripgrep rg search_code "
-             "code_search codebase_search grep_files search_in_files search search_for_pattern "
-             "text_search find_in_files search_text search_dir search_file grep_tool"),
-    ToolKind("pattern", "glob find_files glob_file_search file_search find find_file glob_search "
-             "list_files search_file_names find_path find_by_name file_glob_search glob_files"),
-    ToolKind("path", "ls list list_directory list_dir list_files list_folder read_directory dir "
-             "view_directory list_directory_contents"),
-    ToolKind("url", "web_fetch fetch fetch_url fetch_web fetch_webpage browse get_url open_url "
-             "read_url url_fetch fetch_page read_web_page http_get"),
-    ToolKind("query", "web_search search_web google_search brave_search internet_search search "
-             "google_web_search bing_search duckduckgo_search"),
-    ToolKind("todos", "todo_write write_todos update_todos todo update_todo_list update_plan "
-             "todo_list manage_todo_list todowrite"),
-    ToolKind("prompt", "agent task dispatch_agent spawn_agent new_task subagent launch_agent "
-             "run_agent delegate delegate_task run_subagent"),
-    ToolKind("skill", "skill use_skill run_skill invoke_skill load_skill"),
-)
+# A kind of tool in each row: the parameters it needs, and its names. These are of Claude Code,
+# Qwen Code, Gemini CLI, Cline, Roo, Cursor, Continue, OpenHands, SWE-agent, Codex, Goose, Zed,
+# VS Code and the MCP file-system server.
+TOOL_KINDS = """
+command: bash shell run_command run_shell_command execute_bash execute_command terminal
+  run_terminal_cmd run_terminal_command run_in_terminal terminal_command exec exec_command execute
+  run_bash run_shell bash_command shell_command execute_shell execute_shell_command local_shell
+  shell_exec sh cmd command console powershell zsh bash_tool terminal_run run_cmd
+  execute_terminal_command system developer__shell run
+file_path old_string new_string: edit edit_file str_replace str_replace_editor
+  str_replace_based_edit_tool replace_in_file search_replace search_and_replace replace
+  update_file modify_file find_and_replace replace_string_in_file file_edit apply_edit patch_file
+  apply_diff change_file string_replace replace_text edit_block
+file_path content: write write_file create_file write_to_file save_file new_file create_new_file
+  file_write fs_write write_text_file overwrite_file make_file create file_create put_file save
+  create_text_file write_new_file edit_file create_or_update_file str_replace_editor
+  str_replace_based_edit_tool
+file_path: read read_file view_file open_file view file_read fs_read cat open read_text_file
+  get_file_contents get_file read_files fetch_file_content show_file load_file read_file_content
+  cat_file view_source file_view str_replace_editor str_replace_based_edit_tool
+pattern: grep grep_search search_files search_file_content ripgrep rg search_code code_search
+  codebase_search grep_files search_in_files search search_for_pattern text_search find_in_files
+  search_text search_dir search_file grep_tool
+pattern: glob find_files glob_file_search file_search find find_file glob_search list_files
+  search_file_names find_path find_by_name file_glob_search glob_files
+path: ls list list_directory list_dir list_files list_folder read_directory dir view_directory
+  list_directory_contents
+url: web_fetch fetch fetch_url fetch_web fetch_webpage browse get_url open_url read_url url_fetch
+  fetch_page read_web_page http_get
+query: web_search search_web google_search brave_search internet_search search google_web_search
+  bing_search duckduckgo_search
+todos: todo_write write_todos update_todos todo update_todo_list update_plan todo_list
+  manage_todo_list todowrite
+prompt: agent task dispatch_agent spawn_agent new_task subagent launch_agent run_agent delegate
+  delegate_task run_subagent
+skill: skill use_skill run_skill invoke_skill load_skill
+"""
 # Parameter names that stand for each other; a tool's schema says which one it wants.
-PARAMETER_NAMES: Tuple[str, ...] = (
-    "file_path path filename file file_name filepath target_file absolute_path abs_path "
-    "full_path relative_path pathname name_of_file target_path output_path destination uri",
-    "command cmd shell_command command_line bash_command script code commands bash argv shell",
-    "content contents text file_text file_content file_contents body data new_content code "
-    "code_content value file_body source",
-    "old_string old_str old_text old search find target original search_string old_content "
-    "original_text from string_to_replace old_code search_text",
-    "new_string new_str new_text new replace replacement replace_with new_content updated "
-    "replace_string to new_code replace_text updated_text",
-    "pattern regex regexp query search_pattern glob glob_pattern search_query search_term search "
-    "expression file_pattern keyword text",
-    "path directory dir folder dir_path directory_path target_directory root search_path cwd "
-    "search_dir relative_workspace_path file_path include_path",
-    "glob include file_pattern include_pattern glob_pattern file_glob filter",
-    "query search_query search_term q keywords text search term",
-    "url uri link address href website page",
-    "prompt task instruction instructions message question request query",
-    "description summary title",
-    "offset start_line line_start start from_line begin_line line_number start_line_number",
-    "limit num_lines max_lines line_count count lines n_lines line_limit number_of_lines "
-    "max_results",
-    "timeout timeout_ms timeout_seconds time_limit",
-    "replace_all all global replace_all_occurrences replace_all_matches",
-    "run_in_background is_background background in_background",
-    "todos todo_list items tasks plan todo",
-    "skill skill_name name",
-    "args arguments argument parameters",
-    "subagent_type agent_type agent type",
-)
+PARAMETER_NAMES = """
+file_path path filename file file_name filepath target_file absolute_path abs_path full_path
+  relative_path pathname name_of_file target_path output_path destination uri
+command cmd shell_command command_line bash_command script code commands bash argv shell
+content contents text file_text file_content file_contents body data new_content code code_content
+  value file_body source
+old_string old_str old_text old search find target original search_string old_content
+  original_text from string_to_replace old_code search_text
+new_string new_str new_text new replace replacement replace_with new_content updated
+  replace_string to new_code replace_text updated_text
+pattern regex regexp query search_pattern glob glob_pattern search_query search_term search
+  expression file_pattern keyword text
+path directory dir folder dir_path directory_path target_directory root search_path cwd search_dir
+  relative_workspace_path file_path include_path
+glob include file_pattern include_pattern glob_pattern file_glob filter
+query search_query search_term q keywords text search term
+url uri link address href website page
+prompt task instruction instructions message question request query
+description summary title
+offset start_line line_start start from_line begin_line line_number start_line_number
+limit num_lines max_lines line_count count lines n_lines line_limit number_of_lines max_results
+timeout timeout_ms timeout_seconds time_limit
+replace_all all global replace_all_occurrences replace_all_matches
+run_in_background is_background background in_background
+todos todo_list items tasks plan todo
+skill skill_name name
+args arguments argument parameters
+subagent_type agent_type agent type
+"""
 NOT_PLAIN = Pattern(r"[^a-z0-9]+")
 NAMESPACE = Pattern(r"^(?:functions?|tools?|default_api|container|repo_browser)[.:/]|:\d+$|\.call$")
 WRAPPER_KEYS = ("arguments", "parameters", "input", "args", "params", "kwargs", "tool_input",
                 "action_input", "properties")
-INTEGER_TEXT = Pattern(r"\s*([+-]?[0-9]{1,18})(?:\.0*)?\s*")
-DECIMAL_TEXT = Pattern(r"\s*[+-]?[0-9]{1,18}(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,2})?\s*")
 
 
 @lru_cache(maxsize=1024)
@@ -1122,14 +1122,33 @@ def plain_name(name: str) -> str:
     return NOT_PLAIN.sub("", name.lower())
 
 
-@cache
+def rows_of(table: str) -> List[str]:
+    """Cut a table into its rows; what is indented goes on with the row above it."""
+    return table.replace("\n  ", " ").strip().split("\n")
+
+
 def plain_words(row: str) -> Tuple[str, ...]:
-    return tuple(plain_name(word) for word in row.split())
+    return tuple(map(plain_name, row.split()))
+
+
+@cache
+def tool_kinds() -> List[Tuple[List[str], Tuple[str, ...]]]:
+    """Read TOOL_KINDS: what each kind needs, and its names, folded."""
+    cut = [row.partition(": ") for row in rows_of(TOOL_KINDS)]
+    return [(needs.split(), plain_words(names)) for needs, _, names in cut]
+
+
+@cache
+def parameter_names() -> List[Tuple[str, ...]]:
+    return [plain_words(row) for row in rows_of(PARAMETER_NAMES)]
+
+
+def _mapping(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
 
 
 def properties_of(schema: Any) -> Json:
-    found = schema.get("properties") if isinstance(schema, dict) else None
-    return found if isinstance(found, dict) else {}
+    return _mapping(_mapping(schema).get("properties"))
 
 
 def required_of(schema: Json) -> List[str]:
@@ -1143,12 +1162,16 @@ def parameter_for(name: str, properties: Json, taken: Iterable[str] = ()) -> Opt
     free = {plain_name(known): known for known in reversed(list(properties)) if known not in taken}
     if folded in free:
         return free[folded]
-    for row in map(plain_words, PARAMETER_NAMES):
+    for row in parameter_names():
         if folded in row:
             for word in row:
                 if word in free:
                     return free[word]
     return None
+
+
+def has_parameters(needs: Sequence[str], properties: Json) -> bool:
+    return all(parameter_for(need, properties) for need in needs)
 
 
 def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
@@ -1159,18 +1182,17 @@ def tools_meant(name: str, tools: Mapping[str, Tool]) -> List[Tool]:
     same = [tool for tool in tools.values() if folded and plain_name(tool.name) == folded]
     if same or not folded:
         return same[:1]
-    found = []
-    for kind in TOOL_KINDS:
-        names, needs = plain_words(kind.names), kind.needs.split()
-        if folded in names:
-            fits = [tool for tool in tools.values()
-                    if all(parameter_for(need, properties_of(tool.schema)) for need in needs)]
-            named = [tool for tool in fits if plain_name(tool.name) in names]
-            exact = [tool for tool in fits if len(required_of(tool.schema)) == len(needs)
-                     and kind.needs != "path"  # to list a folder is not to read a file
-                     and all(parameter_for(need, dict.fromkeys(required_of(tool.schema)))
-                             for need in needs)]
-            found += named or (exact if len(exact) == 1 else [])
+    found: List[Tool] = []
+    for needs, names in tool_kinds():
+        if folded not in names:
+            continue
+        fits = [tool for tool in tools.values()
+                if has_parameters(needs, properties_of(tool.schema))]
+        exact = [tool for tool in fits if len(required_of(tool.schema)) == len(needs)
+                 and needs != ["path"]  # to list a folder is not to read a file
+                 and has_parameters(needs, dict.fromkeys(required_of(tool.schema)))]
+        found += [tool for tool in fits if plain_name(tool.name) in names] or (
+            exact if len(exact) == 1 else [])
     tails = [tool for tool in tools.values() if plain_name(tool.name.rsplit("__", 1)[-1]) == folded]
     return found + (tails if len(tails) == 1 else [])
 
@@ -1199,18 +1221,19 @@ def as_object(arguments: Any, schema: Json, depth: int = 4) -> Optional[Json]:
     """Read arguments given as an object, as JSON text, or as the one value needed."""
     if arguments is None:
         return {}
+    inner: Any = None
     if isinstance(arguments, dict):
-        inner = [key for key in arguments if (key in WRAPPER_KEYS and len(arguments) == 1)
-                 or (key == "properties" and arguments.get("type") == "object")]
-        if inner and depth and inner[0] not in properties_of(schema):
-            return as_object(arguments[inner[0]], schema, depth - 1)
-        return arguments
-    if isinstance(arguments, str) and arguments.strip()[:1] in ("{", "[", '"') and depth:
-        value = loose_json(arguments)
-        if value is not None:
-            return as_object(value, schema, depth - 1)
-    if isinstance(arguments, list) and len(arguments) == 1 and isinstance(arguments[0], dict):
-        return as_object(arguments[0], schema, depth - 1) if depth else None
+        wrapped = [key for key in arguments if (key in WRAPPER_KEYS and len(arguments) == 1)
+                   or (key == "properties" and arguments.get("type") == "object")]
+        if not depth or not wrapped or wrapped[0] in properties_of(schema):
+            return arguments
+        return as_object(arguments[wrapped[0]], schema, depth - 1)
+    if isinstance(arguments, str) and arguments.strip()[:1] in ("{", "[", '"'):
+        inner = loose_json(arguments)
+    elif isinstance(arguments, list) and len(arguments) == 1 and isinstance(arguments[0], dict):
+        inner = arguments[0]
+    if inner is not None:
+        return as_object(inner, schema, depth - 1) if depth else None
     needed = required_of(schema) or list(properties_of(schema))
     usable = isinstance(arguments, (str, list)) and bool(arguments) and len(needed) == 1
     return {needed[0]: arguments} if usable else None
@@ -1237,47 +1260,40 @@ def fit_object(given: Json, schema: Json, open_by_default: bool = True) -> Json:
 
 def types_of(schema: Any) -> List[str]:
     """List the JSON types that a schema allows; none listed means any."""
-    if not isinstance(schema, dict):
-        return []
-    kind = schema.get("type")
-    if kind is None:
+    schema = _mapping(schema)
+    kinds = schema.get("type")
+    if kinds is None:
         choices = schema.get("anyOf") or schema.get("oneOf")
-        return [each for choice in (choices if isinstance(choices, list) else ())
-                for each in types_of(choice)]
-    return [each for each in (kind if isinstance(kind, list) else [kind])
-            if isinstance(each, str) and each in SCHEMA_TYPES]
+        kinds = [kind for choice in choices for kind in types_of(choice)] \
+            if isinstance(choices, list) else []
+    return [kind for kind in (kinds if isinstance(kinds, list) else [kinds])
+            if isinstance(kind, str) and kind in SCHEMA_TYPES]
+
+
+SCHEMA_TYPES: Dict[str, Any] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list,
+    "object": dict, "null": type(None)}
+
+
+def is_of(value: Any, kind: str) -> bool:
+    """Tell whether a value is of a JSON type: 5.0 is an integer, True is no number."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    whole = kind == "integer" and isinstance(value, float) and value.is_integer()
+    return whole or isinstance(value, SCHEMA_TYPES[kind])
 
 
 def schema_takes(value: Any, schema: Any) -> bool:
     types = types_of(schema)
-    return not types or any(SCHEMA_TYPES[kind](value) for kind in types)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-SCHEMA_TYPES: Dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "integer": lambda value: is_number(value) and value == value // 1,
-    "number": is_number,
-    "boolean": lambda value: isinstance(value, bool),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-    "null": lambda value: value is None,
-}
+    return not types or any(is_of(value, kind) for kind in types)
 
 
 def coerced(value: Any, schema: Any, name: str = "") -> Any:
     """Mend a value's type; what cannot be mended stays for the client to judge."""
-    if not isinstance(schema, dict):
-        return value
+    schema = _mapping(schema)
     if not schema_takes(value, schema):
-        for kind in types_of(schema):
-            mended = COERCIONS[kind](value, name)
-            if mended is not None:
-                value = mended
-                break
+        mended = [retyped(value, kind, name) for kind in types_of(schema)]
+        value = next((each for each in mended if each is not None), value)
     if isinstance(value, dict) and properties_of(schema):
         return fit_object(value, schema)
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
@@ -1288,43 +1304,26 @@ def coerced(value: Any, schema: Any, name: str = "") -> Any:
     return value
 
 
+def retyped(value: Any, kind: str, name: str) -> Any:
+    """Read a value as another JSON type; None where it cannot be read so."""
+    if kind == "string":
+        return string_from(value, name)
+    if kind == "boolean":
+        return SWITCH_WORDS.get(str(value).strip().lower())
+    read = loose_json(value) if isinstance(value, str) else None
+    if kind == "array" and value is not None:
+        return read if isinstance(read, list) else [value]
+    if kind == "integer" and isinstance(read, float) and is_of(read, kind):
+        return int(read)
+    return read if is_of(read, kind) else None
+
+
 def string_from(value: Any, name: str) -> Optional[str]:
     """Write a value as text: an argument vector quoted, lines joined, else JSON."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return late("shlex").join(value) if plain_name(name) == "command" else "\n".join(value)
     return json.dumps(value, ensure_ascii=False, indent=2 if isinstance(value, dict) else None)
 
-
-def integer_from(value: Any, name: str) -> Optional[int]:
-    match = INTEGER_TEXT.fullmatch(value) if isinstance(value, str) else None
-    return int(match.group(1)) if match else None
-
-
-def number_from(value: Any, name: str) -> Union[int, float, None]:
-    whole = integer_from(value, name)
-    decimal = isinstance(value, str) and DECIMAL_TEXT.fullmatch(value)
-    return whole if whole is not None else float(value) if decimal else None
-
-
-def boolean_from(value: Any, name: str) -> Optional[bool]:
-    return SWITCH_WORDS.get(str(value).strip().lower())
-
-
-def array_from(value: Any, name: str) -> Optional[List[Any]]:
-    read = loose_json(value) if isinstance(value, str) else value
-    return read if isinstance(read, list) else None if value is None else [value]
-
-
-def object_from(value: Any, name: str) -> Optional[Json]:
-    read = loose_json(value) if isinstance(value, str) else None
-    return read if isinstance(read, dict) else None
-
-
-COERCIONS: Dict[str, Callable[[Any, str], Any]] = {
-    "string": string_from, "integer": integer_from, "number": number_from,
-    "boolean": boolean_from, "array": array_from, "object": object_from,
-    "null": lambda value, name: None,
-}
 
 # A string ends at a quote that is followed by what can follow a value in its place; any
 # other quote was left unescaped by the model and belongs to the text.
@@ -1342,7 +1341,7 @@ CLOSING_QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", '"""': '"""'
           "<escape>": "<escape>", '<|"|>': '<|"|>'}
 OPENING_QUOTE = Pattern("\"\"\"|'''|<escape>|<\\|\"\\|>|[\"'`\u201c]")
 JSON_BLANKS = Pattern(r"(?:\s+|//[^\n]*|/\*[^*]*(?:\*(?!/)[^*]*)*\*/|#[^\n]*)*")
-JSON_NUMBER = Pattern(r"-?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?![\w.])")
+JSON_NUMBER = Pattern(r"[-+]?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?![\w.])")
 JSON_WORD = Pattern(r"[A-Za-z_][\w./-]{0,200}")
 JSON_WORDS: Json = {"true": True, "false": False, "null": None, "none": None, "undefined": None}
 JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\",
@@ -1365,20 +1364,17 @@ class LooseJson:
         self.text, self.unclosed = text, False
 
     def value(self, at: int, end: Pattern = END_ALONE, depth: int = 0) -> Tuple[Any, int]:
-        opening = self.text[at:at + 1]
         if depth > MAX_JSON_DEPTH:
             raise ValueError("nested too deeply")
-        if opening == "{":
+        if self.text[at:at + 1] in ("{", "["):
             return self.members(at + 1, depth)
-        if opening == "[":
-            return self.items(at + 1, depth)
         quote = OPENING_QUOTE.match(self.text, at)
         if quote:
             return self.string(quote, end)
         number = JSON_NUMBER.match(self.text, at)
         if number:
             written = number.group()
-            return (int if written.lstrip("-").isdigit() else float)(written), number.end()
+            return (int if written.lstrip("-+").isdigit() else _finite)(written), number.end()
         word = JSON_WORD.match(self.text, at)
         if word:
             return JSON_WORDS.get(word.group().lower(), word.group()), word.end()
@@ -1388,45 +1384,34 @@ class LooseJson:
         match = JSON_BLANKS.match(self.text, at)
         return match.end() if match else at
 
-    def members(self, at: int, depth: int) -> Tuple[Json, int]:
-        result: Json = {}
+    def members(self, at: int, depth: int) -> Tuple[Any, int]:
+        """Read the object or array whose bracket stands before at."""
+        closing = "}" if self.text[at - 1] == "{" else "]"
+        result: Any = {} if closing == "}" else []
         end = at
         while True:
             at = self.skip(at)
             following = self.text[at:at + 1]
-            if following == "}":
+            if following == closing:
                 return result, at + 1
             if following == ",":
                 at += 1
+            elif result and self.ended(end, at):
+                return result, end
+            elif closing == "]":
+                value, at = self.value(at, END_IN_ARRAY, depth + 1)
+                result.append(value)
+                end = at
             elif following == "{" and not result:
                 result, at = self.members(at + 1, depth)
                 at = self.skip(at)
                 return result, at + (self.text[at:at + 1] == "}")
-            elif result and self.ended(end, at):
-                return result, end
             else:
                 key, at = self.value(at, END_OF_KEY, MAX_JSON_DEPTH)
                 colon = END_OF_KEY.match(self.text, at)
                 if not colon or not isinstance(key, (str, int)):
                     raise ValueError("no key")
                 result[str(key)], at = self.value(self.skip(colon.end()), END_IN_OBJECT, depth + 1)
-                end = at
-
-    def items(self, at: int, depth: int) -> Tuple[List[Any], int]:
-        result: List[Any] = []
-        end = at
-        while True:
-            at = self.skip(at)
-            following = self.text[at:at + 1]
-            if following == "]":
-                return result, at + 1
-            if following == ",":
-                at += 1
-            elif result and self.ended(end, at):
-                return result, end
-            else:
-                value, at = self.value(at, END_IN_ARRAY, depth + 1)
-                result.append(value)
                 end = at
 
     def ended(self, end: int, at: int) -> bool:
@@ -1501,30 +1486,24 @@ def loose_json(text: str) -> Any:
 # ------------------------------ the tool table ------------------------------
 # What a client's file tools are called (Claude Code; Qwen Code; other published agents).
 # Without these four kinds no work gets done, so they are never dropped.
-CORE_TOOLS = frozenset((
-    "Bash", "PowerShell", "run_shell_command", "shell", "execute_bash", "run_command", "bash",
-    "Read", "read_file", "read", "view",
-    "Edit", "edit", "edit_file", "replace", "str_replace", "str_replace_editor", "apply_patch",
-    "Write", "write_file", "write", "create_file"))
+CORE_TOOLS = frozenset(words_of("""
+    Bash PowerShell run_shell_command shell execute_bash run_command bash Read read_file read
+    view Edit edit edit_file replace str_replace str_replace_editor apply_patch Write
+    write_file write create_file"""))
 # Holds the client's tool search open; the model must never call it (contract F1).
 PLACEHOLDER_TOOL = "DeferredToolPlaceholder"
 MCP_PREFIX = "mcp__"
 # The client's other tools, the most useful first; ANY_OTHER_TOOL stands for those that
 # are not named. A required answer format and the ways to further tools come first.
 ANY_OTHER_TOOL = "*"
-TOOL_RANKS: Tuple[str, ...] = (
-    "StructuredOutput", "ToolSearch", "tool_search", "tool_call",
-    "Grep", "grep_search", "Glob", "glob", "LS", "list_directory", "MultiEdit",
-    "ExitPlanMode", "exit_plan_mode", "Agent", "Task", "agent", "Skill", "skill",
-    "AskUserQuestion", "ask_user_question", "TodoWrite", "todo_write", "WebFetch", "web_fetch",
-    ANY_OTHER_TOOL,
-    "BashOutput", "KillShell", "KillBash", "TaskStop", "task_stop",
-    "NotebookEdit", "notebook_edit", "TaskCreate", "TaskUpdate", "TaskOutput",
-    "Monitor", "monitor",
-    "SendMessage", "send_message", "TaskList", "TaskGet", "WebSearch", "web_search",
-    "EnterPlanMode", "ListAgents", "list_agents", "get_goal", "update_goal", "ReportFindings",
-    "EnterWorktree", "ExitWorktree", "CronCreate", "CronDelete", "CronList", "ScheduleWakeup",
-    "Workflow", "DesignSync")
+TOOL_RANKS = words_of("""
+    StructuredOutput ToolSearch tool_search tool_call Grep grep_search Glob glob LS
+    list_directory MultiEdit ExitPlanMode exit_plan_mode Agent Task agent Skill skill
+    AskUserQuestion ask_user_question TodoWrite todo_write WebFetch web_fetch * BashOutput
+    KillShell KillBash TaskStop task_stop NotebookEdit notebook_edit TaskCreate TaskUpdate
+    TaskOutput Monitor monitor SendMessage send_message TaskList TaskGet WebSearch web_search
+    EnterPlanMode ListAgents list_agents get_goal update_goal ReportFindings EnterWorktree
+    ExitWorktree CronCreate CronDelete CronList ScheduleWakeup Workflow DesignSync""")
 RANK_OF = {name: rank for rank, name in enumerate(TOOL_RANKS)}
 
 
@@ -1539,18 +1518,16 @@ def rank_tools(
     offered = [tool for tool in tools if tool.name != PLACEHOLDER_TOOL]
     if not limit or len(offered) <= limit:
         return offered
-    names = list(dict.fromkeys(tool.name for tool in offered))
-    kept = {name for name in names if name in CORE_TOOLS or name in in_use}
-    kept.update(_shell_by_shape(offered))
-    servers = {mcp_server(name) for name in kept} - {""}
-    for name in sorted(names, key=_rank):
-        server = mcp_server(name)
-        if len(kept) < limit and server and server not in servers:
-            servers.add(server)
-            kept.add(name)
-    for name in sorted(names, key=_rank):
-        if len(kept) < limit:
-            kept.add(name)
+    kept = {tool.name for tool in offered if tool.name in CORE_TOOLS or tool.name in in_use}
+    if not any(tool.name in CORE_TOOLS for tool in offered):  # a client of unknown names
+        kept.update([tool.name for tool in offered if "command" in required_of(tool.schema)
+                     and not mcp_server(tool.name)][:1])
+    ranked = sorted([tool.name for tool in offered], key=_rank)
+    best_of_server = {mcp_server(name): name for name in reversed(ranked)}
+    served = {"", *map(mcp_server, kept)}
+    first = [name for server, name in best_of_server.items() if server not in served]
+    waiting = dict.fromkeys([*sorted(first, key=ranked.index), *ranked])
+    kept.update([name for name in waiting if name not in kept][:max(limit - len(kept), 0)])
     return [tool for tool in offered if tool.name in kept]
 
 
@@ -1563,15 +1540,6 @@ def mcp_server(name: str) -> str:
 def _rank(name: str) -> int:
     unnamed = len(TOOL_RANKS) if mcp_server(name) else RANK_OF[ANY_OTHER_TOOL]
     return RANK_OF.get(name, unnamed)
-
-
-def _shell_by_shape(tools: Sequence[Tool]) -> List[str]:
-    """The shell of a client whose names are unknown: the tool that requires a command."""
-    if any(tool.name in CORE_TOOLS for tool in tools):
-        return []
-    shells = [tool.name for tool in tools
-              if "command" in required_of(tool.schema) and not mcp_server(tool.name)]
-    return shells[:1]
 
 
 # ------------------------------ parsing ------------------------------
@@ -1611,36 +1579,55 @@ JSON_TYPE_WORDS = {
     str: "a string", bool: "a boolean", int: "a number", float: "a number",
     dict: "an object", list: "an array", type(None): "null",
 }
-TYPE_WORDS = {str: "a string", dict: "an object", list: "an array", bool: "a boolean",
-              int: "a whole number"}
+TYPE_WORDS = {**JSON_TYPE_WORDS, int: "a whole number"}
 
 
-def _wrong(path: str, expected: str, value: Any) -> BadRequestError:
-    return BadRequestError(f"{path}: expected {expected}, got {JSON_TYPE_WORDS[type(value)]}")
+# A refusal's message begins with the place within what was read (".type: ..."); who reads
+# the whole puts its own place before it.
+
+def _wrong(place: str, expected: str, value: Any) -> BadRequestError:
+    return BadRequestError(f"{place}: expected {expected}, got {JSON_TYPE_WORDS[type(value)]}")
 
 
-def _take(holder: Json, key: str, kind: Type[Value], path: str, default: Value) -> Value:
+def _take(holder: Json, key: str, kind: Type[Value], default: Value) -> Value:
     """Read holder[key]; null and absent give the default, a wrong type 400."""
     value = holder.get(key)
     if value is None:
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _wrong(f"{path}.{key}" if path else key, TYPE_WORDS[kind], value)
+        raise _wrong("." + key, TYPE_WORDS[kind], value)
     return value
 
 
-def _need(holder: Any, key: str, kind: Type[Value], path: str) -> Value:
+def _need(holder: Json, key: str, kind: Type[Value]) -> Value:
     """Read holder[key], which must be there."""
-    where = f"{path}.{key}" if path else key
-    if holder.get(key) is None:
-        raise BadRequestError(f"{where}: {TYPE_WORDS[kind]} is required")
-    return _take(holder, key, kind, path, kind())
-
-
-def _object(value: Any, path: str) -> Json:
-    if not isinstance(value, dict):
-        raise _wrong(path, "an object", value)
+    value: Optional[Value] = _take(holder, key, kind, None)
+    if value is None:
+        raise BadRequestError(f".{key}: {TYPE_WORDS[kind]} is required")
     return value
+
+
+def _choice(holder: Json, key: str, choices: Tuple[str, ...]) -> str:
+    """Read holder[key], which must be one of the choices."""
+    value = _need(holder, key, str)
+    if value not in choices:
+        raise BadRequestError(f".{key}: expected {', '.join(choices[:-1])} or {choices[-1]},"
+                              f" got {clean(value, 40)!r}")
+    return value
+
+
+def _at(place: str, value: Any, read: Callable[[Json], Value]) -> Value:
+    """Read an object that stands at a place."""
+    try:
+        if not isinstance(value, dict):
+            raise _wrong("", "an object", value)
+        return read(value)
+    except BadRequestError as error:
+        raise BadRequestError(place + error.message) from None
+
+
+def _each(place: str, values: List[Any], read: Callable[[Json], Value]) -> Tuple[Value, ...]:
+    return tuple([_at(f"{place}.{i}", value, read) for i, value in enumerate(values)])
 
 
 # Claude Code's first system block changes with the first user message, and with it
@@ -1658,112 +1645,90 @@ def as_reminder(text: str) -> str:
     return f"{REMINDER_START}\n{text}\n</system-reminder>"
 
 
-def _read_system(value: Any, path: str = "system") -> Tuple[str, ...]:
-    """Read a system prompt: a string or text blocks."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        texts = [value]
-    elif isinstance(value, list):
-        blocks = [_object(block, f"{path}.{i}") for i, block in enumerate(value)]
-        texts = [_need(block, "text", str, f"{path}.{i}") if block.get("type", "text") == "text"
-                 else _notice_of(block) for i, block in enumerate(blocks)]
-    else:
-        raise _wrong(path, "a string or an array of text blocks", value)
-    return tuple(text for text in (BILLING_HEADER.sub("", text) for text in texts) if text)
-
-
-def _notice_of(block: Json) -> str:
+def _notice_of(block: Json) -> Text:
     """Say in words what cannot be passed on: never base64 in the prompt."""
-    kind = clean(str(block.get("type", "unknown")), 60)
-    source = block.get("source")
-    source = source if isinstance(source, dict) else {}
-    if kind == "document" and source.get("type") == "text" and isinstance(source.get("data"), str):
-        return str(source["data"])
-    media = clean(str(source.get("media_type") or ""), 60)
-    size = len(source["data"]) * 3 // 4096 if isinstance(source.get("data"), str) else 0
-    detail = ", ".join(filter(None, (media, f"{size} KB" if size else "")))
-    return f"[A block of type {kind}{f' ({detail})' if detail else ''} was left out here:" \
-           " this model reads text only.]"
+    kind, source = clean(str(block.get("type", "unknown")), 60), _mapping(block.get("source"))
+    data = source.get("data")
+    if kind == "document" and source.get("type") == "text" and isinstance(data, str):
+        return Text(data)
+    kilobytes = len(data) * 3 // 4096 if isinstance(data, str) else 0
+    detail = ", ".join(filter(None, (clean(str(source.get("media_type") or ""), 60),
+                                     f"{kilobytes} KB" if kilobytes else "")))
+    return Text(f"[A block of type {kind}{f' ({detail})' if detail else ''} was left out here:"
+                " this model reads text only.]")
 
 
-def _text_block(block: Json, path: str) -> Block:
-    return Text(_need(block, "text", str, path))
-
-
-def _thinking_block(block: Json, path: str) -> Block:
-    return Thinking(_take(block, "thinking", str, path, ""))
-
-
-def _image_block(block: Json, path: str) -> Block:
-    source = _need(block, "source", dict, path)
+def _image_block(block: Json) -> Block:
+    source = _need(block, "source", dict)
     if source.get("type") != "base64":
         return Text("[An image was left out here: only images sent as base64 can be shown"
                     " to the model.]")
-    data = _need(source, "data", str, f"{path}.source")
+    data = _at(".source", source, lambda holder: _need(holder, "data", str))
     return Image(DATA_URI.sub("", data).translate(URL_SAFE_ALPHABET))
 
 
-def _tool_use_block(block: Json, path: str) -> Block:
-    return ToolUse(_need(block, "id", str, path), _need(block, "name", str, path),
-                   _take(block, "input", dict, path, {}))
+def blocks_of(kind: Type[Value], blocks: Iterable[Block]) -> List[Value]:
+    return [block for block in blocks if isinstance(block, kind)]
 
 
-def _tool_result_block(block: Json, path: str) -> Block:
-    content = block.get("content")
-    if content is None or isinstance(content, str):
-        parts: List[Block] = [Text(content or "")]
-    elif isinstance(content, list):
-        parts = [_result_part(_object(part, f"{path}.content.{i}"), f"{path}.content.{i}")
-                 for i, part in enumerate(content)]
-    else:
-        raise _wrong(f"{path}.content", "a string or an array of blocks", content)
-    text = "\n".join(part.text for part in parts if isinstance(part, Text) and part.text)
-    images = tuple(part for part in parts if isinstance(part, Image))
-    failed = _take(block, "is_error", bool, path, False)
+def _tool_result_block(block: Json) -> Block:
+    parts = _read_content(block)
+    text = "\n".join([part.text for part in blocks_of(Text, parts) if part.text])
+    images = tuple(blocks_of(Image, parts))
+    failed = _take(block, "is_error", bool, False)
     if failed:
         text = f"[The tool call failed]\n{text}"
-    return ToolResult(_need(block, "tool_use_id", str, path),
+    return ToolResult(_need(block, "tool_use_id", str),
                       text or ("[image]" if images else "(no output)"), images, failed)
 
 
-def _result_part(part: Json, path: str) -> Block:
-    if part.get("type") == "tool_reference":
-        name = _need(part, "tool_name", str, path)
-        return Text(f"The tool {name} is loaded now and can be called.")
-    return _read_block(part, path)
-
-
-BLOCK_READERS: Dict[str, Callable[[Json, str], Block]] = {
-    "text": _text_block, "thinking": _thinking_block, "image": _image_block,
-    "tool_use": _tool_use_block, "tool_result": _tool_result_block,
+BLOCK_READERS: Dict[str, Callable[[Json], Block]] = {
+    "text": lambda block: Text(_need(block, "text", str)),
+    "thinking": lambda block: Thinking(_take(block, "thinking", str, "")),
+    "redacted_thinking": lambda block: Thinking(""),
+    "image": _image_block,
+    "tool_use": lambda block: ToolUse(
+        _need(block, "id", str), _need(block, "name", str), _take(block, "input", dict, {})),
+    "tool_result": _tool_result_block,
+    "tool_reference": lambda block: Text(
+        f"The tool {_need(block, 'tool_name', str)} is loaded now and can be called."),
 }
 
 
-def _read_block(block: Json, path: str) -> Block:
-    kind = _need(block, "type", str, path)
-    if kind == "redacted_thinking":
-        return Thinking("")
-    reader = BLOCK_READERS.get(kind)
-    return reader(block, path) if reader else Text(_notice_of(block))
+def _read_block(block: Json) -> Block:
+    return BLOCK_READERS.get(_need(block, "type", str), _notice_of)(block)
 
 
-def _read_message(value: Any, path: str) -> Message:
-    message = _object(value, path)
-    role = _need(message, "role", str, path)
-    if role == "developer":
-        role = "system"
-    if role not in ("user", "assistant", "system"):
-        raise BadRequestError(f"{path}.role: expected user, assistant or system,"
-                              f" got {clean(role, 40)!r}")
-    content = message.get("content")
+def _read_content(holder: Json) -> Tuple[Block, ...]:
+    """Read the content of a message or a tool result: a string or blocks."""
+    content = holder.get("content")
     if content is None or isinstance(content, str):
-        return Message(role, (Text(content),) if content else ())
+        return (Text(content),) if content else ()
     if not isinstance(content, list):
-        raise _wrong(f"{path}.content", "a string or an array of blocks", content)
-    return Message(role, tuple(
-        _read_block(_object(block, f"{path}.content.{i}"), f"{path}.content.{i}")
-        for i, block in enumerate(content)))
+        raise _wrong(".content", "a string or an array of blocks", content)
+    return _each(".content", content, _read_block)
+
+
+def _read_message(message: Json) -> Message:
+    if message.get("role") == "developer":
+        return Message("system", _read_content(message))
+    return Message(_choice(message, "role", ("user", "assistant", "system")),
+                   _read_content(message))
+
+
+def _read_system(value: Any) -> Tuple[str, ...]:
+    """Read a system prompt: a string or text blocks, without the billing header."""
+    if isinstance(value, str):
+        value = [{"text": value}]
+    elif value is not None and not isinstance(value, list):
+        raise _wrong(".system", "a string or an array of text blocks", value)
+    texts = _each(".system", value or [], lambda block: _need(block, "text", str)
+                  if block.get("type", "text") == "text" else _notice_of(block).text)
+    return tuple(text for text in map(without_billing, texts) if text)
+
+
+def without_billing(text: str) -> str:
+    return BILLING_HEADER.sub("", text) if text.startswith("x-anthropic-billing") else text
 
 
 _latest_tools: List[Tuple[List[Any], Tuple[Tool, ...]]] = [([], ())]
@@ -1777,65 +1742,94 @@ def _read_tools(value: List[Any]) -> Tuple[Tool, ...]:
     known, read = _latest_tools[0]
     if value == known:
         return read
-    tools = []
-    for i, entry in enumerate(value):
-        tool = _object(entry, f"tools.{i}")
-        if tool.get("type") not in (None, "custom"):
-            continue
-        tools.append(Tool(_need(tool, "name", str, f"tools.{i}"),
-                          _take(tool, "description", str, f"tools.{i}", ""),
-                          _take(tool, "input_schema", dict, f"tools.{i}", {})))
-    _latest_tools[0] = (value, tuple(tools))
-    return tuple(tools)
+    tools = _each(".tools", value, lambda tool: Tool(
+        _need(tool, "name", str), _take(tool, "description", str, ""),
+        _take(tool, "input_schema", dict, {}))
+        if tool.get("type") in (None, "custom") else None)
+    own = tuple(tool for tool in tools if tool)
+    _latest_tools[0] = (value, own)
+    return own
 
 
-def _read_tool_choice(value: Optional[Json]) -> ToolChoice:
-    if value is None:
-        return ToolChoice()
-    kind = _need(value, "type", str, "tool_choice")
-    if kind not in ("auto", "any", "tool", "none"):
-        raise BadRequestError("tool_choice.type: expected auto, any, tool or none,"
-                              f" got {clean(kind, 40)!r}")
-    name = _need(value, "name", str, "tool_choice") if kind == "tool" else ""
-    return ToolChoice(kind, name)
+def _read_tool_choice(value: Json) -> ToolChoice:
+    kind = _choice(value, "type", ("auto", "any", "tool", "none"))
+    return ToolChoice(kind, _need(value, "name", str) if kind == "tool" else "")
 
 
-def _read_sampling(body: Json) -> Tuple[Tuple[str, float], ...]:
-    found: List[Tuple[str, float]] = []
+def _read_sampling(body: Json) -> Iterator[Tuple[str, float]]:
     for key in ("temperature", "top_p", "top_k"):
         value = body.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _wrong(key, "a number", value)
-        found.append((key, value))
-    return tuple(found)
+        if value is not None:
+            if not is_of(value, "number"):
+                raise _wrong(key, "a number", value)
+            yield key, value
 
 
-def _loaded_tools(messages: List[Any]) -> AbstractSet[str]:
+def _blocks_of(holder: Json) -> List[Json]:
+    content = holder.get("content")
+    return [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
+
+
+def _loaded_tools(messages: List[Json]) -> AbstractSet[str]:
     """Collect the tools that tool search results brought in (CC F1)."""
-    found = set()
-    for message in messages:
-        content = message.get("content")
-        for block in content if isinstance(content, list) else ():
-            inner = block.get("content")
-            for part in inner if isinstance(inner, list) else ():
-                if isinstance(part, dict) and part.get("type") == "tool_reference":
-                    found.add(str(part.get("tool_name", "")))
-    return frozenset(found)
+    return {str(part.get("tool_name", "")) for message in messages
+            for block in _blocks_of(message) for part in _blocks_of(block)
+            if part.get("type") == "tool_reference"}
 
 
-def _read_session(body: Json) -> str:
-    metadata = body.get("metadata")
-    user_id = metadata.get("user_id") if isinstance(metadata, dict) else None
-    return user_id if isinstance(user_id, str) else ""
+def _inside(value: Any, *keys: str) -> Any:
+    """Follow keys through objects; None where one is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
-def _answer_schema(body: Json) -> Optional[Json]:
-    output = body.get("output_config")
-    form = output.get("format") if isinstance(output, dict) else None
-    schema = form.get("schema") if isinstance(form, dict) else None
-    return schema if isinstance(schema, dict) else None
+TOOLS_KEY = b'"tools":'
+_known_tools: List[Tuple[bytes, List[Any]]] = []
+
+
+def read_body(data: bytes) -> Any:
+    """Read a request's JSON; raises ValueError as parse_json does.
+
+    The tools, 63 of a first turn's 77 KB, are the same bytes in every turn of a session:
+    where an earlier body had them, they are left out of what is parsed and put back.
+    """
+    at = data.rfind(TOOLS_KEY) + len(TOOLS_KEY)  # in a string its quotes would be escaped
+    for written, tools in _known_tools:
+        if data.startswith(written, at):
+            view = memoryview(data)
+            body = _read_around(view[:at], tools, view[at + len(written):])
+            if body is not None:
+                return body
+    body = parse_json(data)
+    if at >= len(TOOLS_KEY) and isinstance(body, dict):
+        text = data[at:].decode()
+        with contextlib.suppress(ValueError, RecursionError):
+            tools, end = _scan_json(text)
+            if tools and tools == body.get("tools") and end <= MAX_TOOLS_CHARS:
+                newest = (text[:end].encode(), tools)
+                _known_tools[:] = [newest, *_known_tools[:MAX_KNOWN_TOOLS - 1]]
+    return body
+
+
+def _read_around(before: memoryview, tools: List[Any], behind: memoryview) -> Optional[Json]:
+    """Read a body whose tools are known; None where they are not its own tools.
+
+    NaN, which no body may hold, stands for them: so it is seen where they belong.
+    """
+    seen: List[str] = []
+
+    def put_back(constant: str) -> Any:
+        seen.append(constant)
+        return tools
+
+    decoder = json.JSONDecoder(parse_constant=put_back, parse_float=_finite)
+    try:
+        body = decoder.decode(b"".join((before, b"NaN", behind)).decode())
+    except (ValueError, RecursionError):
+        return None
+    own = seen == ["NaN"] and isinstance(body, dict) and body.get("tools") is tools
+    return body if own else None
 
 
 def parse_request(body: Any) -> Request:
@@ -1844,34 +1838,45 @@ def parse_request(body: Any) -> Request:
     Unknown fields are ignored, as Anthropic's own additions come without notice:
     context_management, service_tier, betas, safeguards' details and the like.
     """
-    body = _object(body, "body")
-    messages = _need(body, "messages", list, "")
+    if not isinstance(body, dict):
+        raise _wrong("body", "an object", body)
+    try:
+        return _read_request(body)
+    except BadRequestError as error:
+        raise BadRequestError(error.message.lstrip(".")) from None
+
+
+def _read_request(body: Json) -> Request:
+    messages = _need(body, "messages", list)
     if not messages:
         raise BadRequestError("messages: at least one message is required")
-    parsed = tuple(_read_message(value, f"messages.{i}") for i, value in enumerate(messages))
-    max_tokens = _take(body, "max_tokens", int, "", DEFAULT_MAX_TOKENS)
+    parsed = _each(".messages", messages, _read_message)
+    max_tokens = _take(body, "max_tokens", int, DEFAULT_MAX_TOKENS)
     if max_tokens < 1:
         raise BadRequestError(f"max_tokens: expected at least 1, got {max_tokens}")
-    stops = _take(body, "stop_sequences", list, "", [])
+    stops = _take(body, "stop_sequences", list, [])
     for i, stop in enumerate(stops):
         if not isinstance(stop, str):
             raise _wrong(f"stop_sequences.{i}", "a string", stop)
-    thinking = _take(body, "thinking", dict, "", {}).get("type")
+    thinking = _take(body, "thinking", dict, {}).get("type")
+    schema = _inside(body, "output_config", "format", "schema")
+    session = _inside(body, "metadata", "user_id")
     return Request(
-        model=_take(body, "model", str, "", ""),
+        model=_take(body, "model", str, ""),
         system=_read_system(body.get("system")),
         messages=parsed,
-        tools=_read_tools(_take(body, "tools", list, "", [])),
-        tool_choice=_read_tool_choice(_take(body, "tool_choice", dict, "", None)),
+        tools=_read_tools(_take(body, "tools", list, [])),
+        tool_choice=_at(".tool_choice", _take(body, "tool_choice", dict, {"type": "auto"}),
+                        _read_tool_choice),
         max_tokens=max_tokens,
-        stop_sequences=tuple(stop for stop in stops if stop),
-        sampling=_read_sampling(body),
+        stop_sequences=tuple(filter(None, stops)),
+        sampling=tuple(_read_sampling(body)),
         thinking=None if thinking is None else thinking != "disabled",
-        schema=_answer_schema(body),
-        stream=_take(body, "stream", bool, "", False),
+        schema=schema if isinstance(schema, dict) else None,
+        stream=_take(body, "stream", bool, False),
         safeguards=bool(body.get("safeguards")),
         loaded=_loaded_tools(messages),
-        session=_read_session(body),
+        session=session if isinstance(session, str) else "",
     )
 
 
@@ -1883,7 +1888,6 @@ class ToolTable(NamedTuple):
 
     offered: Mapping[str, Tool]
     sent: Tuple[Tool, ...]
-    dropped: Tuple[str, ...]
 
 
 def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -> ToolTable:
@@ -1892,19 +1896,15 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
     As long as the client offers the same tools the same are sent, whichever were
     called since: a changed list makes the model read everything again (OL 5b).
     """
-    tools = [tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL]
-    offered = {tool.name: tool for tool in tools}
     if request.tool_choice.kind == "none":
-        return ToolTable({}, (), ())
+        return ToolTable({}, ())
+    offered = {tool.name: tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL}
     if last and last.offered.keys() == offered.keys():
-        kept = {tool.name for tool in last.sent}
-        sent = [tool for tool in tools if tool.name in kept]
-    else:
-        used = {block.name for message in request.messages for block in message.blocks
-                if isinstance(block, ToolUse)}
-        sent = rank_tools(tools, limit, frozenset(used | request.loaded))
-    names = {tool.name for tool in sent}
-    return ToolTable(offered, tuple(sent), tuple(name for name in offered if name not in names))
+        return ToolTable(offered, tuple([offered[tool.name] for tool in last.sent]))
+    used = set(request.loaded)
+    for message in request.messages:
+        used.update([call.name for call in blocks_of(ToolUse, message.blocks)])
+    return ToolTable(offered, tuple(rank_tools(list(offered.values()), limit, used)))
 
 
 # ============================== 7. REQUEST OUT ==============================
@@ -1954,24 +1954,29 @@ class Sizes(NamedTuple):
     wide: float = 0.0
 
 
-def text_sizes(text: str) -> Sizes:
-    """Estimate a text's tokens by class, a long one's from even slices."""
-    sample = text
-    if len(text) > WHOLE_TEXT_CHARS:
-        step = max(6 * SAMPLE_SLICE, SAMPLE_SLICE * len(text) // MAX_SAMPLE_CHARS) | 1
-        sample = "".join([text[at:at + SAMPLE_SLICE] for at in range(0, len(text), step)])
+def text_sizes(text: str, share: float = 1.0) -> Sizes:
+    """Estimate a text's tokens by class, a long one's from even slices.
+
+    share is its part of the texts that are counted together: with the root of it in
+    effort, their sum is as exact as one text's count, since chance errors cancel.
+    """
+    sample, effort = text, math.sqrt(share)
+    if len(text) > WHOLE_TEXT_CHARS * effort:
+        slices = min(len(text) // 2048 + 32, MAX_SLICES) * effort
+        step = max(int(len(text) / slices) | 1, SLICE_CHARS)
+        sample = "".join([text[at:at + SLICE_CHARS] for at in range(0, len(text), step)])
+    wide_weights = () if sample.isascii() else WIDE_WEIGHTS
     encoded = sample.encode("utf-8", "replace")
-    cased = b" " + encoded.translate(CLASS_OF_BYTE, CONTINUATION_BYTES)
+    cased = b" " + encoded.translate(CLASS_OF_BYTE, CONTINUATION_BYTES if wide_weights else b"")
     classes = cased.replace(b"A", b"a")
-    ascii_only = sample.isascii()
-    letters, more, digits, wide = (
-        sum(shape.count(pattern) * weight for pattern, weight in weights)
-        for shape, weights in (
-            (classes, TEXT_WEIGHTS), (cased, CASED_WEIGHTS), (classes, DIGIT_WEIGHTS),
-            (classes, () if ascii_only else WIDE_WEIGHTS)))
+    letters = weighed(classes, TEXT_WEIGHTS) + weighed(cased, CASED_WEIGHTS)
+    digits, wide = weighed(classes, DIGIT_WEIGHTS), weighed(classes, wide_weights)
     scale = len(text) / max(len(sample), 1)
-    return Sizes(max(letters + more, len(encoded) / 200) * scale, digits * scale,
-                 max(wide, 0) * scale)
+    return Sizes(max(letters, len(encoded) / 200) * scale, digits * scale, max(wide, 0) * scale)
+
+
+def weighed(classes: bytes, weights: Weights) -> float:
+    return sum([classes.count(pattern) * weight for pattern, weight in weights])
 
 
 def estimate_tokens(text: str) -> int:
@@ -2026,8 +2031,8 @@ class TokenCounter:
         self.models: Dict[str, Learned] = {}
         self.known: Dict[int, Sizes] = {}
 
-    def sizes_of(self, text: str) -> Tuple[int, Sizes]:
-        """Return a text's key and sizes, remembered from the last time.
+    def sizes_of(self, text: str, share: float = 1.0) -> Tuple[int, Sizes]:
+        """Return a text's key and sizes (see text_sizes), remembered from the last time.
 
         The key is its length and three places: hashing all of 1 MB costs 1.5 ms, and two
         texts mistaken for each other are so alike that their counts are.
@@ -2038,12 +2043,11 @@ class TokenCounter:
         if found is None:
             if len(self.known) >= MAX_KNOWN_TEXTS:
                 self.known.clear()
-            found = self.known[key] = text_sizes(text)
+            found = self.known[key] = text_sizes(text, share)
         return key, found
 
-    def count(self, model: str, parts: Iterable[str], images: int = 0) -> Count:
-        """Count a prompt: parts are its tools, system text and messages, in order."""
-        rows = [self.sizes_of(part) for part in parts]
+    def count(self, model: str, rows: Sequence[Tuple[int, Sizes]], images: int = 0) -> Count:
+        """Count a prompt: sizes_of its tools, system text and messages, in order."""
         sizes = Sizes(*map(sum, zip(*[size for _, size in rows])))
         fixed = len(rows) * MESSAGE_TOKENS + images * IMAGE_TOKENS
         keys = tuple([hash(tuple([key for key, _ in rows[:parts]])) for parts in ANCHOR_PARTS])
@@ -2133,13 +2137,13 @@ def _shorten(text: str, keep: int) -> str:
 def _shorten_block(block: Block, keep: int, everything: bool) -> Block:
     if isinstance(block, ToolResult):
         return block._replace(text=_shorten(block.text, keep), images=())
-    if everything and isinstance(block, ToolUse):
+    if isinstance(block, Image) or not everything:
+        return block
+    if isinstance(block, ToolUse):
         return block._replace(input={
             name: _shorten(value, keep) if isinstance(value, str) else value
             for name, value in block.input.items()})
-    if everything and isinstance(block, (Text, Thinking)):
-        return block._replace(text=_shorten(block.text, keep))
-    return block
+    return block._replace(text=_shorten(block.text, keep))
 
 
 def block_tokens(block: Block) -> int:
@@ -2350,168 +2354,120 @@ def cache_usage(prompt_tokens: int, shared_tokens: int, prefill_s: float,
 
 
 # ------------------------------ slimming ------------------------------
-# What a small model needs to know of a tool: our own words, and those for its
-# parameters ("" where the name says it, None for one that is not shown: the client itself
-# fills it, no local model obeys it, or it is seldom right). A tool is recognised by its name and by
-# having no required parameter that the row does not know; the client's list is
-# contract/claude-code.md A8 and F1, contract/qwen-code.md. Optional parameters that
-# Qwen forgets in long prompts are asked for in the tool's own text (peers.md 2, no. 21).
-FILE = "absolute path"
+# What a small model needs to know of a tool: its names, our own words, and behind | its
+# parameters, with words where the name does not say it, and with - where it is not shown:
+# the client itself fills it, no local model obeys it, or it is seldom right. A tool is
+# recognised by its name and by having no required parameter that the row does not know; the
+# client's list is contract/claude-code.md A8 and F1, contract/qwen-code.md. Optional parameters
+# that Qwen forgets in long prompts are asked for in the tool's own text (peers.md 2, no. 21).
+TOOL_NOTES = """
+Bash run_shell_command: Run a shell command. The working directory stays between calls, variables
+  do not. For files use the file tools, not cat, sed or echo. Quote paths with spaces. Nothing
+  interactive (git rebase -i). Commit or push only when asked. Always give description. | command;
+  description: what it does, in 5 to 10 words; timeout: milliseconds, default 120000;
+  run_in_background: true: a notice comes when it ends; is_background: true for servers and
+  watchers; directory: absolute path to run in; dangerouslyDisableSandbox: -
+Read read_file: Show a file: text with line numbers, an image, a PDF or a notebook. Not for
+  folders. Of a long file (over 2000 lines) read a part: give offset and limit. | file_path:
+  absolute path; offset: line to start at; limit: number of lines; pages: of a PDF, for example
+  1-5; allow_large: -
+Edit edit: Replace text in a file that you have read. old_string is exact, with its indentation
+  and without line numbers, and must occur once: add lines around it, or set replace_all. |
+  file_path: absolute path; old_string; new_string; replace_all: change every occurrence
+Write write_file: Write a whole file, new or in place of the old one. Read an old one first; to
+  change a part use the edit tool. | file_path: absolute path; content; record_as_artifact: -
+NotebookEdit notebook_edit: Replace, insert or delete one cell of a Jupyter notebook that you have
+  read. | notebook_path: absolute path; cell_id: the cell, or the one to insert after; new_source;
+  cell_type: needed for insert; edit_mode: default replace
+Glob glob: Find files by name pattern, newest first. | pattern: for example src/**/*.ts; path:
+  folder, default the working directory
+Grep grep_search: Search file contents for a regular expression (ripgrep syntax). Narrow it with
+  path and glob. | pattern; path: file or folder; glob: for example *.js; limit: lines at most;
+  type: file type, for example py; output_mode: default files_with_matches; -i: ignore case; -n:
+  line numbers; -A: lines after; -B: lines before; -C: lines around; head_limit: results at most;
+  multiline: let . match newlines
+Agent Task agent: Give a large independent task to a subagent; do small things yourself. It knows
+  only your prompt: state goal, paths and what to report. Only you see its report: tell the user,
+  and never guess it. | description: 3 to 5 words; prompt; subagent_type: one of the listed;
+  run_in_background: false: wait for the report; isolation: -; model: -; effort: -
+Skill skill: Load instructions for one kind of task. Call it first when a listed skill fits or the
+  user types /name. Never guess names; /help and the like are no skills. | skill: name as listed,
+  no slash; args
+ToolSearch: Load tools that are only listed by name, so that they can be called. | query:
+  select:NAME,NAME or words; max_results: default 5
+WebFetch web_fetch: Fetch a public web page and answer prompt from it. Not for localhost or pages
+  behind a login. | url; prompt: what to find out; offset: where to read on
+AskUserQuestion: Let the user choose, only where you cannot go on without it. 1 to 4 questions,
+  each with 2 to 4 options; Other is added. | questions; answers: -; annotations: -; metadata: -
+TodoWrite todo_write: Set the list of steps shown to the user. Send the whole list each time; one
+  item in progress at a time, marked completed as soon as it is done. | todos
+TaskStop task_stop KillShell: Stop a background task. | task_id; shell_id: old name of task_id
+ListAgents: List the agents that SendMessage can reach. | cursor: -; channel: -; q: -
+SendMessage: Send a message to another agent, for example to go on with a finished subagent. | to:
+  name or id of the agent; message; summary: 5 to 10 words; notify_when_idle
+ExitPlanMode: In plan mode: say that the plan file is written and ask the user to approve it. Ends
+  planning; the only way to ask for approval. | allowedPrompts; plan: the plan
+EnterPlanMode: Start plan mode: explore and write a plan for the user to approve, before a change
+  that is large or open to choices.
+WebSearch: Search the web. Name the pages you used. | query; allowed_domains; blocked_domains
+BashOutput: Show new output of a background command. | bash_id; filter: regular expression
+TaskOutput: Show the output of a background task. | task_id; block: wait for its end; timeout:
+  milliseconds
+TaskCreate: Add a task to the list shown to the user; for work of three or more steps. | subject:
+  short title; description: what to do; activeForm: for example Running tests; metadata
+TaskUpdate: Change a task: in_progress when you start it, completed only when it is wholly done. |
+  taskId; status; subject; description; activeForm; owner; metadata; addBlocks: ids that wait for
+  this; addBlockedBy: ids this waits for
+TaskGet: Show one task of the list. | taskId
+TaskList: Show the task list.
+EnterWorktree: Work in a git worktree, only when the user or CLAUDE.md says so. | name: of a new
+  one; path: of an existing one
+ExitWorktree: Leave the worktree that EnterWorktree made. | action; discard_changes: only when the
+  user agreed
+ScheduleWakeup: In /loop: say when to wake up again, or stop the loop. | delaySeconds: 60 to 3600;
+  reason: one sentence; prompt: the /loop input again; stop: true: end the loop; noop: true:
+  nothing had changed
+Workflow: Run a script that directs many subagents. Only when the user asked for a workflow in so
+  many words; load the skill workflow-authoring first where there is one. The script begins with
+  export const meta = {name, description}. | script: JavaScript; name: of a saved workflow; args;
+  scriptPath; resumeFromRunId; description; title
+ReportFindings: Report the findings of a code review, worst first, when the review's instructions
+  say so. | findings; level
+Monitor: Watch a command in the background; each line it prints is a notice to you. | command;
+  description: what is watched; timeout_ms: at most 600000; ws: a WebSocket instead of a command
+CronCreate: Run a prompt later or again and again. | cron: minute hour day month weekday, local
+  time; prompt; recurring: false: once; durable: true: survives a restart
+CronDelete: Cancel a scheduled prompt. | id
+CronList: List the scheduled prompts.
+"""
 ToolText = Tuple[str, Dict[str, Optional[str]]]
-BASH_TEXT: ToolText = (
-    "Run a shell command. The working directory stays between calls, variables do not. For"
-    " files use the file tools, not cat, sed or echo. Quote paths with spaces. Nothing"
-    " interactive (git rebase -i). Commit or push only when asked. Always give description.",
-    {"command": "", "description": "what it does, in 5 to 10 words",
-     "timeout": "milliseconds, default 120000",
-     "run_in_background": "true: a notice comes when it ends",
-     "is_background": "true for servers and watchers", "directory": "absolute path to run in",
-     "dangerouslyDisableSandbox": None})
-READ_TEXT: ToolText = (
-    "Show a file: text with line numbers, an image, a PDF or a notebook. Not for folders. Of"
-    " a long file (over 2000 lines) read a part: give offset and limit.",
-    {"file_path": FILE, "offset": "line to start at", "limit": "number of lines",
-     "pages": "of a PDF, for example 1-5", "allow_large": None})
-EDIT_TEXT: ToolText = (
-    "Replace text in a file that you have read. old_string is exact, with its indentation and"
-    " without line numbers, and must occur once: add lines around it, or set replace_all.",
-    {"file_path": FILE, "old_string": "", "new_string": "",
-     "replace_all": "change every occurrence"})
-WRITE_TEXT: ToolText = (
-    "Write a whole file, new or in place of the old one. Read an old one first; to change a"
-    " part use the edit tool.",
-    {"file_path": FILE, "content": "", "record_as_artifact": None})
-NOTEBOOK_TEXT: ToolText = (
-    "Replace, insert or delete one cell of a Jupyter notebook that you have read.",
-    {"notebook_path": FILE, "cell_id": "the cell, or the one to insert after", "new_source": "",
-     "cell_type": "needed for insert", "edit_mode": "default replace"})
-GLOB_TEXT: ToolText = (
-    "Find files by name pattern, newest first.",
-    {"pattern": "for example src/**/*.ts", "path": "folder, default the working directory"})
-GREP_TEXT: ToolText = (
-    "Search file contents for a regular expression (ripgrep syntax). Narrow it with path and"
-    " glob.",
-    {"pattern": "", "path": "file or folder", "glob": "for example *.js", "limit": "lines at most",
-     "type": "file type, for example py", "output_mode": "default files_with_matches",
-     "-i": "ignore case", "-n": "line numbers", "-A": "lines after", "-B": "lines before",
-     "-C": "lines around", "head_limit": "results at most", "multiline": "let . match newlines"})
-AGENT_TEXT: ToolText = (
-    "Give a large independent task to a subagent; do small things yourself. It knows only your"
-    " prompt: state goal, paths and what to report. Only you see its report: tell the user,"
-    " and never guess it.",
-    {"description": "3 to 5 words", "prompt": "", "subagent_type": "one of the listed",
-     "run_in_background": "false: wait for the report", "isolation": None, "model": None,
-     "effort": None})
-SKILL_TEXT: ToolText = (
-    "Load instructions for one kind of task. Call it first when a listed skill fits or the"
-    " user types /name. Never guess names; /help and the like are no skills.",
-    {"skill": "name as listed, no slash", "args": ""})
-SEARCH_TOOLS_TEXT: ToolText = (
-    "Load tools that are only listed by name, so that they can be called.",
-    {"query": "select:NAME,NAME or words", "max_results": "default 5"})
-FETCH_TEXT: ToolText = (
-    "Fetch a public web page and answer prompt from it. Not for localhost or pages behind a"
-    " login.",
-    {"url": "", "prompt": "what to find out", "offset": "where to read on"})
-ASK_TEXT: ToolText = (
-    "Let the user choose, only where you cannot go on without it. 1 to 4 questions, each with"
-    " 2 to 4 options; Other is added.",
-    {"questions": "", "answers": None, "annotations": None, "metadata": None})
-STEPS_TEXT: ToolText = (
-    "Set the list of steps shown to the user. Send the whole list each time; one item in"
-    " progress at a time, marked completed as soon as it is done.",
-    {"todos": ""})
-STOP_TEXT: ToolText = ("Stop a background task.",
-                       {"task_id": "", "shell_id": "old name of task_id"})
-LIST_AGENTS_TEXT: ToolText = (
-    "List the agents that SendMessage can reach.",
-    {"cursor": None, "channel": None, "q": None})
-MESSAGE_TEXT: ToolText = (
-    "Send a message to another agent, for example to go on with a finished subagent.",
-    {"to": "name or id of the agent", "message": "", "summary": "5 to 10 words",
-     "notify_when_idle": ""})
-PLAN_EXIT_TEXT: ToolText = (
-    "In plan mode: say that the plan file is written and ask the user to approve it. Ends"
-    " planning; the only way to ask for approval.",
-    {"allowedPrompts": "", "plan": "the plan"})
-TOOL_TEXTS: Dict[str, ToolText] = {
-    "Bash": BASH_TEXT, "run_shell_command": BASH_TEXT,
-    "Read": READ_TEXT, "read_file": READ_TEXT,
-    "Edit": EDIT_TEXT, "edit": EDIT_TEXT,
-    "Write": WRITE_TEXT, "write_file": WRITE_TEXT,
-    "NotebookEdit": NOTEBOOK_TEXT, "notebook_edit": NOTEBOOK_TEXT,
-    "Glob": GLOB_TEXT, "glob": GLOB_TEXT, "Grep": GREP_TEXT, "grep_search": GREP_TEXT,
-    "Agent": AGENT_TEXT, "Task": AGENT_TEXT, "agent": AGENT_TEXT,
-    "Skill": SKILL_TEXT, "skill": SKILL_TEXT,
-    "ToolSearch": SEARCH_TOOLS_TEXT,
-    "WebFetch": FETCH_TEXT, "web_fetch": FETCH_TEXT,
-    "AskUserQuestion": ASK_TEXT, "TodoWrite": STEPS_TEXT, "todo_write": STEPS_TEXT,
-    "TaskStop": STOP_TEXT, "task_stop": STOP_TEXT, "KillShell": STOP_TEXT,
-    "ListAgents": LIST_AGENTS_TEXT, "SendMessage": MESSAGE_TEXT,
-    "ExitPlanMode": PLAN_EXIT_TEXT,
-    "EnterPlanMode": ("Start plan mode: explore and write a plan for the user to approve,"
-                      " before a change that is large or open to choices.", {}),
-    "WebSearch": ("Search the web. Name the pages you used.",
-                  {"query": "", "allowed_domains": "", "blocked_domains": ""}),
-    "BashOutput": ("Show new output of a background command.",
-                   {"bash_id": "", "filter": "regular expression"}),
-    "TaskOutput": ("Show the output of a background task.",
-                   {"task_id": "", "block": "wait for its end", "timeout": "milliseconds"}),
-    "TaskCreate": ("Add a task to the list shown to the user; for work of three or more steps.",
-                   {"subject": "short title", "description": "what to do",
-                    "activeForm": "for example Running tests", "metadata": ""}),
-    "TaskUpdate": ("Change a task: in_progress when you start it, completed only when it is"
-                   " wholly done.",
-                   {"taskId": "", "status": "", "subject": "", "description": "",
-                    "activeForm": "", "owner": "", "metadata": "", "addBlocks": "ids that wait"
-                    " for this", "addBlockedBy": "ids this waits for"}),
-    "TaskGet": ("Show one task of the list.", {"taskId": ""}),
-    "TaskList": ("Show the task list.", {}),
-    "EnterWorktree": ("Work in a git worktree, only when the user or CLAUDE.md says so.",
-                      {"name": "of a new one", "path": "of an existing one"}),
-    "ExitWorktree": ("Leave the worktree that EnterWorktree made.",
-                     {"action": "", "discard_changes": "only when the user agreed"}),
-    "ScheduleWakeup": ("In /loop: say when to wake up again, or stop the loop.",
-                       {"delaySeconds": "60 to 3600", "reason": "one sentence",
-                        "prompt": "the /loop input again", "stop": "true: end the loop",
-                        "noop": "true: nothing had changed"}),
-    "Workflow": ("Run a script that directs many subagents. Only when the user asked for a"
-                 " workflow in so many words; load the skill workflow-authoring first where"
-                 " there is one. The script begins with export const meta = {name,"
-                 " description}.",
-                 {"script": "JavaScript", "name": "of a saved workflow", "args": "",
-                  "scriptPath": "", "resumeFromRunId": "", "description": "", "title": ""}),
-    "ReportFindings": ("Report the findings of a code review, worst first, when the review's"
-                       " instructions say so.", {"findings": "", "level": ""}),
-    "Monitor": ("Watch a command in the background; each line it prints is a notice to you.",
-                {"command": "", "description": "what is watched", "timeout_ms": "at most 600000",
-                 "ws": "a WebSocket instead of a command"}),
-    "CronCreate": ("Run a prompt later or again and again.",
-                   {"cron": "minute hour day month weekday, local time", "prompt": "",
-                    "recurring": "false: once", "durable": "true: survives a restart"}),
-    "CronDelete": ("Cancel a scheduled prompt.", {"id": ""}),
-    "CronList": ("List the scheduled prompts.", {}),
-}
+
+
+@cache
+def tool_texts() -> Dict[str, ToolText]:
+    """Read TOOL_NOTES: each tool's text and those of its parameters, None for a hidden one."""
+    texts: Dict[str, ToolText] = {}
+    for row in rows_of(TOOL_NOTES):
+        names, _, rest = row.partition(": ")
+        text, _, rest = rest.partition(" | ")
+        parameters: Dict[str, Optional[str]] = {}
+        for parameter in filter(None, rest.split("; ")):
+            name, _, words = parameter.partition(": ")
+            parameters[name] = None if words == "-" else words
+        texts.update(dict.fromkeys(names.split(), (text, parameters)))
+    return texts
+
+
 # Characters of what is not ours to rewrite: a tool of an MCP server, one of its
 # parameters. Models act on the first sentences; servers send up to 10 KB a tool.
 MAX_TOOL_TEXT_CHARS = 1000
 MAX_PARAMETER_TEXT_CHARS = 240
 # The same for what is nested in a known tool's parameters: its own text says the rest.
 MAX_NESTED_TEXT_CHARS = 60
-# Keywords that say nothing to a model: Ollama drops them, or prints them as tags of
-# their own (contract/ollama.md 1; peers.md 1d, Lucebox).
-NOISE_KEYWORDS = frozenset((
-    "$schema", "$id", "$comment", "additionalProperties", "examples", "example", "title", "format",
-    "pattern", "propertyNames", "contentEncoding", "contentMediaType", "exclusiveMinimum",
-    "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "readOnly",
-    "writeOnly", "deprecated"))
-NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties")
-# Numbers that only say "a whole number of JavaScript".
-MAX_SAFE_INTEGER = 2**53 - 1
 AGENTS_IN_TOOL = Pattern(r"(?m)^.{0,40}vailable agent types.{0,60}:\n(?:- .*\n?)+")
 SKILL_IN_TOOL = Pattern(
     r"<skill>\s*<name>([^<]{1,99})</name>\s*<description>([^<]{0,9999})</description>")
-ENTRY = Pattern(r"(?m)^- (?:\*\*)?(?:([\w-]{1,80})(?:\*\*)?: )?")
+ENTRY = Pattern(r"(?m)^- (?:\*\*)?(?:([\w-]{1,80})(?:\*\*)?: )?[^\n]*(?:\n(?!- |\n)[^\n]+)*")
 
 
 def slim_tool(tool: Tool) -> Tool:
@@ -2521,12 +2477,13 @@ def slim_tool(tool: Tool) -> Tool:
     others keep theirs up to MAX_TOOL_TEXT_CHARS. Calls are still checked by the client's
     schema.
     """
-    row = TOOL_TEXTS.get(tool.name)
-    if row is None or not all(name in row[1] for name in required_of(tool.schema)):
-        row = (clip(tool.description, MAX_TOOL_TEXT_CHARS), {})
-    elif row in (AGENT_TEXT, SKILL_TEXT):
-        row = ("\n".join([row[0], *_list_in_tool(tool.description)]), row[1])
-    return Tool(tool.name, row[0], slim_schema(tool.schema, row[1]))
+    text, parameters = tool_texts().get(tool.name, ("", {}))
+    known = bool(text) and all(name in parameters for name in required_of(tool.schema))
+    if not known:
+        text, parameters = clip(tool.description, MAX_TOOL_TEXT_CHARS), {}
+    elif tool.name in AGENT_TOOLS + SKILL_TOOLS:
+        text = "\n".join([text, *_list_in_tool(tool.description)])
+    return Tool(tool.name, text, slim_schema(tool.schema, parameters))
 
 
 def _list_in_tool(description: str) -> List[str]:
@@ -2540,42 +2497,26 @@ def _list_in_tool(description: str) -> List[str]:
 
 
 def slim_schema(schema: Json, texts: Mapping[str, Optional[str]]) -> Json:
-    """Leave the noise out of a tool's schema; texts describes its own parameters."""
-    slim: Json = _without_noise(
-        schema, MAX_NESTED_TEXT_CHARS if texts else MAX_PARAMETER_TEXT_CHARS)
-    parameters = slim.get("properties")
-    if not isinstance(parameters, dict):
-        return slim
+    """Shorten a schema's descriptions; texts has those of its own parameters."""
+    slim: Json = _clipped(schema, MAX_NESTED_TEXT_CHARS if texts else MAX_PARAMETER_TEXT_CHARS)
+    parameters = properties_of(slim)
     for name in list(parameters):
-        if name in texts and texts[name] is None:
+        words = texts.get(name)
+        if name in texts and words is None:
             del parameters[name]
         elif name in texts and isinstance(parameters[name], dict):
             parameters[name].pop("description", None)
-            if texts[name]:
-                parameters[name]["description"] = texts[name]
+            parameters[name].update({"description": words} if words else {})
     return slim
 
 
-def _without_noise(node: Any, limit: int) -> Any:
+def _clipped(node: Any, limit: int) -> Any:
     if isinstance(node, list):
-        return [_without_noise(item, limit) for item in node]
+        return [_clipped(item, limit) for item in node]
     if not isinstance(node, dict):
         return node
-    slim: Json = {}
-    for key, value in node.items():
-        if key in NAMED_SCHEMAS and isinstance(value, dict):
-            slim[key] = {name: _without_noise(part, limit) for name, part in value.items()}
-        elif key in ("enum", "const", "default", "required"):
-            slim[key] = value
-        elif key == "description" and isinstance(value, str):
-            slim[key] = clip(value, limit)
-        elif key not in NOISE_KEYWORDS and not _is_unbounded(key, value):
-            slim[key] = _without_noise(value, limit)
-    return slim
-
-
-def _is_unbounded(key: str, value: Any) -> bool:
-    return key in ("minimum", "maximum") and value in (MAX_SAFE_INTEGER, -MAX_SAFE_INTEGER)
+    return {key: clip(value, limit) if key == "description" and isinstance(value, str)
+            else _clipped(value, limit) for key, value in node.items()}
 
 
 def clip(text: str, limit: int) -> str:
@@ -2589,63 +2530,55 @@ def clip(text: str, limit: int) -> str:
         cut = max(head.rfind(" "), limit // 2)
     return head[:cut].rstrip() + " …"
 
-class Passage(NamedTuple):
-    """A passage of the client's texts that is about tools.
-
-    It starts at a line that start matches, at the beginning of a paragraph where
-    paragraph is set; more matches the first line of a further paragraph that belongs to
-    it. It is left out unless one of the tools in needs is forwarded; with no needs always.
-    If it stays, header takes the place of its first line.
-    """
-
-    name: str
-    start: Pattern
-    needs: Tuple[str, ...]
-    paragraph: bool = True
-    more: Optional[Pattern] = None
-    header: str = ""
+def whole_lines(start: str, more: str = "") -> str:
+    """Make the pattern of a paragraph, and of those behind it that begin with more."""
+    blank, lines = r"(?:[^\S\n]*\n)", r"(?:[^\n]*\S[^\n]*\n)+"
+    further = f"(?:{blank}+(?={more}){lines})*" if more else ""
+    return rf"(?<![^\n]\n)(?={start}){lines}{further}{blank}*"
 
 
 AGENT_TOOLS = ("Agent", "Task", "agent")
 SKILL_TOOLS = ("Skill", "skill")
 TASK_TOOLS = ("TaskCreate", "TaskUpdate", "TodoWrite", "todo_write")
+# Passages of the client's texts that are about tools: name, pattern of whole lines, tools,
+# header. One is left out unless one of its tools is forwarded, and always without any; if it
+# stays, header takes the place of its first line.
 # First lines as 2.1.197, 2.1.330 and Qwen Code 0.24.4 write them (contract A6, F1).
-PASSAGES: Tuple[Passage, ...] = (
-    Passage("list of agents", Pattern(r"Available agent types for the \w+ tool:"), AGENT_TOOLS,
-            more=Pattern(r"When you launch multiple agents ")),
-    Passage("list of skills",
-            Pattern(r"The following skills are available for use with the Skill tool\b"),
-            SKILL_TOOLS, more=Pattern(r"- |<available_skills>|</?skill>")),
-    Passage("list of deferred tools",
-            Pattern(r"The following deferred tools are (?:now )?available via \w+\."),
-            ("ToolSearch", "tool_search"),
-            header="Load these tools with ToolSearch (select:NAME) before you call them:"),
-    Passage("task reminder",
-            Pattern(r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."),
-            TASK_TOOLS),
+PASSAGES: Tuple[Tuple[str, str, Tuple[str, ...], str], ...] = (
+    ("list of agents", whole_lines(
+        r"Available agent types for the \w+ tool:", r"When you launch multiple agents "),
+     AGENT_TOOLS, ""),
+    ("list of skills", whole_lines(
+        r"The following skills are available for use with the Skill tool\b",
+        r"- |<available_skills>|</?skill>"), SKILL_TOOLS, ""),
+    ("list of deferred tools", whole_lines(
+        r"The following deferred tools are (?:now )?available via \w+\."),
+     ("ToolSearch", "tool_search"),
+     "Load these tools with ToolSearch (select:NAME) before you call them:"),
+    ("task reminder", whole_lines(
+        r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."),
+     TASK_TOOLS, ""),
     # The texts of Skill and Agent say these two already.
-    Passage("hint at skills",
-            Pattern(r" ?- When the user types `/[^`]{1,40}`, invoke it via Skill"), (),
-            paragraph=False),
-    Passage("hint at agents",
-            Pattern(r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
-                    r"|Calling Agent with subagent_type"
-                    r"|For broad codebase exploration .{0,80} spawn Agent with )"),
-            (), paragraph=False),
-    Passage("hint at tasks", Pattern(r" ?- Use (?:TaskCreate|TodoWrite) to plan "),
-            TASK_TOOLS, paragraph=False),
+    ("hint at skills", r" ?- When the user types `/[^`\n]{1,40}`, invoke it via Skill[^\n]*\n",
+     (), ""),
+    ("hint at agents",
+     r" ?- (?:Use the (?:Agent|Task) tool with specialized agents"
+     r"|Calling Agent with subagent_type"
+     r"|For broad codebase exploration [^\n]{0,80} spawn Agent with )[^\n]*\n", (), ""),
+    ("hint at tasks", r" ?- Use (?:TaskCreate|TodoWrite) to plan [^\n]*\n", TASK_TOOLS, ""),
     # The client's own budget, of a window that the local model does not have; a new
     # number at every turn breaks the prefix (contract/ollama.md 5, #17918).
-    Passage("token count", Pattern(r"<total_tokens>[^<]{0,80}</total_tokens>\s*$"), ()),
+    ("token count", whole_lines(r"<total_tokens>[^<\n]{0,80}</total_tokens>\s*$"), (), ""),
 )
+PASSAGE = Pattern("(?m)^(?:" + "|".join(f"({pattern})" for _, pattern, _, _ in PASSAGES) + ")")
 SHORTENED = ("list of agents", "list of skills")
 # The client's own agents and skills: a name and a few words are enough. The user's
 # entries keep what he wrote up to MAX_ENTRY_CHARS.
-CLIENT_ENTRIES = frozenset((
-    "claude", "claude-code-guide", "Explore", "general-purpose", "Plan", "statusline-setup",
-    "dataviz", "deep-research", "update-config", "keybindings-help", "verify", "code-review",
-    "simplify", "fewer-permission-prompts", "loop", "claude-api", "workflow-authoring", "run",
-    "plugin-authoring", "init", "review", "security-review"))
+CLIENT_ENTRIES = frozenset(words_of("""
+    claude claude-code-guide Explore general-purpose Plan statusline-setup dataviz
+    deep-research update-config keybindings-help verify code-review simplify
+    fewer-permission-prompts loop claude-api workflow-authoring run plugin-authoring init
+    review security-review"""))
 MAX_CLIENT_ENTRY_CHARS = 60
 MAX_ENTRY_CHARS = 600
 # Texts that hold the user's rules are never searched, whatever they quote.
@@ -2689,64 +2622,30 @@ _slim_known = lru_cache(maxsize=128)(_slim_text)
 def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) -> str:
     if USER_RULES.search(text):
         return text
-    lines, slim, here, before = text.split("\n"), [], 0, len(left_out)
-    while here < len(lines):
-        row = _passage_at(lines, here)
-        end = _passage_end(lines, here, row) if row else here + 1
-        kept = lines[here:end]
-        if row and not any(name in kept_tools for name in row.needs):
-            left_out.append(row.name)
-            kept = []
-            while row.paragraph and end < len(lines) and not lines[end].strip():
-                end += 1
-        elif row:
-            passage = "\n".join([row.header or kept[0], *kept[1:]])
-            if row.name in SHORTENED:
-                passage = clip_entries(passage)
-            if passage != "\n".join(kept):
-                left_out.append(row.name + ", shortened")
-            kept = [passage]
-        slim += kept
-        here = end
-    if len(left_out) == before:
-        return text
-    return EMPTY_HEADING.sub("", "\n".join(slim))
 
+    def slim(match: re.Match[str]) -> str:
+        name, _, needs, header = PASSAGES[(match.lastindex or 1) - 1]
+        passage = match.group()
+        if not any(tool in kept_tools for tool in needs):
+            left_out.append(name)
+            return ""
+        short = header + passage[passage.index("\n"):] if header else passage
+        if name in SHORTENED:
+            short = clip_entries(short)
+        if short != passage:
+            left_out.append(name + ", shortened")
+        return short
 
-def _passage_at(lines: Sequence[str], here: int) -> Optional[Passage]:
-    first = here == 0 or not lines[here - 1].strip()
-    for row in PASSAGES if lines[here].strip() else ():
-        if (first or not row.paragraph) and row.start.match(lines[here]):
-            return row
-    return None
-
-
-def _passage_end(lines: Sequence[str], here: int, row: Passage) -> int:
-    """Number of the line after the passage."""
-    if not row.paragraph:
-        return here + 1
-    end = here
-    while True:
-        while end < len(lines) and lines[end].strip():
-            end += 1
-        after = end
-        while after < len(lines) and not lines[after].strip():
-            after += 1
-        if row.more is None or after == len(lines) or not row.more.match(lines[after]):
-            return end
-        end = after
+    before = len(left_out)
+    slimmed = PASSAGE.sub(slim, text + "\n")[:-1]
+    return EMPTY_HEADING.sub("", slimmed) if len(left_out) > before else text
 
 
 def clip_entries(passage: str) -> str:
     """Shorten the entries of a list of agents or skills ("- name: what it is for")."""
-    entries = list(ENTRY.finditer(passage))
-    slim = [passage[:entries[0].start()] if entries else passage]
-    for entry, following in zip(entries, [*entries[1:], None]):
-        limit = MAX_CLIENT_ENTRY_CHARS if entry.group(1) in CLIENT_ENTRIES else MAX_ENTRY_CHARS
-        whole = passage[entry.start():following.start() if following else len(passage)]
-        body = whole.partition("\n\n")[0].rstrip("\n")
-        slim.append(clip(body, limit) + whole[len(body):])
-    return "".join(slim)
+    return ENTRY.sub(lambda entry: clip(entry.group(), MAX_CLIENT_ENTRY_CHARS
+                                        if entry.group(1) in CLIENT_ENTRIES
+                                        else MAX_ENTRY_CHARS), passage)
 
 
 # ------------------------------ bodies ------------------------------
@@ -2791,45 +2690,32 @@ NUM_CTX_LINE = Pattern(r"^num_ctx\s+([0-9]{1,9})\s*$", re.MULTILINE)
 
 def facts_from_show(name: str, show: Any) -> ModelFacts:
     """Read /api/show; whatever is missing or of another type is left unknown."""
-    show = show if isinstance(show, dict) else {}
-    texts = {key: show[key] if isinstance(show.get(key), str) else ""
-             for key in ("modelfile", "template", "parameters")}
-    renderer = RENDERER_LINE.search(texts["modelfile"])
-    renderer_name = renderer.group(1) if renderer else ""
-    digest = FROM_DIGEST.search(texts["modelfile"])
-    window = NUM_CTX_LINE.search(texts["parameters"])
+    show = _mapping(show)
+    modelfile, template = str(show.get("modelfile") or ""), str(show.get("template") or "")
+    renderer = _first_group(RENDERER_LINE, modelfile)
+    window = _first_group(NUM_CTX_LINE, str(show.get("parameters") or ""))
+    trained = [natural(value) for key, value in _mapping(show.get("model_info")).items()
+               if key.endswith(".context_length") and natural(value)]
     capabilities = show.get("capabilities")
+    known = frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None
+    own_template = "{%" in template or template.strip() == "{{ .Prompt }}"
     return ModelFacts(
         name=name,
-        path=_path_of(bool(renderer), texts["template"]),
-        renderer=renderer_name,
-        capabilities=frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None,
-        trained=_trained_window(show.get("model_info")),
-        num_ctx=int(window.group(1)) if window else None,
-        digest=digest.group(1) if digest else "",
+        path="A" if renderer else "C" if own_template else "B" if template else "",
+        renderer=renderer,
+        capabilities=known,
+        trained=trained[0] if trained else None,
+        num_ctx=int(window) if window else None,
+        digest=_first_group(FROM_DIGEST, modelfile),
         remote=bool(show.get("remote_model") or show.get("remote_host")),
-        tools_in_text=isinstance(capabilities, list) and "tools" not in capabilities,
-        tools_first=renderer_name.startswith(TOOLS_FIRST_RENDERERS),
+        tools_in_text=known is not None and "tools" not in known,
+        tools_first=renderer.startswith(TOOLS_FIRST_RENDERERS),
     )
 
 
-def _path_of(renderer: bool, template: str) -> str:
-    if renderer:
-        return "A"
-    if not template:
-        return ""
-    if "{%" in template or template.strip() == "{{ .Prompt }}":
-        return "C"
-    return "B"
-
-
-def _trained_window(model_info: Any) -> Optional[int]:
-    if not isinstance(model_info, dict):
-        return None
-    for key, value in model_info.items():
-        if str(key).endswith(".context_length") and natural(value):
-            return natural(value)
-    return None
+def _first_group(pattern: Pattern, text: str) -> str:
+    match = pattern.search(text)
+    return str(match.group(1)) if match else ""
 
 
 # One canned conversation shows what a template does with tools (contract/ollama.md 0).
@@ -2857,11 +2743,26 @@ def probe_body(name: str, options: Json) -> Json:
             "options": {**options, "num_predict": 1}}
 
 
-def rendered_prompt(answer: Any) -> Optional[str]:
-    """Take the prompt out of a render-only answer; None where it has another shape."""
-    detail = answer.get("_debug_info") if isinstance(answer, dict) else None
-    text = detail.get("rendered_template") if isinstance(detail, dict) else None
-    return text if isinstance(text, str) and text else None
+class Rendered(NamedTuple):
+    """A prompt as Ollama rendered it, and the JSON that it came in."""
+
+    prompt: str
+    json: str
+
+
+RENDERED_KEY = '"rendered_template":'
+
+
+def rendered_prompt(answer: str) -> Optional[Rendered]:
+    """Take the prompt out of a render-only answer's JSON; None where it has another shape."""
+    at = answer.find(RENDERED_KEY) + len(RENDERED_KEY)
+    try:
+        prompt, end = _scan_json(answer, at)
+        rest = _strict_json.decode(answer[:at] + "0" + answer[end:])
+    except (ValueError, RecursionError):
+        return None
+    own = _inside(rest, "_debug_info", "rendered_template") == 0 and isinstance(prompt, str)
+    return Rendered(prompt, answer[at:end]) if own and prompt else None
 
 
 def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:
@@ -2874,8 +2775,10 @@ def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:
         chatml=CHATML_START in prompt)
 
 
-SCHEMA_DEPTH = 12  # nesting of a schema; deeper parts become {} (also ends $ref circles)
-KEPT_KEYWORDS = ("type", "description", "enum", "items", "properties", "required", "anyOf")
+# Nesting of a schema; deeper parts become {}. A reference counts for three levels: a type that
+# holds itself in five places, as filters do, would grow five-fold with each.
+SCHEMA_DEPTH = 12
+REFERENCE_DEPTH = 3
 
 
 def normal_schema(schema: Any, defs: Optional[Json] = None, depth: int = 0) -> Json:
@@ -2888,41 +2791,32 @@ def normal_schema(schema: Any, defs: Optional[Json] = None, depth: int = 0) -> J
         return {}
     if defs is None:
         defs = {**_mapping(schema.get("definitions")), **_mapping(schema.get("$defs"))}
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        target = _mapping(defs.get(reference.rpartition("/")[2]))
-        schema = {**target, **{k: v for k, v in schema.items() if k != "$ref"}}
-    for part in schema.get("allOf") if isinstance(schema.get("allOf"), list) else ():
-        schema = {**_mapping(part), **schema}
-    if "anyOf" not in schema and isinstance(schema.get("oneOf"), list):
-        schema = {**schema, "anyOf": schema["oneOf"]}
-    if "const" in schema and "enum" not in schema:
-        schema = {**schema, "enum": [schema["const"]]}
-    result: Json = {}
-    for key in KEPT_KEYWORDS:
-        if key in schema:
-            value = _normal_keyword(key, schema[key], defs, depth)
-            if value is not None:
-                result[key] = value
-    return result
+    schema = _resolved(schema, defs)
+    parts = schema.get("allOf")
+    for part in parts if isinstance(parts, list) else ():
+        schema = {**_resolved(_mapping(part), defs), **schema}
+    depth += REFERENCE_DEPTH if "$ref" in schema else 1
+    kind, names, properties = (schema.get(key) for key in ("type", "required", "properties"))
+    choices = schema.get("anyOf", schema.get("oneOf"))
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    words, items = schema.get("description"), normal_schema(schema.get("items"), defs, depth)
+    normal = {
+        "type": kind if isinstance(kind, str) or _all_strings(kind) else None,
+        "description": words if isinstance(words, str) else None,
+        "enum": values if isinstance(values, list) else None,
+        "items": items or None,
+        "properties": {str(name): normal_schema(part, defs, depth)
+                       for name, part in properties.items()}
+        if isinstance(properties, dict) else None,
+        "required": names if _all_strings(names) else None,
+        "anyOf": [normal_schema(part, defs, depth) for part in choices] or None
+        if isinstance(choices, list) else None}
+    return {key: value for key, value in normal.items() if value is not None}
 
 
-def _mapping(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _normal_keyword(key: str, value: Any, defs: Json, depth: int) -> Any:
-    """Return one keyword's value in a form that Ollama decodes, or None to leave it out."""
-    if key == "properties" and isinstance(value, dict):
-        return {str(name): normal_schema(part, defs, depth + 1) for name, part in value.items()}
-    if key == "items":
-        return normal_schema(value, defs, depth + 1) or None
-    if key == "anyOf" and isinstance(value, list):
-        return [normal_schema(part, defs, depth + 1) for part in value] or None
-    fits = {"description": isinstance(value, str), "enum": isinstance(value, list),
-            "required": _all_strings(value),
-            "type": isinstance(value, str) or _all_strings(value)}
-    return value if fits.get(key) else None
+def _resolved(schema: Json, defs: Json) -> Json:
+    target = str(schema.get("$ref")).rpartition("/")[2]
+    return {**_mapping(defs.get(target)), **schema}
 
 
 def _all_strings(value: Any) -> bool:
@@ -2938,9 +2832,10 @@ def _single_extra(schema: Json) -> Json:
     extra = [key for key in ("properties", "items", "anyOf", "enum", "required") if key in schema]
     if len(extra) < 2:
         return schema
-    words = "; ".join(f"{key}: {to_json(schema[key])}" for key in extra[1:])
-    description = " ".join(filter(None, (schema.get("description", ""), f"({words})")))
-    return {**{k: v for k, v in schema.items() if k not in extra[1:]}, "description": description}
+    single = dict(schema)
+    words = "; ".join([f"{key}: {to_json(single.pop(key))}" for key in extra[1:]])
+    single["description"] = f"{schema.get('description', '')} ({words})".strip()
+    return single
 
 
 def tool_json(tool: Tool, renderer: str = "") -> Json:
@@ -2981,34 +2876,6 @@ def tools_as_text(tools: Iterable[Tool]) -> str:
         json.dumps(tool_json(tool), ensure_ascii=False) for tool in tools) + TOOLS_TAIL
 
 
-class ChatMessage(NamedTuple):
-    """One message of /api/chat; calls hold (id, name, arguments)."""
-
-    role: str
-    content: str
-    thinking: str = ""
-    images: Tuple[str, ...] = ()
-    calls: Tuple[Tuple[str, str, Json], ...] = ()
-    tool_name: str = ""
-    call_id: str = ""
-
-
-def message_json(message: ChatMessage) -> Json:
-    """Make the JSON object that Ollama reads."""
-    made: Json = {"role": message.role, "content": message.content}
-    if message.thinking:
-        made["thinking"] = message.thinking
-    if message.images:
-        made["images"] = list(message.images)
-    if message.calls:
-        made["tool_calls"] = [
-            {"id": call_id, "function": {"index": i, "name": name, "arguments": arguments}}
-            for i, (call_id, name, arguments) in enumerate(message.calls)]
-    if message.role == "tool":
-        made["tool_name"], made["tool_call_id"] = message.tool_name, message.call_id
-    return made
-
-
 Recall = Callable[[int, Message], Optional[str]]
 
 
@@ -3021,6 +2888,10 @@ def _join_texts(texts: Iterable[str]) -> str:
     kept = [text for text in texts if text]
     return "\n\n".join([text[:-1] if text.endswith("\n") else text for text in kept[:-1]]
                        + kept[-1:])
+
+
+def _joined_text(blocks: Iterable[Block]) -> str:
+    return _join_texts([block.text for block in blocks_of(Text, blocks)])
 
 
 def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, Message]]]:
@@ -3036,8 +2907,7 @@ def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, 
     for index, message in enumerate(messages):
         role, blocks = message.role, message.blocks
         if role == "system":
-            text = _join_texts(b.text for b in blocks if isinstance(b, Text))
-            text = BILLING_HEADER.sub("", text)
+            text = without_billing(_joined_text(blocks))
             if not text:
                 continue
             if not turns:
@@ -3058,16 +2928,20 @@ def call_markup(name: str, arguments: Any) -> str:
         {"name": name, "arguments": arguments}, ensure_ascii=False) + "\n</tool_call>"
 
 
-def _assistant_message(message: Message, facts: ModelFacts, raw: Optional[str]) -> ChatMessage:
-    if raw is not None:
-        return ChatMessage("assistant", raw)
-    text = _join_texts(b.text for b in message.blocks if isinstance(b, Text))
-    thought = "\n".join(b.text for b in message.blocks if isinstance(b, Thinking) and b.text)
-    calls = tuple((b.id, b.name, b.input) for b in message.blocks if isinstance(b, ToolUse))
+def _assistant_message(message: Message, facts: ModelFacts) -> Json:
+    text, calls = _joined_text(message.blocks), blocks_of(ToolUse, message.blocks)
+    thought = "\n".join([b.text for b in blocks_of(Thinking, message.blocks) if b.text])
+    made: Json = {"role": "assistant", "content": text}
+    if thought:
+        made["thinking"] = thought
     if calls and (facts.tools_in_text or (facts.drops_calls and text)):
-        marks = [call_markup(name, arguments) for _, name, arguments in calls]
-        return ChatMessage("assistant", "\n".join(filter(None, [text, *marks])), thought)
-    return ChatMessage("assistant", text, thought, (), calls)
+        marks = [call_markup(call.name, call.input) for call in calls]
+        made["content"] = "\n".join(filter(None, [text, *marks]))
+    elif calls:
+        made["tool_calls"] = [
+            {"id": call.id, "function": {"index": i, "name": call.name, "arguments": call.input}}
+            for i, call in enumerate(calls)]
+    return made
 
 
 NO_RESULT = "[No result: the call was interrupted before it ended.]"
@@ -3084,58 +2958,53 @@ def _in_call_order(results: List[ToolResult], calls: Sequence[ToolUse]) -> List[
     return ordered + [result for result in results if result.id in by_id]
 
 
-def _user_messages(
-    message: Message, calls: Sequence[ToolUse], facts: ModelFacts,
-) -> List[ChatMessage]:
+def _user_messages(message: Message, calls: Sequence[ToolUse], facts: ModelFacts) -> List[Json]:
     """Make the tool messages and the user message of one client turn."""
-    results = [b for b in message.blocks if isinstance(b, ToolResult)]
-    rest: List[Block] = [b for b in message.blocks if isinstance(b, (Text, Image))]
-    made: List[ChatMessage] = []
+    results, pictures = blocks_of(ToolResult, message.blocks), blocks_of(Image, message.blocks)
+    texts = [b.text for b in blocks_of(Text, message.blocks)]
+    made: List[Json] = []
     names = {call.id: call.name for call in calls}
     for result in _in_call_order(results, calls) if results else ():
-        text, images = _pictures(result.images, result.text, facts)
-        if images and facts.path == "C":  # jinja templates print a tool's text only
-            rest = [Image(image) for image in images] + rest
-            images = ()
-        made.append(ChatMessage("tool", text, "", images, (), names.get(result.id, ""), result.id))
-    texts = [b.text for b in rest if isinstance(b, Text)]
-    pictures = tuple(b for b in rest if isinstance(b, Image))
+        seen: Sequence[Image] = result.images
+        if facts.path == "C" and not facts.lacks("vision"):
+            # jinja templates print a tool's text only
+            pictures, seen = [*seen, *pictures], ()
+        made.append({"role": "tool", **_with_images(result.text, seen, facts),
+                     "tool_name": names.get(result.id, ""), "tool_call_id": result.id})
     if made and not pictures and all(t.lstrip().startswith(REMINDER_START) for t in texts):
         # A user turn behind tool results makes thinking models read everything since the
         # last one again: 1,774 tokens against 32 (OL 5b).
-        last = made[-1]
-        made[-1] = last._replace(content=_join_texts([last.content, *texts]))
-    elif rest:
-        text, images = _pictures(pictures, _join_texts(texts), facts)
-        made.append(ChatMessage("user", text, "", images))
+        made[-1]["content"] = _join_texts([made[-1]["content"], *texts])
+    elif texts or pictures:
+        made.append({"role": "user", **_with_images(_join_texts(texts), pictures, facts)})
     return made
 
 
-def _pictures(
-    images: Sequence[Image], text: str, facts: ModelFacts,
-) -> Tuple[str, Tuple[str, ...]]:
+def _with_images(text: str, images: Sequence[Image], facts: ModelFacts) -> Json:
     """Pass images on, or say in the text that this model cannot see them."""
-    if not images or not facts.lacks("vision"):
-        return text, tuple(image.base64 for image in images)
+    if not images:
+        return {"content": text}
+    if not facts.lacks("vision"):
+        return {"content": text, "images": [image.base64 for image in images]}
     notice = f"[{len(images)} image{'s were' if len(images) > 1 else ' was'} left out here:" \
              f" the model {facts.name} cannot see images.]"
-    return _join_texts([text, notice]), ()
+    return {"content": _join_texts([text, notice])}
 
 
 # The git status at the end of the CLI's system text (2.1.197) differs from session to
 # session; behind it the tools, and all else, would be read again (OL 5b).
-VOLATILE_END = Pattern(r"(?<!\n)\n+(gitStatus: [\s\S]*)\Z")
+VOLATILE_END = "\ngitStatus: "
 
 
 def move_volatile(
     system: List[str], turns: List[Tuple[int, Message]],
 ) -> Tuple[List[str], List[Tuple[int, Message]]]:
     """Move what changes between sessions from the system text into the first user turn."""
-    moved = tuple(Text(as_reminder(match.group(1))) for match in
-                  map(VOLATILE_END.search, system) if match)
+    cut = [text.partition(VOLATILE_END) for text in system]
+    moved = tuple([Text(as_reminder(mark[1:] + rest)) for _, mark, rest in cut if mark])
     if not moved or not turns or turns[0][1].role != "user":
         return system, turns
-    stable = [VOLATILE_END.sub("", text) for text in system]
+    stable = [text.rstrip("\n") if mark else text for text, mark, _ in cut]
     index, first = turns[0]
     return stable, [(index, Message("user", moved + first.blocks)), *turns[1:]]
 
@@ -3149,7 +3018,7 @@ CHOICE_WORDS = {
 def chat_messages(
     request: Request, tools: Sequence[Tool], facts: ModelFacts, recall: Recall,
     slim: Callable[[str], str], *, tools_text: str = "",
-) -> List[ChatMessage]:
+) -> List[Json]:
     """Make all messages of /api/chat.
 
     recall(index, turn) gives an assistant turn's raw text where it is remembered;
@@ -3157,28 +3026,30 @@ def chat_messages(
     the caller has it.
     """
     leading, turns = fold_turns(request.messages)
-    system, turns = move_volatile([*request.system, *leading], turns)
-    system = [slim(text) for text in system]
+    texts, turns = move_volatile([*request.system, *leading], turns)
+    system = [slim(text) for text in texts]
     if tools and facts.tools_in_text:
         system.append(tools_text or tools_as_text(tools))
-    made = [ChatMessage("system", "\n\n".join(system))] if any(system) else []
+    made: List[Json] = [{"role": "system", "content": "\n\n".join(system)}] if any(system) else []
     calls: Sequence[ToolUse] = ()
     for index, turn in turns:
         if turn.role == "assistant":
-            calls = [b for b in turn.blocks if isinstance(b, ToolUse)]
-            message = _assistant_message(turn, facts, recall(index, turn))
-            if message.content or message.calls:
+            calls = blocks_of(ToolUse, turn.blocks)
+            raw = recall(index, turn)
+            message = _assistant_message(turn, facts) if raw is None else \
+                {"role": "assistant", "content": raw}
+            if message["content"] or "tool_calls" in message:
                 made.append(message)
         else:
-            slimmed = Message("user", tuple(
+            slimmed = Message("user", tuple([
                 Text(slim(b.text)) if isinstance(b, Text) and b.text.startswith(REMINDER_START)
-                else b for b in turn.blocks))
+                else b for b in turn.blocks]))
             made.extend(_user_messages(slimmed, calls, facts))
             calls = ()
-    if request.tool_choice.kind in CHOICE_WORDS and tools and made:
-        words = CHOICE_WORDS[request.tool_choice.kind].format(name=request.tool_choice.name)
-        last = made[-1]
-        made[-1] = last._replace(content=_join_texts([last.content, as_reminder(words)]))
+    words = CHOICE_WORDS.get(request.tool_choice.kind)
+    if words and tools and made:
+        choice = as_reminder(words.format(name=request.tool_choice.name))
+        made[-1]["content"] = _join_texts([made[-1]["content"], choice])
     return made
 
 
@@ -3187,14 +3058,11 @@ def keep_alive_value(text: str) -> Union[int, float, str]:
 
     A bare number as a string is refused: "missing unit in duration" (OL 1).
     """
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
-    try:
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        return text
+    return text
 
 
 def load_options(num_ctx: Optional[int]) -> Json:
@@ -3202,37 +3070,40 @@ def load_options(num_ctx: Optional[int]) -> Json:
     return {"num_ctx": num_ctx} if num_ctx else {}
 
 
-class ReusedJson:
-    """Write message lists, taking over what the last list of the session had.
+class WrittenMessage(NamedTuple):
+    """A message with its JSON, and its size as TokenCounter tells it."""
 
-    A 1 MB session of 78 messages costs 2.4 ms to write, its newest turn 0.1 ms.
-    """
-
-    def __init__(self) -> None:
-        self.first: Optional[ChatMessage] = None
-        self.same = 0  # messages that the last list had too
-        self._messages: List[ChatMessage] = []
-        self._written: List[str] = []
-
-    def write(self, messages: List[ChatMessage]) -> Tuple[str, int]:
-        """Return the messages' JSON, comma-separated, and same."""
-        same = 0
-        for old, new in zip(self._messages, messages):
-            if old != new:
-                break
-            same += 1
-        written = self._written[:same] + [to_json(message_json(m)) for m in messages[same:]]
-        self._messages, self._written, self.same = messages, written, same
-        self.first = messages[0] if messages else None
-        return ",".join(written), same
+    message: Json
+    json: str
+    size: Tuple[int, Sizes]
 
 
-def message_text(message: ChatMessage) -> str:
+def message_text(message: Json) -> str:
     """Return what a message adds to the prompt, for counting."""
-    if not message.calls and not message.thinking:
-        return message.content
-    calls = [call_markup(name, arguments) for _, name, arguments in message.calls]
-    return "\n".join([message.thinking, message.content, *calls])
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if not calls and "thinking" not in message:
+        return str(message["content"])
+    return "\n".join([message.get("thinking", ""), message["content"],
+                      *[call_markup(call["name"], call["arguments"]) for call in calls]])
+
+
+def write_messages(
+    messages: Sequence[Json], last: List[WrittenMessage], counter: TokenCounter,
+) -> Tuple[List[WrittenMessage], int]:
+    """Write a session's messages; also return how many of them its last request had.
+
+    A 1 MB session of 78 messages costs 4 ms to write and count, its newest turn 0.1 ms.
+    """
+    same = 0
+    for row, message in zip(last, messages):
+        if row.message != message:
+            break
+        same += 1
+    new = [(message, message_text(message)) for message in messages[same:]]
+    chars = sum([len(text) for _, text in new]) or 1
+    return last[:same] + [
+        WrittenMessage(message, to_json(message), counter.sizes_of(text, len(text) / chars))
+        for message, text in new], same
 
 
 def agent_line(agent: str) -> str:
@@ -3259,25 +3130,28 @@ def wants_thinking(request: Request, facts: ModelFacts) -> Optional[bool]:
     return bool(request.thinking)
 
 
+def turn_fields_of(request: Request, config: Config, options: Json) -> Json:
+    """Make the fields that a turn has on either way; options are load options and num_predict."""
+    fields: Json = {"stream": True, "truncate": False, "shift": False,
+                    "keep_alive": keep_alive_value(config.keep_alive),
+                    "options": {**options, **dict(request.sampling)}}
+    if request.schema is not None:
+        fields["format"] = request.schema
+    return fields
+
+
 def chat_body(
     request: Request, facts: ModelFacts, config: Config, options: Json, *,
     messages_json: str, tools_json: str,
 ) -> str:
-    """Write the body of /api/chat from the JSON of its messages and tools.
-
-    options holds load options and num_predict.
-    """
-    merged = {**options, **dict(request.sampling)}
-    fields: Json = {"stream": True, "truncate": False, "shift": False,
-                    "keep_alive": keep_alive_value(config.keep_alive), "options": merged}
+    """Write the body of /api/chat from the JSON of its messages and tools."""
+    fields = turn_fields_of(request, config, options)
     think = wants_thinking(request, facts)
     if think is not None:
         fields["think"] = think
-    if request.schema is not None:
-        fields["format"] = request.schema
-    head = to_json({"model": facts.name})[:-1]
     tools = f'"tools":{tools_json},' if tools_json else ""
-    return f'{head},"messages":[{messages_json}],{tools}{to_json(fields)[1:]}'
+    return f'{{"model":{to_json(facts.name)},"messages":[{messages_json}],' \
+           f'{tools}{to_json(fields)[1:]}'
 
 
 def render_body(chat: str) -> str:
@@ -3286,19 +3160,14 @@ def render_body(chat: str) -> str:
 
 
 def generate_body(
-    request: Request, facts: ModelFacts, prompt: str, config: Config, options: Json,
+    request: Request, facts: ModelFacts, prompt_json: str, config: Config, options: Json,
 ) -> str:
     """Write the body of /api/generate that has the model continue a rendered prompt.
 
     think:false keeps Ollama from splitting the thought off on path B (OL 6).
     """
-    fields: Json = {"model": facts.name, "prompt": prompt, "raw": True, "think": False,
-                    "stream": True, "truncate": False, "shift": False,
-                    "keep_alive": keep_alive_value(config.keep_alive),
-                    "options": {**options, **dict(request.sampling)}}
-    if request.schema is not None:
-        fields["format"] = request.schema
-    return to_json(fields)
+    fields = to_json({"raw": True, "think": False, **turn_fields_of(request, config, options)})
+    return f'{{"model":{to_json(facts.name)},"prompt":{prompt_json},{fields[1:]}'
 
 
 # ============================== 8. UPSTREAM STREAMS ==============================
@@ -3712,6 +3581,8 @@ def restored(prompt: str, answers: Sequence[str]) -> str:
     again (OL 5). Thought that the template dropped stays out. A prompt that holds other
     than these answers is left as it is: a file's text may speak ChatML too.
     """
+    if THINK_OPEN not in prompt:
+        return prompt
     head, *parts = prompt.split(ANSWER_START)
     if len(parts) != len(answers) + 1:
         return prompt
@@ -4656,7 +4527,7 @@ def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
     """Tell whether a tag that is cut, maybe in its name, may open a call."""
     name, *rest = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())
     bare = TAG_NAMESPACE.sub("", name)
-    names = [*CALL_TAGS, *tools, *(word for kind in TOOL_KINDS for word in plain_words(kind.names))]
+    names = [*CALL_TAGS, *tools, *(word for _, words in tool_kinds() for word in words)]
     folded = plain_name(bare)
     if rest:  # the name is whole: "if a <b and" holds nothing back
         return folded in map(plain_name, names)
@@ -6442,11 +6313,14 @@ def _notices(turns: Sequence[Message]) -> List[str]:
     return found
 
 
+lowered = lru_cache(maxsize=8)(str.lower)  # the client says the same in every turn
+
+
 def _plan_mode(notices: Sequence[str]) -> bool:
     """Tell whether plan mode was announced and not ended since."""
     planning = False
     for notice in notices:
-        if "plan mode" in notice.lower():  # a tenth of what the pattern's search costs
+        if "plan mode" in lowered(notice):  # a tenth of what the pattern's search costs
             for match in PLAN_MODE.finditer(notice):
                 planning = match.group("off") is None
     return planning
@@ -6455,7 +6329,7 @@ def _plan_mode(notices: Sequence[str]) -> bool:
 def working_directory(notices: Sequence[str]) -> str:
     """Return the announced working directory; "" when none or more than one is named."""
     naming = [notice for notice in notices
-              for lower in (notice.lower(),) if "working directory" in lower or "cwd" in lower]
+              for lower in (lowered(notice),) if "working directory" in lower or "cwd" in lower]
     found = {match.group(1).strip().rstrip("/.") for notice in naming
              for match in WORKING_DIRECTORY.finditer(notice)}
     return found.pop() if len(found) == 1 else ""
@@ -6696,11 +6570,12 @@ def _mask_block(text: str) -> Optional[Masked]:
 
 def _readings(words: str) -> Iterator[Masked]:
     """Yield the ways in which the quotes of a request can be read, likeliest first."""
-    for masked in (_mask(words, CLOSING), _mask_block(words)):
+    likeliest = _mask(words, CLOSING)
+    for masked in (likeliest, _mask_block(words)):
         if masked is not None:
             yield masked
     masked = _mask(words, CLOSING_TIGHT)
-    if masked is not None and all(_quotes_in_brackets(quote) for quote in masked.quotes):
+    if masked not in (None, likeliest) and all(map(_quotes_in_brackets, masked.quotes)):
         yield masked
 
 
@@ -7908,6 +7783,7 @@ def _without_trailers(core: str) -> str:
     return core
 
 
+@lru_cache(maxsize=2)  # a request is read by several rules
 def _freed(text: str) -> Asked:
     """Take courtesy and end marks off a masked request."""
     whole = text.strip()
@@ -8641,17 +8517,10 @@ def local_answer(request: Request, config: Config) -> Optional[LocalAnswer]:
 
 def count_request(request: Request) -> int:
     """Estimate a request's input tokens: system, messages, tools and images."""
-    texts = list(request.system)
-    images = 0
-    for message in request.messages:
-        for block in message.blocks:
-            if isinstance(block, (Text, Thinking, ToolResult)):
-                texts.append(block.text)
-            elif isinstance(block, ToolUse):
-                texts.append(to_json(block.input))
-            images += isinstance(block, Image) or len(getattr(block, "images", ()))
-    texts += [to_json([tool.name, tool.description, tool.schema]) for tool in request.tools]
-    return sum(map(estimate_tokens, texts)) + images * IMAGE_TOKENS + 5 * len(request.messages)
+    texts = [to_json([tool.name, tool.description, tool.schema]) for tool in request.tools]
+    blocks = [block for message in request.messages for block in message.blocks]
+    return sum(map(estimate_tokens, [*request.system, *texts])) + sum(map(block_tokens, blocks)) \
+        + MESSAGE_TOKENS * len(request.messages)
 
 
 # ============================== 13. TURN ==============================
@@ -9896,12 +9765,19 @@ class UpstreamCall:
 
 
 class Answer(NamedTuple):
-    """A whole answer of the upstream; body is parsed JSON or None."""
+    """A whole answer of the upstream."""
 
     status: int
     text: str
-    body: Any
     retry_after: Optional[str] = None
+
+    @property
+    def body(self) -> Any:
+        """Its JSON, or None."""
+        try:
+            return _strict_json.decode(self.text)
+        except (ValueError, RecursionError):
+            return None
 
 
 class Upstream:
@@ -9968,7 +9844,6 @@ class Upstream:
     def _addresses(self, waiter: Waiter, until: float) -> List[Any]:
         """Look the name up, on a thread: a resolver may take half a minute to give up."""
         found: List[Any] = []
-        mine, wake = socket.socketpair()
 
         def look_up() -> None:
             try:
@@ -9977,13 +9852,17 @@ class Upstream:
                     self.host.encode(), self.port, type=socket.SOCK_STREAM))
             except (OSError, UnicodeError) as problem:
                 found.append(problem)
+
+        def look_up_and_wake() -> None:
+            look_up()
             wake.close()
 
-        with mine:
-            if self.host in LOCAL_NAMES:
-                look_up()
-            else:
-                threading.Thread(target=look_up, daemon=True).start()
+        if self.host in LOCAL_NAMES:
+            look_up()
+        else:
+            mine, wake = socket.socketpair()
+            with mine:
+                threading.Thread(target=look_up_and_wake, daemon=True).start()
                 waiter.wait(mine, False, until)
         if not found or isinstance(found[0], Exception):
             reason = found[0] if found else "the lookup takes too long"
@@ -10030,11 +9909,7 @@ class Upstream:
         with self.open(method, path, body, waiter, until) as call:
             call.read_head(until)
             text = call.read_all(until).decode("utf-8", "replace")
-        try:
-            parsed = _strict_json.decode(text)
-        except (ValueError, RecursionError):
-            parsed = None
-        return Answer(call.status, text, parsed, call.headers.get("retry-after"))
+        return Answer(call.status, text, call.headers.get("retry-after"))
 
 
 # ============================== 16. SERVER ==============================
@@ -10499,8 +10374,8 @@ class Registry:
         facts = model.facts
         answer = self.ask("POST", "/api/chat", probe_body(
             facts.name, load_options(model.num_ctx)), waiter, until)
-        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        return facts_from_probe(facts, prompt) if prompt else facts
+        rendered = rendered_prompt(answer.text) if answer.status == 200 else None
+        return facts_from_probe(facts, rendered.prompt) if rendered else facts
 
     def amend(self, model: LocalModel) -> None:
         """Remember what a refusal has taught."""
@@ -10561,13 +10436,15 @@ def new_enough(version: str) -> bool:
 # ------------------------------ between the turns ------------------------------
 
 class WrittenTools(NamedTuple):
-    """Forwarded tools as a prompt has them; key is what they were made from."""
+    """Forwarded tools as a prompt has them; key is what they were made from.
 
-    key: Any
-    tools: Tuple[Tool, ...]
-    json: str
-    segments: List[Segment]
-    text: str  # "" where the template prints the tools
+    A template that prints tools gets json, the others text within the system text.
+    """
+
+    key: Any = None
+    tools: Tuple[Tool, ...] = ()
+    json: str = ""
+    text: str = ""
 
 
 def write_tools(
@@ -10575,33 +10452,28 @@ def write_tools(
 ) -> WrittenTools:
     """Shorten tools and write their JSON: 8 cost 0.5 ms. agent's line stands in the first."""
     tools = tuple(map(slim_tool, sent)) if slim else sent
-    if agent and tools:
+    if not tools:
+        return WrittenTools(key)
+    if agent:
         first = tools[0]._replace(description=f"{agent_line(agent)} {tools[0].description}")
         tools = (first, *tools[1:])
-    each = [to_json(tool_json(tool, facts.renderer)) for tool in tools]
-    segments = [Segment(f"tools changed at {tool.name}", text, estimate_tokens(text))
-                for tool, text in zip(tools, each)]
-    return WrittenTools(key, tools, f"[{','.join(each)}]", segments,
-                        tools_as_text(tools) if facts.tools_in_text and tools else "")
+    if facts.tools_in_text:
+        return WrittenTools(key, tools, text=tools_as_text(tools))
+    return WrittenTools(key, tools, to_json([tool_json(tool, facts.renderer) for tool in tools]))
 
 
 class Session:
     """What is kept between the turns of one conversation; bounded, lost at the end."""
 
-    latest_tools: ClassVar[Optional[WrittenTools]] = None  # shared by sessions with the same
+    latest_tools: ClassVar[WrittenTools] = WrittenTools()  # shared by sessions with the same
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.turns = 0
         self.rescued: Tuple[str, ...] = ()  # ids of the last turn's rescued calls
         self._table: Optional[ToolTable] = None
-        self.written = ReusedJson()
-        self._tools: Optional[WrittenTools] = None
-        self.tools_json = self.tools_text = ""
-        self.tools_changed = False
-        self.tool_segments: List[Segment] = []
-        self.message_segments: List[Segment] = []
-        self.segments: List[Segment] = []  # of the last turn's whole prompt
+        self.tools = WrittenTools()  # and messages: what the last prompt had
+        self.messages: List[WrittenMessage] = []
 
     def table(self, request: Request, limit: int) -> ToolTable:
         """Choose the tools, the same as in the last turn while the client's are the same."""
@@ -10610,26 +10482,37 @@ class Session:
         self._table = tool_table(request, limit, self._table)
         return self._table
 
-    def tools(
+    def write_tools(
         self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str = "",
-    ) -> Tuple[Tuple[Tool, ...], str]:
-        """Return the forwarded tools and their JSON ("" where the text holds them).
+    ) -> WrittenTools:
+        """Return the forwarded tools.
 
         A session's are alike from turn to turn, and mostly those of the other sessions.
         Where they come before the system text, an agent's line stands in the first of them.
         """
         agent = agent if facts.tools_first else ""
         key = (table.sent, slim, facts.renderer, facts.tools_in_text, agent)
-        self.tools_changed = self._tools is None or self._tools.key != key
-        if self._tools is None or self.tools_changed:
+        if self.tools.key != key:
             latest = Session.latest_tools
-            self._tools = latest if latest and latest.key == key else \
+            self.tools = Session.latest_tools = latest if latest.key == key else \
                 write_tools(table.sent, slim, facts, agent, key)
-            Session.latest_tools = self._tools
-            self.tools_json, self.tool_segments = self._tools.json, self._tools.segments
-            self.tools_text = self._tools.text
-        in_text = facts.tools_in_text or not self._tools.tools
-        return self._tools.tools, "" if in_text else self.tools_json
+        return self.tools
+
+
+def tool_segments(tools: WrittenTools) -> List[Segment]:
+    texts = [(tool.name, to_json(tool_json(tool))) for tool in tools.tools]
+    return [Segment(f"tools changed at {name}", text, estimate_tokens(text))
+            for name, text in texts]
+
+
+def message_segments(messages: Sequence[WrittenMessage], start: int) -> List[Segment]:
+    """Name the message at start, and lump those behind it."""
+    if start >= len(messages):
+        return []
+    role = messages[start].message["role"]
+    name = "system text" if role == "system" and not start else f"message {start} ({role})"
+    first, *rest = [int(sum(row.size[1])) for row in messages[start:]]
+    return [Segment(f"{name} changed", messages[start].json, first), Segment("", None, sum(rest))]
 
 
 class RawTurns:
@@ -10649,8 +10532,8 @@ class RawTurns:
                 self._chars -= len(self._turns.pop(oldest))
 
     def recall(self, session: str, index: int, turn: Message) -> Optional[str]:
-        ids = tuple(b.id for b in turn.blocks if isinstance(b, ToolUse))
-        text = "".join(b.text for b in turn.blocks if isinstance(b, Text))
+        ids = tuple([call.id for call in blocks_of(ToolUse, turn.blocks)])
+        text = "".join([block.text for block in blocks_of(Text, turn.blocks)])
         return self._turns.get(self.key(session, index, ids, text))
 
     @staticmethod
@@ -11009,14 +10892,16 @@ class Exchange:
         prompt = prompt._replace(messages_json="")  # a long answer need not hold it
         dialect, prefix, self.opening = DIALECTS["chat"], None, ""
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
-            text = self._render(facts, body, prompt.answers, own_until)
-            if text is not None:
+            rendered = self._render(facts, body, prompt.answers, own_until)
+            if rendered:
+                text = rendered.prompt
                 dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
                 prefix = text[:max(text.find(USER_TURN), 0)]
                 if False in self.recalled[-1:]:
                     self.notes.append("the last answer went back in the template's form")
-                body = generate_body(self.request, facts, text, self.config, options)
-            del text
+                body = generate_body(self.request, facts, rendered.json, self.config, options)
+                del text
+            del rendered
         self.way = dialect.way
         if server.log.on("debug"):
             server.log.write("debug", f"history: {sum(self.recalled)} of {len(self.recalled)}"
@@ -11042,12 +10927,12 @@ class Exchange:
         options, warmer = {**options, "num_predict": 1}, self.server.warmer
         if prefix is not None:
             warmer.offer(prefix, lambda: ("/api/generate", generate_body(
-                self.request, facts, prefix + USER_TURN, self.config, options)))
+                self.request, facts, to_json(prefix + USER_TURN), self.config, options)))
             return
-        first = self.session.written.first
-        if first is not None and first.role == "system":
-            messages = to_json([message_json(first), {"role": "user", "content": "."}])[1:-1]
-            warmer.offer(messages, lambda: ("/api/chat", chat_body(
+        first = next(iter(self.session.messages), None)
+        if first and first.message["role"] == "system":
+            messages = first.json + ',{"role":"user","content":"."}'
+            warmer.offer(first.json, lambda: ("/api/chat", chat_body(
                 self.request, facts, self.config, options, messages_json=messages,
                 tools_json=tools_json)))
 
@@ -11077,50 +10962,42 @@ class Exchange:
     def _translate(self, facts: ModelFacts, request: Request) -> Prompt:
         session, counter = self.session, self.server.counter
         with session.lock:
+            before = session.tools, session.messages
             table = session.table(request, self.config.max_tools)
-            tools, tools_json = session.tools(
-                table, self.config.prompt == "slim", facts, self.agent)
+            tools = session.write_tools(table, self.config.prompt == "slim", facts, self.agent)
             names = [tool.name for tool in table.sent]
             if self.agent:
                 request = request._replace(system=(agent_line(self.agent), *request.system))
             self.recalled.clear()
             messages = chat_messages(
-                request, tools, facts, self._recall, lambda text: self._slim(text, names),
-                tools_text=session.tools_text)
-            messages_json, same = session.written.write(messages)
-            if session.tools_changed:
-                same = 0
-            self.left_out = tuple(dict.fromkeys((*table.dropped, *self.left_out)))
-            self._note_break(messages)
-        texts = [tools_json, *map(message_text, messages)]
-        count = counter.count(facts.name, texts, sum(len(m.images) for m in messages))
+                request, tools.tools, facts, self._recall, lambda text: self._slim(text, names),
+                tools_text=tools.text)
+            written, same = write_messages(messages, session.messages, counter)
+            session.messages = written
+        dropped = [name for name in table.offered if name not in names]
+        self.left_out = tuple(dict.fromkeys((*dropped, *self.left_out)))
+        if tools is not before[0]:
+            same = 0
+        if same < len(before[1]) and self.session_id:
+            broken = prefix_break(*[
+                (tool_segments(row[0]) if tools is not before[0] else [])
+                + message_segments(row[1], same) for row in (before, (tools, written))])
+            self.notes += [broken] if broken else []
+        sizes = [counter.sizes_of(tools.json), *[row.size for row in written]]
+        count = counter.count(facts.name, sizes, sum([len(m.get("images", ())) for m in messages]))
         self.estimate = count.tokens
-        sizes = [sum(counter.sizes_of(text)[1]) for text in texts]
-        known = sum(sizes[:same + 1]) if same else 0
-        shared = int(count.tokens * known / max(sum(sizes), 1))
-        answers = tuple(m.content for m in messages if m.role == "assistant")
-        return Prompt(table, messages_json, tools_json, answers, count, shared, request.max_tokens)
+        tokens = [sum(size) for _, size in sizes]
+        shared = count.tokens * sum(tokens[:same + 1]) / max(sum(tokens), 1) if same else 0
+        return Prompt(
+            table, ",".join([row.json for row in written]), tools.json,
+            tuple([m["content"] for m in messages if m["role"] == "assistant"]),
+            count, int(shared), request.max_tokens)
 
     def _recall(self, index: int, turn: Message) -> Optional[str]:
         """Return an earlier answer as the model wrote it, where that is remembered."""
         raw = self.server.raw_turns.recall(self.session_id, index, turn)
         self.recalled.append(raw is not None)
         return raw
-
-    def _note_break(self, messages: List[ChatMessage]) -> None:
-        """Compare the prompt with the session's last one."""
-        session = self.session
-        now = session.message_segments[:session.written.same]
-        for place, message in enumerate(messages[len(now):], len(now)):
-            tokens = int(sum(self.server.counter.sizes_of(message_text(message))[1]))
-            name = "system text" if message.role == "system" and not place else \
-                f"message {place} ({message.role})"
-            now.append(Segment(f"{name} changed", object(), tokens))
-        tools = session.tool_segments
-        broken = prefix_break(session.segments, [*tools, *now]) if self.session_id else ""
-        session.message_segments, session.segments = now, [*tools, *now]
-        if broken:
-            self.notes.append(broken)
 
     def _slim(self, text: str, names: Sequence[str]) -> str:
         if self.config.prompt == "full":
@@ -11134,7 +11011,7 @@ class Exchange:
 
     def _render(
         self, facts: ModelFacts, body: str, answers: Sequence[str], until: float,
-    ) -> Optional[str]:
+    ) -> Optional[Rendered]:
         """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
         try:
             answer = self.server.upstream.ask(
@@ -11142,9 +11019,10 @@ class Exchange:
         except UpstreamBrokenError as problem:  # chat tells what is wrong, if it lasts
             self.notes.append(f"not verbatim: {problem.message}")
             return None
-        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        if prompt is not None:
-            return prompt if facts.path == "B" else restored(prompt, answers)
+        rendered = rendered_prompt(answer.text) if answer.status == 200 else None
+        if rendered:
+            prompt = rendered.prompt if facts.path == "B" else restored(rendered.prompt, answers)
+            return rendered if prompt is rendered.prompt else Rendered(prompt, to_json(prompt))
         if answer.status == 200:
             self.unrendered = "Ollama rendered no prompt"
             return None
@@ -11515,7 +11393,8 @@ class Handler:
         link, progress = self.link, Progress()
         pieces, missing = [], length
         while True:
-            piece = bytes(link.input[:missing])
+            with memoryview(link.input) as arrived:
+                piece = bytes(arrived[:missing])
             del link.input[:len(piece)]
             pieces.append(piece)
             missing -= len(piece)
@@ -11548,7 +11427,7 @@ class Handler:
     def json_of(body: bytes) -> Any:
         """Parse a body; raise 400 with the reason."""
         try:
-            return parse_json(body)
+            return read_body(body)
         except ValueError as problem:
             raise BadRequestError(f"The body is not JSON: {clean(str(problem))}.") from None
 
@@ -11617,8 +11496,7 @@ class Handler:
         body = self.read_body()
         self.join_key = ""
         if self.http.header("x-claude-code-session-id"):
-            digest = late("hashlib").sha256(body).hexdigest()
-            self.join_key = f"{self.session_id} {digest}"
+            self.join_key = f"{self.session_id} {hash(body)}"
         request = parse_request(self.json_of(body))
         del body  # a long answer need not hold it
         Exchange(self, request).run()
@@ -12869,7 +12747,8 @@ class Doctor:
     def check_template(self) -> Finding:
         body = probe_body(self.config.model, load_options(self.model.num_ctx))
         body["messages"].append({"role": "system", "content": "probe reminder"})
-        return verdict_template(rendered_prompt(self.ask("/api/chat", body).body) or "")
+        rendered = rendered_prompt(self.ask("/api/chat", body).text)
+        return verdict_template(rendered.prompt if rendered else "")
 
     def check_truncation(self) -> Finding:
         window = self.loaded.window or self.model.window or SERVING_WINDOW
@@ -13139,7 +13018,7 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
     """Say what a request becomes: the upstream body, what was left out and why, tokens."""
     session, slim, left_out = Session(), config.prompt == "slim", []
     table = session.table(request, config.max_tools)
-    tools, tools_json = session.tools(table, slim, facts)
+    tools = session.write_tools(table, slim, facts)
     names = [tool.name for tool in table.sent]
 
     def shorten(text: str) -> str:
@@ -13147,14 +13026,16 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
         left_out.extend(gone)
         return short
 
-    messages = chat_messages(request, tools, facts, lambda index, turn: None, shorten)
+    messages = chat_messages(request, tools.tools, facts, lambda index, turn: None, shorten,
+                             tools_text=tools.text)
     answered = local_answer(request, config)
     body = chat_body(request, facts, config, {
         **load_options(config.num_ctx), "num_predict": request.max_tokens},
-        messages_json=session.written.write(messages)[0], tools_json=tools_json)
-    counts = [estimate_tokens(message.content) for message in messages]
-    known = max((place for place, message in enumerate(messages, 1)
-                 if message.role == "assistant"), default=0)
+        messages_json=",".join([to_json(message) for message in messages]),
+        tools_json=tools.json)
+    counts = [estimate_tokens(message["content"]) for message in messages]
+    known = next((place + 1 for place in range(len(messages) - 1, -1, -1)
+                  if messages[place]["role"] == "assistant"), 0)
     return {
         "model": config.model, "path": facts.path or "unknown: Ollama was not asked",
         "answered_without_the_model": answered.rule if answered else "",
@@ -13163,7 +13044,7 @@ def explain(request: Request, facts: ModelFacts, config: Config) -> Json:
             if tool.name not in names}},
         "left_out_of_the_texts": left_out,
         "tokens": {"as_the_client_sent_it": count_request(request),
-                   "tools": estimate_tokens(tools_json), "messages": sum(counts)},
+                   "tools": estimate_tokens(tools.json), "messages": sum(counts)},
         "prefix": {"known_from_the_last_turn": sum(counts[:known]), "new": sum(counts[known:])},
         "body": json.loads(body)}
 

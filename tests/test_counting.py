@@ -13,7 +13,6 @@ from qwencode import (
     Message,
     PromptTooLongError,
     Text,
-    TokenCounter,
     ToolResult,
     ToolUse,
     cache_usage,
@@ -29,6 +28,14 @@ from qwencode import (
     shorten_results,
     unwrap_error,
 )
+
+
+class TokenCounter(qwencode.TokenCounter):
+    """One that is given a prompt's texts."""
+
+    def count(self, model, parts, images=0):
+        return super().count(model, [self.sizes_of(part) for part in parts], images)
+
 
 # ---------------------------------------------------------------- estimates
 
@@ -106,6 +113,18 @@ def test_a_long_text_is_judged_by_slices_to_within_five_percent():
     piece = "".join(text for _, text, _ in counted_texts.COUNTED[:6])
     whole = sum(estimate_tokens(piece) for _ in range(200))
     assert estimate_tokens(piece * 200) == pytest.approx(whole, rel=0.05)
+
+
+def test_many_long_texts_are_judged_together_to_within_five_percent():
+    """Each from fewer slices than it would be alone; chance errors cancel."""
+    texts = [(text * (40_000 // len(text)))[:number * 1000 + 3000]
+             for number, (_, text, _) in enumerate(counted_texts.COUNTED) if len(text) > 100]
+    chars = sum(map(len, texts))
+    whole = sum(estimate_tokens(text[at:at + 5000]) for text in texts
+                for at in range(0, len(text), 5000))
+    together = sum(sum(qwencode.text_sizes(text, len(text) / chars)) for text in texts)
+    assert len(texts) > 10
+    assert together == pytest.approx(whole, rel=0.05)
 
 
 def test_ten_megabytes_cost_milliseconds():

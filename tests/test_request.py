@@ -6,20 +6,21 @@ import pytest
 from qwencode import (
     BadRequestError,
     ModelFacts,
-    ReusedJson,
+    TokenCounter,
     Tool,
     chat_body,
     chat_messages,
     facts_from_probe,
     facts_from_show,
     load_config,
-    message_json,
     normal_schema,
     opening_of,
     parse_request,
+    read_body,
     render_body,
     tool_json,
     tool_table,
+    write_messages,
 )
 
 CONFIG = load_config({}, {})
@@ -46,7 +47,7 @@ def upstream(messages, facts=PLAIN, recall=lambda index, turn: None, **fields):
     """The messages that Ollama gets, as short rows."""
     request = parse_request({"messages": messages, **fields})
     rows = chat_messages(request, request.tools, facts, recall, lambda words: words)
-    return [message_json(row) for row in rows]
+    return rows
 
 
 BAD_FIELDS = [
@@ -64,6 +65,10 @@ BAD_FIELDS = [
      "messages.0.content.1.text: a string is required"),
     ({"messages": [user({"text": "a"})]}, "messages.0.content.0.type: a string is required"),
     ({"messages": [user({"type": "image"})]}, "messages.0.content.0.source: an object is required"),
+    ({"messages": [user({"type": "image", "source": {"type": "base64"}})]},
+     "messages.0.content.0.source.data: a string is required"),
+    ({"messages": [user(result("a", [text("x"), 5]))]},
+     "messages.0.content.0.content.1: expected an object, got a number"),
     ({"messages": [{"role": "assistant", "content": [
         {"type": "tool_use", "id": "a", "name": "b", "input": "c"}]}]},
      "messages.0.content.0.input: expected an object, got a string"),
@@ -86,6 +91,39 @@ BAD_FIELDS = [
     ({"messages": [user(text("x"))], "tool_choice": {"type": "tool"}},
      "tool_choice.name: a string is required"),
 ]
+
+
+TOOLS = json.dumps([{"name": "Read", "description": "a é \" ] }", "input_schema": {}}],
+                   ensure_ascii=False)
+BODIES = [
+    ("the same tools", '{"messages":[],"tools":%s,"stream":true}' % TOOLS),
+    ("others", '{"messages":[],"tools":[{"name":"é"}],"stream":true}'),
+    ("none", '{"messages":[]}'),
+    ("an empty list", '{"tools":[]}'),
+    ("tools that are no list", '{"tools":{"a":%s}}' % TOOLS),
+    ("spaces", '{ "tools" : %s }' % TOOLS),
+    ("the same list inside a call only", '{"messages":[{"input":{"tools":%s}}]}' % TOOLS),
+    ("and as its own", '{"tools":%s,"messages":[{"input":{"tools":%s}}]}' % (TOOLS, TOOLS)),
+    ("twice", '{"tools":%s,"tools":[]}' % TOOLS),
+    ("quoted in a text", json.dumps({"messages": '{"tools":%s}' % TOOLS})),
+    ("a list", '[{"tools":%s}]' % TOOLS),
+]
+
+
+def test_bodies_are_read_alike_whatever_tools_are_known():
+    for name, body in [*BODIES, *reversed(BODIES)]:
+        assert read_body(body.encode()) == json.loads(body), name
+    same = BODIES[0][1].encode()
+    assert read_body(same)["tools"] is read_body(same + b" ")["tools"]
+
+
+@pytest.mark.parametrize("body", [
+    '{"tools":%s,"x":NaN}' % TOOLS, '{"x":-Infinity,"tools":%s}' % TOOLS, '{"tools":NaN}',
+    '{"tools":%s' % TOOLS, '{"tools":%s,"x":1e999}' % TOOLS, '{"tools":%s}x' % TOOLS])
+def test_known_tools_make_no_bad_body_good(body):
+    read_body(BODIES[0][1].encode())
+    with pytest.raises(ValueError):
+        read_body(body.encode())
 
 
 @pytest.mark.parametrize(("body", "words"), BAD_FIELDS, ids=[row[1] for row in BAD_FIELDS])
@@ -228,6 +266,10 @@ SCHEMAS = {
                         {"properties": {"a": {}, "b": {"anyOf": [{}, {"type": "null"}]}}}),
     "references": ({"properties": {"a": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"type": "number"}}},
                    {"properties": {"a": {"type": "number"}}}),
+    "a reference in allOf": (
+        {"properties": {"a": {"description": "d", "allOf": [{"$ref": "#/$defs/X"}]}},
+         "$defs": {"X": {"type": "number", "description": "x"}}},
+        {"properties": {"a": {"type": "number", "description": "d"}}}),
     "oneOf, allOf, const": (
         {"properties": {"a": {"oneOf": [{"type": "string"}]}, "b": {"allOf": [{"type": "number"}]},
                         "c": {"const": 5}}},
@@ -247,6 +289,13 @@ def test_schemas_are_made_fit_for_a_strict_decoder(name):
 def test_a_circle_of_references_ends():
     loop = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"$ref": "#/$defs/A"}}}}}
     assert json.dumps(normal_schema(loop)).count("properties") < 20
+
+
+def test_a_type_that_holds_itself_in_many_places_stays_small():
+    places = {name: {"anyOf": [{"$ref": "#/$defs/F"}, {"type": "string"}]} for name in "abcde"}
+    places["f"] = {"allOf": [{"$ref": "#/$defs/F"}]}
+    made = normal_schema({"$ref": "#/$defs/F", "$defs": {"F": {"properties": places}}})
+    assert 1000 < len(json.dumps(made)) < 30_000
 
 
 def test_the_top_of_a_schema_is_always_an_object():
@@ -285,7 +334,7 @@ def test_tool_choice_is_said_in_words(choice, ending):
 def test_tool_choice_none_offers_nothing():
     request = parse_request({"messages": [{"role": "user", "content": "hi"}],
                              "tools": [{"name": "Read"}], "tool_choice": {"type": "none"}})
-    assert tool_table(request, 8) == ({}, (), ())
+    assert tool_table(request, 8) == ({}, ())
 
 
 def test_the_same_tools_are_sent_while_the_client_offers_the_same():
@@ -324,16 +373,19 @@ def test_think_is_sent_only_where_the_model_can(thinking, capabilities, sent):
 
 
 def test_written_messages_are_taken_over_from_the_last_turn():
-    written = ReusedJson()
-    request = parse_request({"messages": [user(text("a")), {"role": "assistant", "content": "b"},
-                                          user(text("c"))]})
+    counter, request = TokenCounter(), parse_request({"messages": [
+        user(text("a")), {"role": "assistant", "content": "b"}, user(text("c"))]})
     rows = chat_messages(request, (), PLAIN, lambda index, turn: None, lambda words: words)
-    whole, same = written.write(rows)
+    whole, same = write_messages(rows, [], counter)
     assert same == 0
-    assert written.write(rows[:1] + rows[2:]) == (",".join(
-        json.dumps(message_json(row), separators=(",", ":")) for row in rows[:1] + rows[2:]), 1)
-    assert written.write(rows) == (whole, 1)
-    assert written.write(rows) == (whole, 3)
+    fewer, same = write_messages(rows[:1] + rows[2:], whole, counter)
+    assert same == 1
+    assert fewer[0] is whole[0]
+    assert [row.json for row in fewer] == [
+        json.dumps(row, separators=(",", ":")) for row in rows[:1] + rows[2:]]
+    assert [row.size for row in fewer] == [counter.sizes_of("a"), counter.sizes_of("c")]
+    assert write_messages(rows, fewer, counter) == (whole, 1)
+    assert write_messages(rows, whole, counter) == (whole, 3)
 
 
 def test_show_and_probe_tell_the_path(recording):

@@ -370,6 +370,9 @@ OPEN = tool("mcp__x__open", "a", a="string")._replace(
     (CLAUDE["Bash"], {"command": ["a b", "c"]}, {"command": "'a b' c"}),
     (CLAUDE["Bash"], {"cmd": "ls", "run_in_background": "True"}, {"command": "ls", "run_in_background": True}),
     (CLAUDE["Bash"], {"command": "true", "timeout": "1.5"}, {"command": "true", "timeout": 1.5}),
+    (CLAUDE["Read"], {"file_path": "a", "limit": "+5", "offset": "2.0"}, {"file_path": "a", "limit": 5, "offset": 2}),
+    (CLAUDE["Read"], {"file_path": "a", "limit": "1e999"}, {"file_path": "a", "limit": "1e999"}),
+    (CLAUDE["Read"], "{limit: 1e999}", {"file_path": "{limit: 1e999}"}),  # no infinity: no JSON holds it
     (CLAUDE["Bash"], {"command": "10"}, {"command": "10"}), (CLAUDE["Bash"], {"command": 10}, {"command": "10"}),
     (CLAUDE["Write"], {"path": "a", "contents": ["x", "y"]}, {"file_path": "a", "content": "x\ny"}),
     (CLAUDE["Write"], {"path": "a", "text": True}, {"file_path": "a", "content": "true"}),
