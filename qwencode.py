@@ -3917,7 +3917,7 @@ CALL_KEYS = NAME_KEYS | ARGUMENT_KEYS | NESTED_KEYS | LIST_KEYS | LEADING_KEYS |
 CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
 FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
-FENCE_END = Pattern(r"[ \t]{0,3}(`{3,16}|~{3,16})[ \t]{0,8}(?=\n|\Z)")
+FENCE_LINE = Pattern(r"[ \t]{0,3}(`{0,16}|~{0,16})[ \t]{0,8}(?=\n|\Z)")
 CALL_SIGN = Pattern(r"\n|<(?=[/|｜A-Za-z_]|\Z)|\[(?=[TtFf]|\Z)")
 AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[(?:/|END_)[^\s\[\]]{1,40}\]|✿\w{1,12}✿:?|"
                      r"[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|"
@@ -3926,8 +3926,7 @@ CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
 AFTER_BEGUN = Pattern(
     r"<[^\s<>]{0,60}|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|✿\w{0,12}✿?|[}\])]{1,4}|[,;]\s*")
 BLANK_RUN = Pattern(r"\s*")
-LINE_INDENT = Pattern(r"[^\S\n]*")
-FENCE_BEGUN = Pattern(r"[ \t]{0,3}[`~]{0,16}[ \t]{0,8}")
+LINE_TEXT = Pattern(r"[\S\n]")
 LIST_BEGUN = Pattern(r"\[\s*[\w.]{0,80}")
 TAG_WORD_END = Pattern(r"[\s=]")
 CLOSERS = Pattern(r"[}\])]")
@@ -4083,12 +4082,12 @@ def is_definition(arguments: Any) -> bool:
         isinstance(each, dict) and "type" in each for each in properties.values())
 
 
-def read_python(text: str, at: int, tools: Mapping[str, Tool], rule: str) -> Tuple[
+def read_python(text: str, tools: Mapping[str, Tool], rule: str) -> Tuple[
         Optional[List[Call]], int]:
     """Read calls written as Python: Read(file_path="a.py"), alone or in a list."""
     calls: List[Call] = []
     reader = LooseJson(text)
-    at = reader.skip(at)
+    at = reader.skip(0)
     listed = text[at:at + 1] == "["
     at = reader.skip(at + 1) if listed else at
     while True:
@@ -4166,12 +4165,9 @@ class TaggedInput:
         self._last = text[-1] if as_is else self._last
         return as_is
 
-    def fresh(self, nested: bool = True) -> TaggedInput:
-        return TaggedInput(self._tool, self._label, self._raw, nested)
-
     def again(self, text: str) -> TaggedInput:
         """Read a whole call once more, taking each closing tag at its word."""
-        reader = self.fresh(False)
+        reader = TaggedInput(self._tool, self._label, self._raw, False)
         reader.feed(text, True)
         return reader
 
@@ -4354,7 +4350,7 @@ class JsonInput:
             pass
         if final and not self.done:
             self.done = True
-            self.cut = self._step == self._string or bool(self.rest.strip(" \t\r\n}"))
+            self.lost = self._step == self._string or bool(self.rest.strip(" \t\r\n}"))
 
     def passes(self, text: str) -> bool:
         """As in TaggedInput."""
@@ -4363,7 +4359,7 @@ class JsonInput:
     def _member(self, final: bool) -> bool:
         match = JSON_MEMBER.match(self.rest)
         if not match:
-            self.done = self.cut = not MEMBER_BEGIN.fullmatch(self.rest)
+            self.done = self.lost = not MEMBER_BEGIN.fullmatch(self.rest)
             return False
         self.rest = self.rest[match.end():]
         if match.group(1) is None:
@@ -4455,17 +4451,14 @@ class InputWriter:
     """
 
     def __init__(self, tool: Tool) -> None:
-        self._tool, self._properties = tool, properties_of(tool.schema)
+        self.tool, self._properties = tool, properties_of(tool.schema)
         self._taken: List[str] = []
         self._held: Optional[List[str]] = None
-        self._name = self._key = ""
+        self._name = self._key = self.written = ""
         self.known = self.streaming = False
 
-    def write(self, events: Iterable[Tuple[str, str]]) -> str:
-        return "".join(getattr(self, "_on_" + kind)(text) for kind, text in events)
-
-    def close(self) -> str:
-        return "}" if self._taken else "{}"
+    def write(self, events: Iterable[Tuple[str, str]]) -> None:
+        self.written += "".join(getattr(self, "_on_" + kind)(text) for kind, text in events)
 
     def _on_key(self, key: str) -> str:
         self._key = key
@@ -4499,8 +4492,8 @@ class InputWriter:
         return self._whole(value)
 
     def _whole(self, value: Any) -> str:
-        fitted = fit_object({self._key: value}, self._tool.schema,
-                            self._tool.name.startswith("mcp__"))
+        fitted = fit_object({self._key: value}, self.tool.schema,
+                            self.tool.name.startswith("mcp__"))
         return "".join(self._member(name) + json.dumps(fitted[name])
                        for name in fitted if name not in self._taken)
 
@@ -4932,16 +4925,18 @@ THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
 class Found:
     """A call that was read and waits for the words behind it.
 
-    kind is bare, fenced, own (the model's own markers) or open (streamed: only closing,
-    the end of its input, is held); before is the prose that led
-    to it, line what stands before it on its line, first whether no prose came at all.
+    kind is bare, fenced, own (the model's own markers) or open (streamed: only the end
+    of its input is held); before is the prose that led to it, line what stands before
+    it on its line, fence the mark of its code block; behind is what followed it so far.
     """
 
-    def __init__(self, raw: str, calls: List[Call], kind: str, before: str, first: bool) -> None:
-        self.raw, self.calls, self.kind, self.first = raw, calls, kind, first
-        self.fence = self.closing = ""
+    def __init__(self, kind: str, before: str, fence: str) -> None:
+        self.kind, self.fence = kind, fence
         self.before = THOUGHT_END.split(before)[-1]
         self.line = self.before.rsplit("\n", 1)[-1].lstrip()
+        self.first = not self.before.strip()
+        self.raw = self.behind = ""
+        self.calls: List[Call] = []
 
 
 def paragraphs(text: str) -> List[str]:
@@ -5039,22 +5034,22 @@ class ToolTextParser:
                  enabled: bool = True) -> None:
         self._tools, self._streams = tools, stream_inputs
         self._enabled = enabled and bool(tools)
-        self._step: Callable[[bool], bool] = self._prose
-        self._text = ""
-        self._later: List[str] = []
-        self._asleep: List[str] = []
+        # What is read: the text from _at on, by the step of the place that it stands in.
+        self._step: Callable[[], bool] = self._prose
+        self._text, self._at = "", 0
+        self._asleep: List[str] = []  # pieces that are not looked at before one holds _wake
         self._wake: Optional[Pattern] = None
-        self._out: List[Delta] = []
-        self._queue: List[Union[str, Found]] = []
-        self._behind = 0
-        self._before, self._blank = "", ""
-        self._mid_line = self._spoke = self._shown = self._adjacent = False
-        self._fence = self._marks = ""
-        self._cut = False
+        self._ending = ""  # "stop" or "cut" once no more can come
+        self._mid_line = False
+        self._fence = self._marks = ""  # of the open code block; that may close behind a call
         self._wasted = 0
+        # What left or waits: prose of late, blank text while a block shows nothing else.
+        self._out: List[Delta] = []
+        self._queue: List[Found] = []
+        self._before, self._thought = "", ""
+        self._blank: Optional[str] = ""
         self._known: List[str] = []
         self._made: List[str] = []
-        self._thought = ""
 
     def feed(self, text: str) -> List[Delta]:
         """Take a piece of the answer's text."""
@@ -5064,29 +5059,30 @@ class ToolTextParser:
             if not self._wake.search(text):
                 self._asleep.append(text)
                 return []
-        elif self._step == self._stream and self._writer.streaming and self._reader.passes(text):
-            return [CallInput(json.dumps(text)[1:-1])]
-        elif (self._mid_line and self._shown and not self._text and not self._queue
-                and not self._thought and not self._adjacent and self._step == self._prose
+        elif self._step == self._parameters:
+            if self._writer and self._writer.streaming and self._reader.passes(text):
+                return [CallInput(json.dumps(text)[1:-1])]
+        elif (self._step == self._prose and self._mid_line and self._blank is None
+                and self._at == len(self._text) and not self._queue
                 and not CALL_SIGN.search(text)):
-            self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
+            self._before, self._thought = (self._before + text)[-MAX_CONTEXT_CHARS:], ""
             return [TextDelta(text)]
         self._asleep.append(text)
-        return self._run(False)
+        return self._run()
 
     def native(self, name: str, arguments: Any) -> List[Delta]:
         """Take a call that Ollama parsed; the same call leaked as text is dropped."""
         tool = resolve_tool(name, self._tools)
-        fitted = repair_input(tool, arguments) if tool else None
-        given = as_object(arguments, tool.schema if tool else {})
         call = make_call(name, arguments, self._tools, "") or Call(
-            tool.name if tool else name, fitted if fitted is not None else given or {})
-        self._known.append(call_key(call))
-        result = self._finish(False)
-        if self._known[-1] in self._made:
-            self._made.remove(self._known[-1])
+            tool.name if tool else name, as_object(arguments, tool.schema if tool else {}) or {})
+        key = call_key(call)
+        self._known.append(key)
+        result = self._run("stop")
+        if key in self._made:
+            self._made.remove(key)
             return result
-        self._thought, self._shown, self._adjacent, self._blank = "", False, True, ""
+        self._blank, self._thought = "", ""
+        self._step = self._after_call if self._step == self._prose else self._step
         return [*result, call]
 
     def thought(self, text: str) -> List[Delta]:
@@ -5099,7 +5095,7 @@ class ToolTextParser:
     def close(self, reason: str) -> List[Delta]:
         """End the answer; reason is Ollama's done_reason, or error."""
         cut = reason in ("length", "error")
-        result = self._finish(cut)
+        result = self._run("cut" if cut else "stop")
         if self._thought.strip() and not cut and self._enabled and not self._known:
             inner = ToolTextParser(self._tools)
             deltas = inner.feed(self._thought) + inner.close(reason)
@@ -5107,206 +5103,169 @@ class ToolTextParser:
             result += calls if deltas[-len(calls):] == calls else []
         return result
 
-    def _finish(self, cut: bool) -> List[Delta]:
-        """Decide all that is held, as at the end of the answer."""
-        self._cut = cut
-        result = self._run(True)
-        while self._queue:
-            self._settle()
-        result += self._out
-        self._out = []
-        if self._blank and not self._adjacent:
-            result.append(TextDelta(self._blank))
-        self._blank = ""
-        return result
-
-    def _run(self, final: bool) -> List[Delta]:
-        """Take steps while there is text, a bounded piece at a time."""
-        self._put_back("".join(self._asleep))
-        self._asleep = []
-        while self._later:
-            self._text += self._later.pop()
-            while self._step(final and not self._later):
+    def _run(self, ending: str = "") -> List[Delta]:
+        """Take steps while there is text; an ending decides all that is held."""
+        text = "".join(self._asleep)
+        self._asleep.clear()
+        for at in range(0, len(text), MAX_STEP_CHARS):
+            self._text, self._at = self._text[self._at:] + text[at:at + MAX_STEP_CHARS], 0
+            while self._step():
                 pass
-        while final and self._step(True):
-            while self._later:
-                self._text += self._later.pop()
-                while self._step(not self._later):
-                    pass
+        self._ending = ending
+        while ending and self._step():
+            pass
+        if ending:
+            self._settle(0)
+            if self._blank and self._step != self._after_call:
+                self._out.append(TextDelta(self._blank))
+            self._blank, self._ending = self._blank and "", ""
         out, self._out = self._out, []
         return out
 
+    # Steps take what they can of the text and tell whether there is more to do.
+
+    def _pass(self, upto: int) -> None:
+        self._push(self._text[self._at:upto])
+        self._at = upto
+
+    def _take(self) -> str:
+        piece, self._at = self._text[self._at:], len(self._text)
+        return piece
+
     def _put_back(self, text: str) -> None:
-        """Keep text that is still to be looked at, in bounded pieces, the first on top."""
-        starts = range(0, len(text), MAX_STEP_CHARS)
-        self._later += [text[at:at + MAX_STEP_CHARS] for at in reversed(starts)]
+        self._text, self._at = text + self._text[self._at:], 0
 
-    # Prose: text passes until a call may begin.
-
-    def _prose(self, final: bool) -> bool:
-        if self._adjacent:
-            return self._after_call(final)
-        text, at = self._text, 0
-        while True:
-            if not self._mid_line:
-                indent = LINE_INDENT.match(text, at)
-                at = indent.end() if indent else at
-                if at == len(text):
-                    break
-                self._mid_line = text[at] != "\n"
-                if not self._mid_line:
-                    at += 1
-                    continue
-                head = find_head(text, at, True, self._tools)
-                if self._begins(head, at, True, final):
-                    return self._step != self._prose or self._text != text[at:]
-                if text[at] in "{[`~":
-                    return self._quoted(at)
-                at += text[at] == "<"
-            sign = CALL_SIGN.search(text, at)
-            if not sign:
-                at = len(text)
-                break
-            at = sign.end()
-            if sign.group() == "\n":
-                self._mid_line = False
-            elif self._begins(find_head(text, at - 1, False, self._tools), at - 1, False, final):
-                return self._step != self._prose or self._text != text[at - 1:]
-        self._push(text[:at])
-        self._text = text[at:]
+    def _prose(self) -> bool:
+        """Pass text up to where a call begins or may begin."""
+        text, at = self._text, self._at
+        while at < len(text):
+            line_start = not self._mid_line
+            sign = (LINE_TEXT if line_start else CALL_SIGN).search(text, at)
+            start = sign.start() if sign else len(text)
+            if text[start:start + 1] in ("", "\n"):
+                self._mid_line = self._mid_line and start == len(text)
+                at = start + 1
+                continue
+            self._mid_line = True
+            head = self._head_at(start, line_start)
+            if head == MORE:
+                self._pass(start)
+                self._mid_line = not line_start
+                return False
+            if isinstance(head, Head):
+                return self._begin(head, start, line_start)
+            if line_start and (text[start] in "{[" or FENCE_OPEN.match(text, start)):
+                return self._quoted(start)
+            at = start + 1
+        self._pass(len(text))
         return False
 
-    def _begins(self, head: Verdict, at: int, line_start: bool,
-                final: bool) -> bool:
-        """Hold the text from at on when a call begins there or still may."""
-        if head is None or (head == MORE and final) or self._wasted > MAX_WASTED_CHARS:
-            return False
+    def _head_at(self, at: int, line_start: bool) -> Verdict:
+        """As find_head, while not too much was read in vain."""
+        head = find_head(self._text, at, line_start, self._tools) \
+            if self._wasted <= MAX_WASTED_CHARS else None
         if isinstance(head, Head) and head.rule == "tag_name" and not line_start:
-            return False
-        before = self._before + self._text[max(0, at - 300):at]
-        line = "" if line_start else before.rsplit("\n", 1)[-1]
-        self._push(self._text[:at])
-        self._text = self._text[at:]
-        if isinstance(head, Head) and not well_placed(line[-300:].lstrip()):
-            self._skip(head.at - at)
-        elif isinstance(head, Head):
-            self._begin(head._replace(at=head.at - at), line_start)
-        else:
-            self._mid_line = not line_start
+            return None
+        return None if head == MORE and self._ending else head
+
+    def _begin(self, head: Head, at: int, line_start: bool) -> bool:
+        """Start to read a call, or pass one whose place says that it is quoted."""
+        self._pass(at)
+        line = "" if line_start else self._before.rsplit("\n", 1)[-1][-300:]
+        if not well_placed(line.lstrip()):
+            return self._skip(head.at)
+        self._head, self._opener, self._at = head, self._text[at:head.at], head.at
+        self._pieces: List[str] = []
+        self._length = self._next_try = 0
+        self._scan = BracketScan()
+        fence = head.fence or self._fence
+        self._marks = fence or ("```" if "```" in self._opener else "")
+        self._found = found = Found(
+            "fenced" if fence else "bare" if head.rule in BARE_RULES else "own",
+            self._before + "\n" if line_start and not self._queue else self._before, fence)
+        self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
+                            and found.kind == "own" and weight_of(found, "", False) > 0
+                            and found.line.rstrip()[-1:] in SENTENCE_MARKS)
+        self._step = self._brackets
+        if head.body == "line":
+            self._step = self._line
+        elif head.body not in ("json", "python"):
+            raw, meant = head.body.startswith("raw:"), tools_meant(head.name, self._tools)
+            self._read(TaggedInput(meant[0], head.body[4:] if raw else head.name, raw),
+                       meant[0] if self._may_stream and len(meant) == 1 and not raw else None)
         return True
 
-    def _begin(self, head: Head, line_start: bool) -> None:
-        """Start to read a call at the beginning of the held text."""
-        self._head, self._length, self._from = head, 0, head.at
-        self._pieces: List[str] = []
-        self._inner_mark = "```" if "```" in self._text[:head.at] else ""
-        self._scan, self._next_try = BracketScan(), 0
-        kind = "fenced" if head.fence else "bare" if head.rule in BARE_RULES else "own"
-        before = self._before if self._queue or not line_start else self._before + "\n"
-        parts = THOUGHT_END.split(self._before)
-        first = not self._spoke or (len(parts) > 1 and not parts[-1].strip())
-        self._found = Found("", [], kind, before, first)
-        if self._fence and not head.fence:
-            self._found.kind = "fenced"
-        self._step = self._brackets if head.body in ("json", "python") else \
-            self._line if head.body == "line" else self._tags
-        meant = tools_meant(head.name, self._tools) if head.name else []
-        line = self._found.line.rstrip()
-        self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
-                            and self._found.kind == "own" and line[-1:] in SENTENCE_MARKS
-                            and weight_of(self._found, "", False) > 0)
-        if self._step == self._tags:
-            raw = head.body.startswith("raw:")
-            label = head.body[4:] if raw else head.name
-            self._reader: Union[TaggedInput, JsonInput] = TaggedInput(meant[0], label, raw)
-            if self._may_stream and len(meant) == 1 and not raw:
-                self._open_stream(meant[0])
-
-    def _skip(self, at: int) -> None:
-        """Pass a call that is quoted: its marks, and its body where that is in brackets."""
-        self._push(self._text[:at])
-        self._text, self._scan, self._mid_line = self._text[at:], BracketScan(), True
-        self._step = self._data if self._text[:1] in ("{", "[", "(") else self._prose
+    def _skip(self, at: int) -> bool:
+        """Pass what opens a quoted call, and its body where that is in brackets."""
+        self._pass(at)
+        self._scan, self._mid_line = BracketScan(), True
+        self._step = self._data if self._text[at:at + 1] in ("{", "[", "(") else self._prose
+        return True
 
     def _quoted(self, at: int) -> bool:
         """Pass data or a code block, in which nothing is a call."""
-        text = self._text
-        fence = FENCE_OPEN.match(text, at)
-        if text[at] in "`~" and not fence:
-            self._push(text[:at + 1])
-            self._text = text[at + 1:]
-            return bool(self._text)
-        stop = fence.end() if fence else at
-        self._push(text[:stop])
-        self._text, self._scan = text[stop:], BracketScan()
-        self._fence = fence.group(1) if fence else ""
-        self._step = self._code if fence else self._data
-        self._mid_line = not text[:stop].endswith("\n")
+        fence = FENCE_OPEN.match(self._text, at)
+        if not fence:
+            return self._skip(at)
+        self._pass(fence.end())
+        self._fence, self._step = fence.group(1), self._code
+        self._mid_line = not fence.group().endswith("\n")
         return True
 
-    def _code(self, final: bool) -> bool:
-        text, at = self._text, 0
+    def _code(self) -> bool:
+        """Pass a code block up to the line that closes it."""
+        text, at = self._text, self._at
         while at < len(text):
-            if not self._mid_line:
-                end = FENCE_END.match(text, at)
-                if end and end.end() == len(text) and not final and end.end() - at < 40:
-                    break
-                if end and end.group(1).startswith(self._fence):
-                    self._push(text[:end.end()])
-                    self._text, self._fence, self._mid_line = text[end.end():], "", True
-                    self._step = self._prose
-                    return True
-                if not final and FENCE_BEGUN.fullmatch(text, at):
-                    break
+            end = None if self._mid_line else FENCE_LINE.match(text, at)
+            if end and end.end() == len(text) and not self._ending:
+                break
+            if end and end.group(1).startswith(self._fence):
+                self._pass(end.end())
+                self._fence, self._mid_line, self._step = "", True, self._prose
+                return True
             at = text.find("\n", at) + 1 or len(text)
-            self._mid_line = not text.endswith("\n") if at == len(text) else False
-        self._push(text[:at])
-        self._text = text[at:]
+            self._mid_line = text[at - 1] != "\n"
+        self._pass(at)
         return False
 
-    def _data(self, final: bool) -> bool:
+    def _data(self) -> bool:
         """Pass a bracketed value that is no call, to its end or to a blank line."""
-        text = self._text
-        blank = (self._before[-1:] + text).find("\n\n")
-        stop = len(text) if blank < 0 else blank + 1 - len(self._before[-1:])
-        end = self._scan.feed(text[:stop])
-        stop = end if end >= 0 else stop
-        self._push(text[:stop])
-        self._text = text[stop:]
+        piece = self._text[self._at:self._at + MAX_STEP_CHARS]
+        last = self._before[-1:]
+        blank = (last + piece).find("\n\n") + 1
+        piece = piece[:blank - len(last)] if blank else piece
+        end = self._scan.feed(piece)
+        self._pass(self._at + (end if end >= 0 else len(piece)))
         self._mid_line = not self._before.endswith("\n")
-        if end < 0 and blank < 0:
-            return False
+        if end < 0 and not blank:
+            return self._at < len(self._text)
         self._step = self._prose
         return True
 
-    # Behind a call: its closing marks belong to it, another may follow.
-
-    def _after_call(self, final: bool) -> bool:
-        if not self._swallow(final):
+    def _after_call(self) -> bool:
+        """Give closing marks to the call before them; another call may follow."""
+        if not self._swallow():
             return False
-        text = self._text
-        at = skip_blank(text, 0)
+        text, at = self._text, skip_blank(self._text, self._at)
         if at == len(text):
-            if final:
-                self._push(text)
-                self._text = ""
+            if self._ending:
+                self._pass(at)
             return False
-        head = find_head(text, at, True, self._tools)
-        if head == MORE and not final:
+        head = self._head_at(at, True)
+        if head == MORE:
             return False
-        fenced = isinstance(head, Head) and bool(head.fence)
-        if not (self._fence and fenced) and self._begins(head, at, True, final):
-            return self._step != self._prose
-        self._adjacent = False
+        if isinstance(head, Head) and not (self._fence and head.fence):
+            return self._begin(head, at, True)
         if self._fence:
             self._cancel_fence()
         else:
-            self._mid_line = self._mid_line and "\n" not in text[:at]
+            self._step = self._prose
+            self._mid_line = self._mid_line and "\n" not in text[self._at:at]
         return True
 
-    def _swallow(self, final: bool) -> bool:
+    def _swallow(self) -> bool:
         """Give closing marks to the call before them; False while one may be cut."""
-        text, at = self._text, 0
+        text, at, final = self._text, self._at, bool(self._ending)
         while True:
             match = AFTER_CALL.match(text, at)
             blank = skip_blank(text, at)
@@ -5317,261 +5276,204 @@ class ToolTextParser:
                     final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
                 at = match.end()
             elif tag and (tag_label(tag) in END_TAGS or "end" in tag_label(tag).split("_")):
-                opens = find_head(text, blank, True, self._tools) if not tag.group(1) else None
-                if isinstance(opens, Head) or (opens == MORE and not final):
-                    self._extend(text[:at])
-                    self._text = text[at:]
-                    return isinstance(opens, Head)
+                opens = None if tag.group(1) else self._head_at(blank, True)
+                if opens:
+                    self._extend(at)
+                    return opens != MORE
                 at = tag.end()
             elif self._marks and text.startswith(self._marks, blank) and (
                     final or blank + len(self._marks) < len(text)):
                 at, self._marks, self._fence = blank + len(self._marks), "", ""
             else:
-                at = len(text) if final and CLOSING_CUT.match(text, at) else at
-                self._extend(text[:at])
-                self._text = text[at:]
+                self._extend(len(text) if final and CLOSING_CUT.match(text, at) else at)
                 return final or not AFTER_BEGUN.fullmatch(text, blank)
 
-    def _extend(self, marks: str) -> None:
+    def _extend(self, upto: int) -> None:
         """Add closing marks to the last call, which swallows them or is shown with them."""
-        if marks and self._queue and isinstance(self._queue[-1], Found):
-            self._queue[-1].raw += marks
+        if self._queue:
+            self._queue[-1].raw += self._text[self._at:upto]
+        self._at = upto
 
     def _cancel_fence(self) -> None:
         """Show calls of a code block that holds more than calls."""
         raws = ""
-        while self._queue:
-            last = self._queue[-1]
-            if not isinstance(last, Found) or last.fence != self._fence:
-                break
-            raws = last.raw + raws
-            self._queue.pop()
+        while self._queue and (self._queue[-1].behind, self._queue[-1].fence) == ("", self._fence):
+            raws = self._queue.pop().raw + raws
         self._step, self._mid_line = self._code, not raws.endswith("\n")
         self._push(raws)
 
     # Bodies: each step takes the new text and ends in _accept or _reject.
 
-    def _brackets(self, final: bool) -> bool:
-        piece, self._text = self._text, ""
+    def _brackets(self) -> bool:
+        """Read JSON or Python arguments as soon as their brackets are closed."""
+        piece = self._take()
         self._pieces.append(piece)
         self._length += len(piece)
-        short = self._length - self._head.at < MAX_HEADER_CHARS
-        if self._may_stream and short and self._stream_json("".join(self._pieces)):
+        short = self._length < MAX_HEADER_CHARS
+        if self._may_stream and short and self._stream_json():
             return True
-        at, self._from = self._from, 0
-        self._wake = None if self._may_stream and self._length < MAX_HEADER_CHARS else CLOSERS
-        while True:
-            at = self._scan.feed(piece, at)
-            if at < 0:
-                break
+        self._wake = None if self._may_stream and short else CLOSERS
+        at = self._scan.feed(piece)
+        while at >= 0:
             length = self._length - len(piece) + at
             if length >= self._next_try:
                 self._next_try = length + max(0, length - MAX_HEADER_CHARS) // 2
                 if self._attempt(length, False):
                     return True
-        if self._may_stream and not (short or final):  # a first piece of many tokens
+            at = self._scan.feed(piece, at)
+        if self._may_stream and not (short or self._ending):  # a first piece of many tokens
             self._may_stream = False
-            if self._stream_json("".join(self._pieces)):
+            if self._stream_json():
                 return True
-        return final and self._attempt(self._length, True)
+        return bool(self._ending) and self._attempt(self._length, True)
 
     def _attempt(self, length: int, final: bool) -> bool:
-        """Read that much of the held text; False when more of it must come."""
+        """Read that much of the body; False when more of it must come."""
         whole, head = "".join(self._pieces), self._head
         self._pieces, text = [whole], whole[:length]
         closed, calls = True, None
         try:
             if head.body == "python":
-                calls, stop = read_python(text, head.at, self._tools, head.rule)
+                calls, stop = read_python(text, self._tools, head.rule)
             else:
-                value, stop, closed = read_json(text, head.at)
-                calls = self._calls(value)
+                value, stop, closed = read_json(text)
+                if head.name and not (isinstance(value, dict) and value.get("name") == head.name):
+                    value = {"name": head.name, "arguments": value}
+                calls = calls_from_json(value, self._tools, head.rule)
         except (ValueError, RecursionError):
-            return final and self._reject(whole, final)
+            return final and self._reject(whole)
         if not closed and not final:
             return False
-        if calls is None or (not closed and self._cut and not text[stop:].strip()):
-            return self._reject(whole, final)
+        if calls is None or (not closed and self._ending == "cut" and not text[stop:].strip()):
+            return self._reject(whole)
         return self._accept(calls, whole, stop)
 
-    def _calls(self, value: Any) -> Optional[List[Call]]:
-        head = self._head
-        if not head.name:
-            return calls_from_json(value, self._tools, head.rule)
-        if isinstance(value, dict) and "name" in value and value["name"] == head.name:
-            return calls_from_json(value, self._tools, head.rule)
-        call = make_call(head.name, value, self._tools, head.rule)
-        return [call] if call else None
-
-    def _tags(self, final: bool) -> bool:
-        piece, self._text = self._text, ""
-        self._pieces.append(piece)
-        reader = self._reader
-        reader.feed(piece[self._from:], final)
-        self._from = 0
-        self._wake = TAG_END
-        if not reader.done:
-            return False
-        text, unclosed = "".join(self._pieces), reader.cut and (
-            self._cut or self._head.body.startswith("raw:"))
-        if isinstance(reader, TaggedInput) and reader.lost:
-            self._wasted += len(text)
-            reader = reader.again(text[self._head.at:])
-        values = tagged_values(reader.events)
-        call = make_call(self._head.name, values, self._tools, self._head.rule)
-        if call is None or unclosed:
-            return self._reject(text, final)
-        return self._accept([call], text, len(text) - len(reader.rest))
-
-    def _line(self, final: bool) -> bool:
-        match = INPUT_LINE.match(self._text, self._head.at)
-        if not match or (match.end() == len(self._text) and not final):
+    def _line(self) -> bool:
+        """Read the one line that is the input."""
+        match = INPUT_LINE.match(self._text, self._at)
+        if not match or (match.end() == len(self._text) and not self._ending):
             return False
         call = make_call(self._head.name, match.group().strip(), self._tools, self._head.rule)
-        if call is None or (self._cut and match.end() == len(self._text)):
-            return self._reject(self._text, final)
-        return self._accept([call], self._text, match.end())
+        body = self._take()
+        if call is None or (self._ending == "cut" and match.group() == body):
+            return self._reject(body)
+        return self._accept([call], body, len(match.group()))
 
-    def _accept(self, calls: List[Call], text: str, stop: int) -> bool:
-        self._found.raw, self._found.calls = text[:stop], calls
-        self._fence = self._head.fence or self._fence
-        self._marks = self._fence or self._inner_mark
-        self._found.fence = self._fence
-        self._queue.append(self._found)
-        self._put_back(text[stop + MAX_STEP_CHARS:])
-        self._text, self._wake = text[stop:stop + MAX_STEP_CHARS], None
-        self._step, self._adjacent = self._prose, True
-        self._mid_line = True
-        self._count()
-        return True
+    def _read(self, reader: Union[TaggedInput, JsonInput], streamed: Optional[Tool]) -> None:
+        """Read parameters one by one; those of a tool that is given go out as they come."""
+        self._step, self._wake = self._parameters, None
+        self._reader, self._writer = reader, InputWriter(streamed) if streamed else None
+        self._events: List[Tuple[str, str]] = []
 
-    def _reject(self, text: str, final: bool) -> bool:
-        """Pass what was no call after all; what follows its opener is looked at again."""
-        self._wasted += len(text) if final else MAX_HEADER_CHARS
-        self._put_back(text[MAX_STEP_CHARS:])
-        text, self._wake = text[:MAX_STEP_CHARS], None
-        fence = FENCE_OPEN.match(text) if self._head.fence else None
-        self._adjacent, self._mid_line = False, True
-        if self._fence:
-            self._text = text
-            self._cancel_fence()
-            return True
-        self._text = text
-        if fence:
-            self._push(text[:fence.end()])
-            self._text, self._fence = text[fence.end():], self._head.fence
-            self._step, self._mid_line = self._code, not fence.group().endswith("\n")
-        else:
-            self._skip(self._head.at)
-        return True
-
-    # Streaming: the input goes out while it is written.
-
-    def _stream_json(self, text: str) -> bool:
-        match = CANONICAL.match(text, self._head.at)
+    def _stream_json(self) -> bool:
+        """Begin to stream a body whose first keys name one tool and its arguments."""
+        body = "".join(self._pieces)
+        match = CANONICAL.match(body)
         meant = tools_meant(match.group(1), self._tools) if match and not self._head.name else []
         if not match or len(meant) != 1:
             return False
-        self._reader, self._from = JsonInput(), match.end()
-        self._scan, self._next_try = BracketScan(), 0
-        self._open_stream(meant[0])
-        self._text, self._pieces = text, []
+        self._read(JsonInput(), meant[0])
+        self._pieces = [body[:match.end()]]
+        self._put_back(body[match.end():])
         return True
 
-    def _open_stream(self, tool: Tool) -> None:
-        self._tool, self._writer, self._started, self._input = tool, InputWriter(tool), False, ""
-        self._wake = None
-        self._step = self._stream
+    def _parameters(self) -> bool:
+        piece, reader = self._take(), self._reader
+        reader.feed(piece, bool(self._ending))
+        events, reader.events = reader.events, []
+        if self._writer:
+            self._send(self._writer, events)
+        else:
+            self._wake = TAG_END
+        if self._found.kind == "open":
+            return reader.done and self._end_stream()
+        self._pieces.append(piece)
+        self._events += events
+        return reader.done and self._end_parameters()
 
-    def _stream(self, final: bool) -> bool:
-        piece, self._text = self._text, ""
-        if not self._started:
-            self._pieces.append(piece)
-        reader = self._reader
-        reader.feed(piece[self._from:] if self._from else piece, final)
-        self._from = 0
-        self._input += self._writer.write(reader.events)
-        reader.events.clear()
-        if self._writer.known and not self._started:
-            while self._queue:
-                self._settle()
-            self._started = True
-            self._made.append("")
-            self._new_block(CallStart(self._tool.name, self._head.rule))
-        if self._started and self._input:
-            self._out.append(CallInput(self._input))
-            self._input = ""
-        return reader.done and self._end_stream()
+    def _end_parameters(self) -> bool:
+        """Read the call from all its parameters."""
+        reader, body = self._reader, "".join(self._pieces)
+        if isinstance(reader, JsonInput):  # it named no parameter that the tool knows
+            self._put_back(body)
+            self._pieces, self._length, self._next_try, self._scan = [], 0, 0, BracketScan()
+            self._may_stream, self._step = False, self._brackets
+            return True
+        unclosed = reader.cut and (self._ending == "cut" or self._head.body.startswith("raw:"))
+        if reader.lost:
+            self._wasted += len(body)
+            reader = reader.again(body)
+            self._events = reader.events
+        call = make_call(self._head.name, tagged_values(self._events), self._tools, self._head.rule)
+        if call is None or unclosed:
+            return self._reject(body)
+        return self._accept([call], body, len(body) - len(reader.rest))
+
+    def _send(self, writer: InputWriter, events: List[Tuple[str, str]]) -> None:
+        """Let the input go out once it names a parameter that the tool knows."""
+        writer.write(events)
+        if writer.known and self._found.kind != "open":
+            self._settle(0)
+            self._found.kind = "open"
+            self._new_block(CallStart(writer.tool.name, self._head.rule))
+        if writer.known and writer.written:
+            self._out.append(CallInput(writer.written))
+            writer.written = ""
 
     def _end_stream(self) -> bool:
         reader = self._reader
-        if not self._started:
-            return self._unstream()
-        if reader.lost or (reader.cut and (self._cut or isinstance(reader, JsonInput))):
+        self._put_back(reader.rest)
+        self._step, self._mid_line = self._after_call, True
+        if reader.lost or (reader.cut and self._ending == "cut"):
             self._out.append(CallEnd(False))
         else:
-            self._found.kind, self._found.raw = "open", ""
-            self._found.closing = self._writer.close()
             self._queue.append(self._found)
-        self._text, self._step = reader.rest, self._prose
-        self._adjacent = self._mid_line = True
-        self._marks = self._inner_mark
         return True
 
-    def _unstream(self) -> bool:
-        """Read a call whole that named no parameter the tool knows."""
-        self._may_stream = False
-        self._text, self._pieces, self._length = "".join(self._pieces), [], 0
-        self._from = self._head.at
-        if isinstance(self._reader, TaggedInput):
-            self._reader = self._reader.fresh()
-            self._step = self._tags
-        else:
-            self._step = self._brackets
+    def _accept(self, calls: List[Call], body: str, stop: int) -> bool:
+        self._found.raw, self._found.calls = self._opener + body[:stop], calls
+        self._fence = self._found.fence
+        self._put_back(body[stop:])
+        self._step, self._wake, self._mid_line = self._after_call, None, True
+        self._queue.append(self._found)
+        self._settle(MAX_HOLD_CHARS)
         return True
+
+    def _reject(self, body: str) -> bool:
+        """Pass what was no call after all; what follows its opener is looked at again."""
+        self._put_back(self._opener + body)
+        self._wasted += len(self._text) if self._ending else MAX_HEADER_CHARS
+        self._wake = None
+        if self._fence:
+            self._cancel_fence()
+            return True
+        return self._quoted(0) if self._head.fence else self._skip(len(self._opener))
 
     # What leaves: text at once unless a call before it waits for its words.
 
     def _push(self, text: str) -> None:
-        if not text:
-            return
         self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
-        self._spoke = self._spoke or bool(text.strip())
         if self._queue:
-            self._queue.append(text)
-            self._behind += len(text)
-            while self._queue and self._behind >= MAX_HOLD_CHARS:
-                self._settle()
+            self._queue[-1].behind += text
+            self._settle(MAX_HOLD_CHARS)
         else:
             self._show(text)
 
-    def _count(self) -> None:
-        self._behind = sum(len(raw_of(item)) for item in self._queue[1:])
-        while self._queue and self._behind >= MAX_HOLD_CHARS:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Decide the first held call by the words around it, and let go what follows it."""
-        found, rest = self._queue[0], self._queue[1:]
-        at = next((at for at, item in enumerate(rest)
-                   if isinstance(item, str) and item.strip()), len(rest))
-        while at and isinstance(rest[at - 1], str):
-            at -= 1
-        behind = next((to for to in range(at, len(rest)) if isinstance(rest[to], Found)), len(rest))
-        after = "".join(map(raw_of, rest[at:behind]))[:MAX_HOLD_CHARS]
-        text_to = next((to for to, item in enumerate(rest) if isinstance(item, Found)), len(rest))
-        assert isinstance(found, Found)
-        if found.kind == "open":
-            meant = is_call(found, after, behind < len(rest))
-            self._out += [CallInput(found.closing)] * meant + [CallEnd(meant)]
-        elif is_call(found, after, behind < len(rest)):
-            self._emit(found.calls)
-        else:
-            self._show(found.raw)
-        for item in rest[:text_to]:
-            self._show(raw_of(item))
-        self._queue = rest[text_to:]
-        self._behind = sum(len(raw_of(item)) for item in self._queue[1:])
+    def _settle(self, limit: int) -> None:
+        """Decide calls, oldest first, until fewer characters are held behind the first."""
+        queue = self._queue
+        while queue and sum(len(each.raw) + len(each.behind) for each in queue) - len(
+                queue[0].raw) >= limit:
+            told = next((each for each in queue if each.behind.strip()), queue[-1])
+            meant = is_call(queue[0], told.behind[:MAX_HOLD_CHARS], told is not queue[-1])
+            found = queue.pop(0)
+            if found.kind == "open":
+                self._out += [CallInput("}")] * meant + [CallEnd(meant)]
+            elif meant:
+                self._emit(found.calls)
+            else:
+                self._show(found.raw)
+            self._show(found.behind)
 
     def _emit(self, calls: List[Call]) -> None:
         for call in calls:
@@ -5580,27 +5482,20 @@ class ToolTextParser:
                 self._new_block(call)
 
     def _new_block(self, delta: Delta) -> None:
-        self._blank, self._shown, self._thought = "", False, ""
+        self._blank, self._thought = "", ""
         self._out.append(delta)
 
     def _show(self, text: str) -> None:
-        if not self._shown:
-            text, self._blank = self._blank + text, ""
-            if not text.strip():
-                self._blank = text
-                return
-            self._shown = True
-        if text:
+        if self._blank is not None:
+            text = self._blank + text
+            self._blank = None if text.strip() else text
+        if self._blank is None and text:
             self._thought = ""
             self._out.append(TextDelta(text))
 
 
 def call_key(call: Call) -> str:
     return json.dumps([call.name, call.input], sort_keys=True, default=str)
-
-
-def raw_of(item: Union[str, Found]) -> str:
-    return item.raw if isinstance(item, Found) else item
 
 
 def tagged_values(events: Iterable[Tuple[str, str]]) -> Dict[str, str]:
