@@ -3974,38 +3974,32 @@ def tag_value(tag: re.Match[str]) -> Optional[str]:
 class BracketScan:
     """Finds where a bracketed value ends, told piece by piece."""
 
-    OUTSIDE = Pattern(r"""["'`]|[{\[(]+|[}\])]""")
+    OUTSIDE = Pattern(r"""(["'`]|[{\[(]+|[}\])])""")
     INSIDE: Mapping[str, Pattern] = {
-        quote: Pattern(rf"[^\\{quote}]*(?:\\.[^\\{quote}]*)*", re.S) for quote in "\"'`"}
+        quote: Pattern(rf"[^\\{quote}]*(?:\\.[^\\{quote}]*)*([\\{quote}]?)", re.S)
+        for quote in "\"'`"}
 
     def __init__(self) -> None:
-        self.depth, self._quote, self._escaped = 0, "", False
+        self._depth, self._escaped, self._stop = 0, 0, self.OUTSIDE
 
     def feed(self, text: str, at: int = 0) -> int:
         """Return the index behind the bracket that ends the value, or -1."""
-        if self._escaped and at < len(text):
-            self._escaped, at = False, at + 1
+        at, self._escaped = at + self._escaped, 0
         while at < len(text):
-            if self._quote:
-                match = self.INSIDE[self._quote].match(text, at)
-                at = (match.end() if match else at) + 1
-                if at > len(text):
-                    break
-                self._escaped = text[at - 1] == "\\"
-                self._quote = self._quote if self._escaped else ""
-                continue
-            match = self.OUTSIDE.search(text, at)
+            match = self._stop.search(text, at)
             if not match:
                 break
-            at = match.end()
-            if match.group() in "\"'`":
-                self._quote = match.group()
-            elif match.group() in "}])":
-                self.depth -= 1
-                if self.depth <= 0:
+            at, token = match.end(), match.group(1)
+            if token in self.INSIDE:
+                self._stop = self.INSIDE[token] if self._stop is self.OUTSIDE else self.OUTSIDE
+            elif token == "\\":  # cut off from what it escapes
+                self._escaped = 1
+            elif token in ("}", "]", ")"):
+                self._depth -= 1
+                if self._depth <= 0:
                     return at
             else:
-                self.depth += len(match.group())
+                self._depth += len(token)
         return -1
 
 
@@ -4024,51 +4018,49 @@ def make_call(name: Any, arguments: Any, tools: Mapping[str, Tool], rule: str) -
 def calls_from_json(value: Any, tools: Mapping[str, Tool], rule: str) -> Optional[List[Call]]:
     """Read calls from JSON in any published shape; None when any part is no call."""
     if isinstance(value, list):
-        found: List[Call] = []
-        for item in value:
-            calls = calls_from_json(item, tools, rule)
-            if calls is None:
-                return None
-            found += calls
-        return found or None
+        found = [calls_from_json(item, tools, rule) for item in value]
+        calls = [call for part in found for call in part or ()]
+        return calls if calls and None not in found else None
     if isinstance(value, str) and value.lstrip()[:1] == "{":
         return calls_from_json(loose_json(value), tools, rule)
     if not isinstance(value, dict):
         return None
-    keys = {plain_name(str(key)): key for key in reversed(list(value))}
+    keys = plain_keys(value)
     for key, original in keys.items():
         if key in LIST_KEYS and isinstance(value[original], list) and (
                 key.startswith("tool") or keys.keys() <= LEADING_KEYS | {key, "type"}):
             return calls_from_json(value[original], tools, rule)
-    name, arguments = name_and_arguments(value, keys, tools)
+    name, arguments = name_and_arguments(value, tools)
     call = None if is_definition(arguments) else make_call(name, arguments, tools, rule)
-    return None if call is None else [call]
+    return [call] if call else None
 
 
-def name_and_arguments(
-        value: Json, keys: Mapping[str, str], tools: Mapping[str, Tool]) -> Tuple[Any, Any]:
+def plain_keys(value: Json) -> Dict[str, str]:
+    return {plain_name(str(key)): key for key in reversed(list(value))}
+
+
+def name_and_arguments(value: Json, tools: Mapping[str, Tool]) -> Tuple[Any, Any]:
     """Find the tool's name and its arguments among the keys of one call."""
-    outer = [keys[key] for key in keys if key in ARGUMENT_KEYS]
+    keys = plain_keys(value)
+    given = [value[keys[key]] for key in keys if key in ARGUMENT_KEYS]
     for key in keys:
         nested = value[keys[key]]
         if key in NESTED_KEYS and isinstance(nested, dict):
-            inner = {plain_name(str(each)): each for each in reversed(list(nested))}
-            name, arguments = name_and_arguments(nested, inner, tools)
-            return name, value[outer[0]] if outer and not arguments else arguments
+            name, arguments = name_and_arguments(nested, tools)
+            return name, given[0] if given and not arguments else arguments
     named = [keys[key] for key in NAME_ORDER if key in keys and isinstance(value[keys[key]], str)]
     named = [key for key in named if tools_meant(value[key], tools)] or named
+    if named and given:
+        return value[named[0]], given[-1]
     if named:
         spare = {key: each for key, each in value.items() if key != named[0]
                  and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
-        if outer:
-            return value[named[0]], value[outer[-1]]
-        meant = tools_meant(value[named[0]], tools)
-        whole = any(len(repair_input(tool, spare) or ()) == len(spare) for tool in meant)
+        whole = any(len(repair_input(tool, spare) or ()) == len(spare)
+                    for tool in tools_meant(value[named[0]], tools))
         return value[named[0]], spare if whole else None
-    if len(value) == 1 and isinstance(value[next(iter(value))], dict):
-        only = next(iter(value))
-        return (only, value[only]) if only in tools else (None, None)
-    return None, None
+    only = next(iter(value), "")
+    alone = len(value) == 1 and only in tools and isinstance(value[only], dict)
+    return (only, value[only]) if alone else (None, None)
 
 
 NAME_ORDER = ("name", "tool", "toolname", "functionname", "function", "recipient",
@@ -4135,8 +4127,9 @@ class TaggedInput:
     """Reads parameters in tags, piece by piece, into events (kind, text).
 
     key names a parameter, text is a piece of its value, end closes it. done tells that
-    the call is over and rest what follows it; cut that a value had no closing tag.
-    nested=False takes an opening tag inside a value as the next call, not as its text.
+    the call is over and rest what follows it; cut that a value had no closing tag, lost
+    that it may be one that was taken for text. nested=False takes every closing tag,
+    and an opening one, at its word.
     """
 
     def __init__(self, tool: Tool, label: str, raw: bool, nested: bool = True) -> None:
@@ -4144,13 +4137,10 @@ class TaggedInput:
         self.done = self.cut = self.lost = False
         self.rest = ""
         self._tool, self._label, self._raw, self._nested = tool, label.lower(), raw, nested
-        self._doubt = self._exact = False
-        self._last = ""
         self._keys: List[str] = []
         self._closer: Optional[str] = None
-        self._inner = self._scanned = self._functions = self._wrappers = 0
         if raw:
-            self._open((required_of(tool.schema) or ["input"])[0], self._label)
+            self._open((required_of(tool.schema) or ["input"])[0], self._label, False)
 
     def feed(self, text: str, final: bool = False) -> None:
         self.rest += text
@@ -4159,11 +4149,9 @@ class TaggedInput:
             step = self._between(final) if self._closer is None else self._value(final)
 
     def passes(self, text: str) -> bool:
-        """Take text that is the open value's as it stands; False where it must be read."""
-        as_is = (self._closer is not None and not self._fresh and not self.rest
-                 and not VALUE_BREAK.search(text))
-        self._last = text[-1] if as_is else self._last
-        return as_is
+        """Tell text that is the open value's as it stands, with no need to read it."""
+        return (self._closer is not None and not self._fresh and not self.rest
+                and not VALUE_BREAK.search(text))
 
     def again(self, text: str) -> TaggedInput:
         """Read a whole call once more, taking each closing tag at its word."""
@@ -4171,75 +4159,71 @@ class TaggedInput:
         reader.feed(text, True)
         return reader
 
-    def _open(self, key: str, closer: str) -> None:
-        self._keys.append(parameter_for(key, properties_of(self._tool.schema), self._keys) or key)
+    def _open(self, key: str, closer: str, exact: bool) -> None:
+        self._keys.append(self._parameter(key) or key)
         self.events.append(("key", key))
-        self._closer, self._fresh, self._framed, self._doubt = closer, True, False, False
-        self._last = ""
-        self._inner = self._scanned = self._functions = self._wrappers = 0
+        self._closer, self._exact, self._scanned = closer, exact, 0
+        self._fresh, self._framed, self._doubt = True, False, False
+        self._inside: List[str] = []
+
+    def _parameter(self, name: str) -> Optional[str]:
+        return parameter_for(name, properties_of(self._tool.schema), self._keys)
 
     def _between(self, final: bool) -> bool:
         self.rest = self.rest.lstrip()
         tag = MARKUP_TAG.match(self.rest)
         if not tag:
-            self.done = final or (bool(self.rest) and not TAG_START.fullmatch(self.rest))
+            self.done = final or (bool(self.rest) and not TAG_START.match(self.rest))
             return False
-        label, value = tag_label(tag), tag_value(tag)
+        label, value, begin = tag_label(tag), tag_value(tag), self.rest[tag.end():]
         if label in ("parameters", "arguments", "args", "input") and value is None:
-            self.rest = self.rest[tag.end():]
+            self.rest = begin
         elif tag.group(1) or label in CALL_TAGS:
             self.done = True
-            self.rest = self.rest[tag.end():] if tag.group(1) else self.rest
+            self.rest = begin if tag.group(1) else self.rest
         elif label == "arg_key":
             key = ARG_KEY.match(self.rest)
-            self.done = not key and (final or len(self.rest) > MAX_HEADER_CHARS)
-            if key:
-                self.rest = self.rest[key.end():]
-                self._open(key.group(1).strip(), "arg_value")
-                self._exact = True
-            return bool(key)
+            if not key:
+                self.done = final or len(self.rest) > MAX_HEADER_CHARS
+                return False
+            self.rest = self.rest[key.end():]
+            self._open(key.group(1).strip(), "arg_value", True)
         else:
-            self.rest = self.rest[tag.end():]
-            self._open(value or label, label)
-            self._exact = not (tag.group(3) or "").startswith("=") and value is not None
+            self.rest = begin
+            self._open(value or label, label,
+                       value is not None and not (tag.group(3) or "").startswith("="))
         return True
 
     def _value(self, final: bool) -> bool:
         """Move value text into events up to its end, or to where more must be seen."""
-        at = self.rest.find("<", self._scanned)
-        tag = MARKUP_TAG.match(self.rest, at) if at >= 0 else None
-        if at < 0:
-            return self._pass(len(self.rest), final)
+        tag = MARKUP_TAG.search(self.rest, self._scanned)
         if not tag:
-            if TAG_START.match(self.rest, at):
-                return self._pass(at, final)
-            self._scanned = at + 1
-            return True
-        self._scanned = at
+            begun = TAG_START.search(self.rest, self._scanned)
+            return self._pass(begun.start() if begun else len(self.rest), final)
+        self._scanned = tag.start()
         ends = self._ends(tag, final)
         if ends is None:
-            return self._pass(at, final)
+            return self._pass(tag.start(), final)
         self._scanned = tag.end()
         if ends:
             own = tag.group(1) and tag_label(tag) == self._closer
-            self._close(self.rest[:at], bool(own))
-            self.rest = self.rest[tag.end() if own else at:]
+            self._close(self.rest[:tag.start()], bool(own))
+            self.rest = self.rest[tag.end() if own else tag.start():]
         return True
 
     def _pass(self, upto: int, final: bool) -> bool:
+        """Let text go, but for what may be the closing tag's frame or lead to a call."""
         if final:
             self.cut, self.done = True, True
-            self.lost = self._inner + self._functions > 0 or self._doubt
+            self.lost = self._doubt or self._closer in self._inside
             self._close(CUT_TAG.sub("", self.rest, 1), False)
             self.rest = ""
             return False
-        line_break = LAST_BREAK.search(self.rest[:upto])
-        keep = line_break.start() if line_break else upto
-        if keep > 0 and not self._short(self.rest[:keep]):
-            self._text(self.rest[:keep])
-            self.rest, self._scanned = self.rest[keep:], max(0, upto - keep)
-        else:
-            self._scanned = upto
+        text = self.rest[:upto].rstrip("\r\n>")
+        self._scanned = upto
+        if text and not self._short(text):
+            self._text(text)
+            self.rest, self._scanned = self.rest[len(text):], upto - len(text)
         return False
 
     def _text(self, text: str) -> None:
@@ -4247,7 +4231,6 @@ class TaggedInput:
             framed = FIRST_BREAK.sub("", text)
             self._framed, self._fresh, text = framed != text, False, framed
         if text:
-            self._last = text[-1]
             self.events.append(("text", text))
 
     def _close(self, text: str, closed: bool) -> None:
@@ -4270,59 +4253,41 @@ class TaggedInput:
         if tag.group(1):
             if label == self._closer and not self._nested:
                 return True
-            return not self._closes_inner(label) and (
-                label == self._closer or label in CALL_TAGS) and self._followed(
-                    tag.end(), final, label != self._closer)
-        properties = properties_of(self._tool.schema)
+            if label in self._inside:
+                self._inside.remove(label)
+                return False
+            return (label == self._closer or (label in CALL_TAGS and not self._inside)
+                    ) and self._followed(tag.end(), final, label != self._closer)
         if label == self._closer and label != self._label:
-            known = value is not None and parameter_for(value, properties, self._keys)
-            if known and not self._inner and not self._functions:
+            if value is not None and self._parameter(value) and not self._inside:
                 return True
-            self._inner += 1
-        elif label in CALL_TAGS and (
-                self.rest[tag.start() - 1] if tag.start() else self._last) in ("\n", "", ">"):
+            self._inside.append(label)
+        elif label in CALL_TAGS and (self._fresh if not tag.start() else
+                                     self.rest[tag.start() - 1] in "\n>"):
             if not self._nested:
                 return True
             self._doubt = self._doubt or value is not None
-            self._functions += value is not None
-            self._wrappers += value is None
+            self._inside.append(label)
         return False
-
-    def _closes_inner(self, label: str) -> bool:
-        """Tell a closing tag of a call that is quoted inside the value."""
-        if label == self._closer and (self._inner or self._functions):
-            self._inner -= bool(self._inner)
-            return True
-        if label in ("function", "invoke") and self._functions:
-            self._functions -= 1
-            return True
-        inner = label in CALL_TAGS and (self._wrappers > 0 or self._inner > 0)
-        self._wrappers -= inner and self._wrappers > 0
-        return inner
 
     def _followed(self, at: int, final: bool, outer: bool) -> Optional[bool]:
         """Check that after a closing tag comes what may follow it: a tag or the end."""
-        closed = at
-        at = skip_blank(self.rest, at)
-        if at >= len(self.rest):
-            return True if final else None
-        tag = MARKUP_TAG.match(self.rest, at)
+        closed, at = at, skip_blank(self.rest, at)
+        tag, short = MARKUP_TAG.match(self.rest, at), self._short(self.rest[:self._scanned])
         if not tag:
-            partial = TAG_START.match(self.rest, at)
-            self._doubt = self._doubt or (not partial and not outer)
-            line = "\n" in self.rest[closed:at] and self._short(self.rest[:self._scanned])
-            return (True if final else None) if partial else line or self._closer == self._label
+            if at == len(self.rest) or TAG_START.match(self.rest, at):
+                return True if final else None
+            self._doubt = self._doubt or not outer
+            return self._closer == self._label or ("\n" in self.rest[closed:at] and short)
         label = tag_label(tag)
-        if tag.group(1):
-            return label in CALL_TAGS or label == self._label or label in SEPARATOR_TAGS
-        known = label in ("parameter", "param", "arg_key", "argument", "arg")
-        child = parameter_for(label, properties_of(self._tool.schema), self._keys) or (
-            label in EXTRA_TAGS or self._short(self.rest[:self._scanned]))
-        return label in CALL_TAGS or (not outer and (known or bool(child)))
+        if tag.group(1) or label in CALL_TAGS:
+            return label in CALL_TAGS or label in SEPARATOR_TAGS or label == self._label
+        return not outer and (short or label in PARAMETER_TAGS or self._parameter(label) is not None)
 
 
-VALUE_BREAK = Pattern(r"[<\r\n]")
-EXTRA_TAGS = ("line_count", "task_progress", "requires_approval")
+VALUE_BREAK = Pattern(r"[<>\r\n]")
+PARAMETER_TAGS = word_set(
+    "parameter param arg_key argument arg line_count task_progress requires_approval")
 ARG_KEY = Pattern(r"<arg_key>([^<]{0,128})</arg_key>\s*<arg_value>")
 FIRST_BREAK = Pattern(r"\A\r?\n")
 LAST_BREAK = Pattern(r"(?:\r?\n|\r)?\Z")
@@ -4333,16 +4298,17 @@ class JsonInput:
     """Reads the members of an arguments object, piece by piece, into events.
 
     As TaggedInput, and value: a member that is no string, as JSON text. done comes
-    behind the call's own last brace.
+    behind the call's own last brace; lost tells that it broke off or is no JSON.
     """
+
+    cut = False
 
     def __init__(self) -> None:
         self.events: List[Tuple[str, str]] = []
-        self.done = self.cut = self.lost = False
+        self.done = self.lost = False
         self.rest = ""
         self._step = self._member
-        self._scan = BracketScan()
-        self._scanned = 0
+        self._scan, self._scanned = BracketScan(), 0
 
     def feed(self, text: str, final: bool = False) -> None:
         self.rest += text
@@ -4350,7 +4316,8 @@ class JsonInput:
             pass
         if final and not self.done:
             self.done = True
-            self.lost = self._step == self._string or bool(self.rest.strip(" \t\r\n}"))
+            self.lost = self._step == self._string or (
+                self._step != self._tail and bool(self.rest.strip()))
 
     def passes(self, text: str) -> bool:
         """As in TaggedInput."""
@@ -4359,86 +4326,77 @@ class JsonInput:
     def _member(self, final: bool) -> bool:
         match = JSON_MEMBER.match(self.rest)
         if not match:
-            self.done = self.lost = not MEMBER_BEGIN.fullmatch(self.rest)
+            self.done = self.lost = len(self.rest) > MAX_HEADER_CHARS
             return False
         self.rest = self.rest[match.end():]
         if match.group(1) is None:
             self._step = self._tail
             return True
         self.events.append(("key", loose_json(match.group(1)) or ""))
-        if self.rest[0] == '"':
-            self.rest, self._step = self.rest[1:], self._string
-        else:
-            self._scan, self._scanned = BracketScan(), 0
-            self._step = self._bracketed if self.rest[0] in "{[" else self._scalar
+        self._step = self._string if match.group(2) else self._whole
+        self._scan = BracketScan()
         return True
 
     def _string(self, final: bool) -> bool:
-        match = string_stop('"').search(self.rest, self._scanned)
+        match = STRING_STOP.search(self.rest, self._scanned)
         if not match:
-            self._piece(len(self.rest) - self.rest.endswith("\\"))
-        elif match.group() != '"':
-            cut = match.group(3) in ("u", "x") and len(self.rest) < match.start() + 6
-            if cut and not final:
-                return self._piece(match.start())
-            half = match.group(1) and "d800" <= match.group(1).lower() < "dc00"
-            if half and len(self.rest) < match.end() + 6 and not final:
-                return self._piece(match.start())
-            pair = JSON_ESCAPE.match(self.rest, match.end()) if half else None
+            return self._piece(len(self.rest) - self.rest.endswith("\\"))
+        found = match.group()
+        if found != '"':
+            if found[1] in "ux" and len(self.rest) < match.start() + 12 and not final:
+                return self._piece(match.start())  # cut, or half of a character
             self._piece(match.start())
-            halves = unescaped(match) + (unescaped(pair) if pair and pair.group(1) else "")
-            used = (pair if pair and pair.group(1) else match).end() - match.start()
-            self.events.append(("text", join_surrogates(halves)))
-            self.rest = self.rest[used:]
+            self.events.append(("text", join_surrogates(JSON_ESCAPE.sub(unescaped, found))))
+            self.rest = self.rest[len(found):]
             return True
-        elif END_IN_OBJECT.match(self.rest, match.end()) and (
-                final or not STRING_END_OPEN.match(self.rest, match.end())):
-            self._piece(match.start())
-            self.rest, self._step = self.rest[1:], self._member
-            self.events.append(("end", ""))
-            return True
-        elif final or not STRING_END_OPEN.match(self.rest, match.end()):
+        if not final and STRING_END_OPEN.match(self.rest, match.end()):
+            return self._piece(match.start())
+        if not END_IN_OBJECT.match(self.rest, match.end()):
             self._scanned = match.end()
             return True
-        else:
-            self._piece(match.start())
-        return False
+        self._piece(match.start())
+        self.rest, self._step = self.rest[1:], self._member
+        self.events.append(("end", ""))
+        return True
 
     def _piece(self, upto: int) -> bool:
         if upto > 0:
             self.events.append(("text", self.rest[:upto]))
-        self.rest, self._scanned = self.rest[max(upto, 0):], 0
+        self.rest, self._scanned = self.rest[upto:], 0
         return False
 
-    def _bracketed(self, final: bool) -> bool:
-        end = self._scan.feed(self.rest, self._scanned)
-        self._scanned = len(self.rest)
-        return end >= 0 and self._value(end)
-
-    def _scalar(self, final: bool) -> bool:
-        match = JSON_SCALAR.match(self.rest)
-        return match is not None and self._value(match.end())
-
-    def _value(self, end: int) -> bool:
+    def _whole(self, final: bool) -> bool:
+        """Hold a value that is no string until it ends."""
+        if self.rest[:1] in ("{", "["):
+            end = self._scan.feed(self.rest, self._scanned)
+            self._scanned = len(self.rest)
+        else:
+            scalar = JSON_SCALAR.match(self.rest)
+            end = scalar.end() if scalar else -1
+        if end < 0:
+            return False
         self.events.append(("value", self.rest[:end]))
         self.rest, self._scanned, self._step = self.rest[end:], 0, self._member
         return True
 
     def _tail(self, final: bool) -> bool:
         match = CALL_TAIL.match(self.rest)
-        self.done = bool(match) or not CALL_TAIL_BEGIN.fullmatch(self.rest)
+        self.done = bool(match) or len(self.rest) > MAX_HEADER_CHARS
         self.rest = self.rest[match.end():] if match else self.rest
         return False
 
 
 STRING_BREAK = Pattern(r'["\\]')
-JSON_MEMBER = Pattern(r"""\s*,?\s*(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?=\S)|\})""")
-MEMBER_BEGIN = Pattern(r"""\s*,?\s*(?:["'][^"'\\\n]{0,128}(?:["']\s*(?::\s*)?)?)?""")
+# What interrupts a string: its end, an escape, and two that are halves of one character.
+STRING_STOP = Pattern(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|"
+    + JSON_ESCAPE.source + '|"', re.S)
+JSON_MEMBER = Pattern(
+    r"""\s*,?\s*(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?:(")|(?=\S))|\})""")
 STRING_END_OPEN = Pattern(
     r"\s*(?:,?\s*\}?\s*|,\s*[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)\Z")
 JSON_SCALAR = Pattern(r"[^,}\]\n]{1,64}(?=[,}\]\n])")
 CALL_TAIL = Pattern(r'\s*(?:,\s*"[^"\n]{0,64}"\s*:\s*"?[^"{}\n]{0,128}"?\s*)?\}')
-CALL_TAIL_BEGIN = Pattern(r'\s*(?:,\s*(?:"[^"\n]{0,64}(?:"\s*(?::\s*"?[^"{}\n]{0,128}"?\s*)?)?)?)?')
 CANONICAL = Pattern(r'\s*\{\s*"name"\s*:\s*"([^"\\\n]{1,128})"\s*,\s*'
                     r'"(?:arguments|parameters|input)"\s*:\s*\{')
 
@@ -4447,55 +4405,53 @@ class InputWriter:
     """Turns a reader's events into the pieces of one JSON object, mended by schema.
 
     A string for a string parameter goes out as it comes; everything else is held until
-    it is whole. Keys that the schema does not know are left out.
+    it is whole. Keys that the schema does not know are left out. written gathers the
+    pieces; known tells that they name a parameter, streaming that a string is open.
     """
 
     def __init__(self, tool: Tool) -> None:
         self.tool, self._properties = tool, properties_of(tool.schema)
         self._taken: List[str] = []
-        self._held: Optional[List[str]] = None
+        self._held: List[str] = []
         self._name = self._key = self.written = ""
         self.known = self.streaming = False
 
     def write(self, events: Iterable[Tuple[str, str]]) -> None:
-        self.written += "".join(getattr(self, "_on_" + kind)(text) for kind, text in events)
+        for kind, text in events:
+            if kind == "key":
+                self._open(text)
+            elif kind == "text" and self.streaming:
+                self.written += json.dumps(text)[1:-1]
+            elif kind == "text":
+                self._held.append(text)
+            elif self.streaming:
+                value = None if kind == "end" else loose_json(text)
+                written = "" if value is None else string_from(value, self._name)
+                self.written += json.dumps(written or "")[1:]
+                self.streaming = False
+            else:
+                self._whole(loose_json(text) if kind == "value" else "".join(self._held))
 
-    def _on_key(self, key: str) -> str:
-        self._key = key
+    def _open(self, key: str) -> None:
+        self._key, self._held = key, []
         self._name = (key if key in self._properties and key not in self._taken
                       else parameter_for(key, self._properties, self._taken) or "")
-        streams = self._name and types_of(self._properties[self._name]) == ["string"] \
-            and "enum" not in self._properties[self._name]
-        self._held, self.streaming = None if streams else [], bool(streams)
-        return self._member(self._name) + '"' if streams else ""
+        schema = self._properties.get(self._name)
+        self.streaming = types_of(schema) == ["string"] and "enum" not in schema
+        if self.streaming:
+            self._member(self._name, '"')
 
-    def _member(self, name: str) -> str:
+    def _member(self, name: str, value: str) -> None:
+        self.written += f"{', ' if self._taken else '{'}{json.dumps(name)}: {value}"
         self._taken.append(name)
         self.known = self.known or name in self._properties
-        return ("{" if len(self._taken) == 1 else ", ") + json.dumps(name) + ": "
 
-    def _on_text(self, text: str) -> str:
-        if self._held is None:
-            return json.dumps(text)[1:-1]
-        self._held.append(text)
-        return ""
-
-    def _on_end(self, _: str) -> str:
-        self.streaming = False
-        return '"' if self._held is None else self._whole("".join(self._held))
-
-    def _on_value(self, text: str) -> str:
-        value = loose_json(text)
-        if self._held is None:
-            written = string_from(value, self._name) if value is not None else ""
-            return json.dumps(written)[1:] if written is not None else '"'
-        return self._whole(value)
-
-    def _whole(self, value: Any) -> str:
+    def _whole(self, value: Any) -> None:
         fitted = fit_object({self._key: value}, self.tool.schema,
                             self.tool.name.startswith("mcp__"))
-        return "".join(self._member(name) + json.dumps(fitted[name])
-                       for name in fitted if name not in self._taken)
+        for name in fitted:
+            if name not in self._taken:
+                self._member(name, json.dumps(fitted[name]))
 
 
 # ------------------------------ where a call begins ------------------------------
