@@ -3889,8 +3889,8 @@ END_TAGS = word_set("call return eom_id eot_id im_end endoftext bot_end escape t
 MARKUP_TAG = Pattern(
     r"<(/?)([^\s<>=/\"'`(){}]{1,48})((?:\s|=|/)[^<>]{0,300}?)?(?:>|(?=\s<parameter))")
 TAG_START = Pattern(r"</?[^\s<>=/\"'`(){}]{0,48}(?:(?:\s|=|/)[^<>]{0,300}(?:<[a-z]{0,9})?)?\Z")
-TAG_NAMESPACE = Pattern(r"^(?:antml|minimax|seed|steptml|dsml)[:｜|]")
-TAG_NAMESPACES = ("antml:", "minimax:", "seed:", "steptml:", "dsml｜", "dsml|")
+TAG_NAMESPACES = ("antml", "minimax", "seed", "steptml", "dsml")
+TAG_NAMESPACE = Pattern(rf"^(?:{'|'.join(TAG_NAMESPACES)})[:｜|]")
 TAG_VALUE = Pattern(
     r"""\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""", re.S)
 TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
@@ -3901,7 +3901,7 @@ KEY_ALONE = Pattern(r"(?:\[\s*)?\{{1,2}\s*[\"'`“]([A-Za-z_-]{0,24})[\"'`”\W]
 FIRST_KEY_START = Pattern(r"(?:\[\s*)?(?:\{{1,2}\s*(?:[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*"
                           r"(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
 PRINT_CALL = Pattern(r"print\(")
-TOOL_NAME = Pattern(r"(?:default_api\.|functions\.)?([A-Za-z_][\w-]{0,127}|\Z)")
+OWN_NAME = Pattern(r"(?:print\()?(?:default_api\.|functions\.)?([A-Za-z_][\w-]{0,127}|\Z)")
 NAMED_BODY = Pattern(r"\s?(?=\()|:?\s{0,2}(?=\{)")
 NAMED_BEGUN = Pattern(r":?\s{0,2}")
 PYTHON_NAME = Pattern(r"(?:\[\s*)?(?:print\()?([A-Za-z_][\w.]{0,127})\s?\(\s*(?=[\w\"'){\[]|\Z)")
@@ -4078,10 +4078,8 @@ def read_python(text: str, tools: Mapping[str, Tool], rule: str) -> Tuple[
         Optional[List[Call]], int]:
     """Read calls written as Python: Read(file_path="a.py"), alone or in a list."""
     calls: List[Call] = []
-    reader = LooseJson(text)
-    at = reader.skip(0)
+    reader, at = LooseJson(text), skip_blank(text, 0)
     listed = text[at:at + 1] == "["
-    at = reader.skip(at + 1) if listed else at
     while True:
         name = PYTHON_NAME.match(text, at)
         if not name:
@@ -4509,21 +4507,16 @@ def read_opening(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]
 
 def read_own_name(text: str, at: int, tools: Mapping[str, Tool]) -> Verdict:
     """Read a tool's own name at the start of a line: Read(…), or Read and then {…}."""
-    printed = PRINT_CALL.match(text, at)
-    at = printed.end() if printed else at
-    name = TOOL_NAME.match(text, at)
-    if not name:
-        return None
-    rest = text[name.end():name.end() + 8]
-    if name.group(1) in tools:
+    own = OWN_NAME.match(text, at)
+    name, end = (own.group(1), own.end()) if own else ("", at)
+    rest = text[end:end + 8]
+    if name in tools:
         body = NAMED_BODY.match(rest)
         if not body:
             return MORE if NAMED_BEGUN.fullmatch(rest) else None
         python = rest[body.end()] == "("
-        return Head("named", name.group(1), "python" if python else "json",
-                    at if python else name.end() + body.end())
-    begun = any(tool.startswith(name.group(1)) for tool in tools) or any(
-        space.startswith(name.group()) for space in ("default_api.", "functions.", "print("))
+        return Head("named", name, *(("python", at) if python else ("json", end + body.end())))
+    begun = any(each.startswith(name) for each in (*tools, "default_api.", "functions.", "print("))
     return MORE if begun and not rest else None
 
 
@@ -4646,13 +4639,11 @@ class HeadScan:
 def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
     """Tell whether a tag that is cut, maybe in its name, may open a call."""
     name, *rest = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())
-    bare = TAG_NAMESPACE.sub("", name)
-    names = [*CALL_TAGS, *tools, *(word for kind in TOOL_KINDS for word in plain_words(kind.names))]
-    folded = plain_name(bare)
-    if rest:  # the name is whole: "if a <b and" holds nothing back
-        return folded in map(plain_name, names)
-    return any(plain_name(word).startswith(folded) for word in names) or any(
-        space.startswith(name) for space in TAG_NAMESPACES)
+    folded = plain_name(TAG_NAMESPACE.sub("", name))
+    names = {*map(plain_name, (*CALL_TAGS, *tools)), *TAG_NAMESPACES}.union(
+        *(plain_words(kind.names) for kind in TOOL_KINDS))
+    # A name that is whole must be one: "if a <b and" holds nothing back.
+    return folded in names if rest else any(word.startswith(folded) for word in names)
 
 
 # ------------------------------ call or example ------------------------------
@@ -5138,7 +5129,7 @@ class ToolTextParser:
         self._marks = fence or ("```" if "```" in self._opener else "")
         self._found = found = Found(
             "fenced" if fence else "bare" if head.rule in BARE_RULES else "own",
-            self._before + "\n" if line_start and not self._queue else self._before, fence)
+            self._before, fence)
         self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
                             and found.kind == "own" and weight_of(found, "", False) > 0
                             and found.line.rstrip()[-1:] in SENTENCE_MARKS)
@@ -5425,17 +5416,13 @@ class ToolTextParser:
             found = queue.pop(0)
             if found.kind == "open":
                 self._out += [CallInput("}")] * meant + [CallEnd(meant)]
-            elif meant:
-                self._emit(found.calls)
             else:
-                self._show(found.raw)
+                self._show("" if meant else found.raw)
+            for call in found.calls if meant else ():
+                if call_key(call) not in self._known:
+                    self._made.append(call_key(call))
+                    self._new_block(call)
             self._show(found.behind)
-
-    def _emit(self, calls: List[Call]) -> None:
-        for call in calls:
-            if call_key(call) not in self._known:
-                self._made.append(call_key(call))
-                self._new_block(call)
 
     def _new_block(self, delta: Delta) -> None:
         self._blank, self._thought = "", ""
