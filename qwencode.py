@@ -3790,6 +3790,10 @@ DIALECTS: Dict[str, Dialect] = {
 # meant. Text is held only from where a call may begin.
 
 
+Tools = Mapping[str, Tool]
+Events = List[Tuple[str, str]]  # what a reader of parameters found: kind and text
+
+
 class ToolFormat(NamedTuple):
     """One row of TOOL_FORMATS.
 
@@ -4003,7 +4007,7 @@ class BracketScan:
         return -1
 
 
-def make_call(name: Any, arguments: Any, tools: Mapping[str, Tool], rule: str) -> Optional[Call]:
+def make_call(name: Any, arguments: Any, tools: Tools, rule: str) -> Optional[Call]:
     """Fit a name and arguments to an offered tool; None when none takes them."""
     best = None
     for tool in tools_meant(name, tools) if isinstance(name, str) else ():
@@ -4015,7 +4019,7 @@ def make_call(name: Any, arguments: Any, tools: Mapping[str, Tool], rule: str) -
     return best
 
 
-def calls_from_json(value: Any, tools: Mapping[str, Tool], rule: str) -> Optional[List[Call]]:
+def calls_from_json(value: Any, tools: Tools, rule: str) -> Optional[List[Call]]:
     """Read calls from JSON in any published shape; None when any part is no call."""
     if isinstance(value, list):
         found = [calls_from_json(item, tools, rule) for item in value]
@@ -4039,7 +4043,7 @@ def plain_keys(value: Json) -> Dict[str, str]:
     return {plain_name(str(key)): key for key in reversed(list(value))}
 
 
-def name_and_arguments(value: Json, tools: Mapping[str, Tool]) -> Tuple[Any, Any]:
+def name_and_arguments(value: Json, tools: Tools) -> Tuple[Any, Any]:
     """Find the tool's name and its arguments among the keys of one call."""
     keys = plain_keys(value)
     given = [value[keys[key]] for key in keys if key in ARGUMENT_KEYS]
@@ -4074,7 +4078,7 @@ def is_definition(arguments: Any) -> bool:
         isinstance(each, dict) and "type" in each for each in properties.values())
 
 
-def read_python(text: str, tools: Mapping[str, Tool], rule: str) -> Tuple[
+def read_python(text: str, tools: Tools, rule: str) -> Tuple[
         Optional[List[Call]], int]:
     """Read calls written as Python: Read(file_path="a.py"), alone or in a list."""
     calls: List[Call] = []
@@ -4131,7 +4135,7 @@ class TaggedInput:
     """
 
     def __init__(self, tool: Tool, label: str, raw: bool, nested: bool = True) -> None:
-        self.events: List[Tuple[str, str]] = []
+        self.events: Events = []
         self.done = self.cut = self.lost = False
         self.rest = ""
         self._tool, self._label, self._raw, self._nested = tool, label.lower(), raw, nested
@@ -4302,7 +4306,7 @@ class JsonInput:
     cut = False
 
     def __init__(self) -> None:
-        self.events: List[Tuple[str, str]] = []
+        self.events: Events = []
         self.done = self.lost = False
         self.rest = ""
         self._step = self._member
@@ -4414,7 +4418,7 @@ class InputWriter:
         self._name = self._key = self.written = ""
         self.known = self.streaming = False
 
-    def write(self, events: Iterable[Tuple[str, str]]) -> None:
+    def write(self, events: Events) -> None:
         for kind, text in events:
             if kind == "key":
                 self._open(text)
@@ -4475,7 +4479,7 @@ class Head(NamedTuple):
 Verdict = Union[str, Head, None]
 
 
-def find_head(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]) -> Verdict:
+def find_head(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
     """Return the head of a call at a position, MORE where it may still come, or None."""
     if not line_start:
         return read_opening(text, at, False, tools)
@@ -4486,7 +4490,7 @@ def find_head(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]) -
     return MORE if FENCE_START.match(text, at) else read_opening(text, at, True, tools)
 
 
-def read_opening(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]) -> Verdict:
+def read_opening(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
     """Read an opener: a tag, a word of TOOL_FORMATS, brackets or a tool's own name."""
     at = skip_blank(text, at)
     begin = text[at:at + 32].lower()
@@ -4505,7 +4509,7 @@ def read_opening(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]
     return read_own_name(text, at, tools) if line_start else None
 
 
-def read_own_name(text: str, at: int, tools: Mapping[str, Tool]) -> Verdict:
+def read_own_name(text: str, at: int, tools: Tools) -> Verdict:
     """Read a tool's own name at the start of a line: Read(…), or Read and then {…}."""
     own = OWN_NAME.match(text, at)
     name, end = (own.group(1), own.end()) if own else ("", at)
@@ -4520,7 +4524,7 @@ def read_own_name(text: str, at: int, tools: Mapping[str, Tool]) -> Verdict:
     return MORE if begun and not rest else None
 
 
-def read_bracket(text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> Verdict:
+def read_bracket(text: str, at: int, rule: str, tools: Tools) -> Verdict:
     """Judge by the first key, or the first name, whether brackets may hold a call."""
     rest = text[at:at + MAX_HEADER_CHARS]
     python = PYTHON_NAME.match(rest)
@@ -4551,7 +4555,7 @@ def read_bracket(text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> Ve
 class HeadScan:
     """Reads on behind an opener: further tags, the name, separators, up to the body."""
 
-    def __init__(self, text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> None:
+    def __init__(self, text: str, at: int, rule: str, tools: Tools) -> None:
         self._text, self._at, self._rule, self._tools = text, at, rule, tools
         self._name, self._named_at, self._openers, self._line = "", at, 0, False
 
@@ -4636,7 +4640,7 @@ class HeadScan:
         return READ_ON
 
 
-def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
+def may_open(begun: str, tools: Tools) -> bool:
     """Tell whether a tag that is cut, maybe in its name, may open a call."""
     name, *rest = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())
     folded = plain_name(TAG_NAMESPACE.sub("", name))
@@ -4977,7 +4981,7 @@ class ToolTextParser:
     goes out piece by piece; enabled=False passes all text.
     """
 
-    def __init__(self, tools: Mapping[str, Tool], *, stream_inputs: bool = False,
+    def __init__(self, tools: Tools, *, stream_inputs: bool = False,
                  enabled: bool = True) -> None:
         self._tools, self._streams = tools, stream_inputs
         self._enabled = enabled and bool(tools)
@@ -5118,22 +5122,17 @@ class ToolTextParser:
     def _begin(self, head: Head, at: int, line_start: bool) -> bool:
         """Start to read a call, or pass one whose place says that it is quoted."""
         self._pass(at)
-        line = "" if line_start else self._before.rsplit("\n", 1)[-1][-300:]
-        if not well_placed(line.lstrip()):
+        opener, fence = self._text[at:head.at], head.fence or self._fence
+        found = Found("fenced" if fence else "bare" if head.rule in BARE_RULES else "own",
+                      self._before, fence)
+        if not line_start and not well_placed(found.line[-300:]):
             return self._skip(head.at)
-        self._head, self._opener, self._at = head, self._text[at:head.at], head.at
-        self._pieces: List[str] = []
-        self._length = self._next_try = 0
-        self._scan = BracketScan()
-        fence = head.fence or self._fence
-        self._marks = fence or ("```" if "```" in self._opener else "")
-        self._found = found = Found(
-            "fenced" if fence else "bare" if head.rule in BARE_RULES else "own",
-            self._before, fence)
+        self._head, self._found, self._opener, self._at = head, found, opener, head.at
+        self._marks = fence or ("```" if "```" in opener else "")
         self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
                             and found.kind == "own" and weight_of(found, "", False) > 0
                             and found.line.rstrip()[-1:] in SENTENCE_MARKS)
-        self._step = self._brackets
+        self._collect()
         if head.body == "line":
             self._step = self._line
         elif head.body not in ("json", "python"):
@@ -5141,6 +5140,12 @@ class ToolTextParser:
             self._read(TaggedInput(meant[0], head.body[4:] if raw else head.name, raw),
                        meant[0] if self._may_stream and len(meant) == 1 and not raw else None)
         return True
+
+    def _collect(self) -> None:
+        """Begin to gather a body in brackets."""
+        self._pieces: List[str] = []
+        self._length = self._next_try = 0
+        self._scan, self._step = BracketScan(), self._brackets
 
     def _skip(self, at: int) -> bool:
         """Pass what opens a quoted call, and its body where that is in brackets."""
@@ -5310,7 +5315,7 @@ class ToolTextParser:
         """Read parameters one by one; those of a tool that is given go out as they come."""
         self._step, self._wake = self._parameters, None
         self._reader, self._writer = reader, InputWriter(streamed) if streamed else None
-        self._events: List[Tuple[str, str]] = []
+        self._events: Events = []
 
     def _stream_json(self) -> bool:
         """Begin to stream a body whose first keys name one tool and its arguments."""
@@ -5343,8 +5348,8 @@ class ToolTextParser:
         reader, body = self._reader, "".join(self._pieces)
         if isinstance(reader, JsonInput):  # it named no parameter that the tool knows
             self._put_back(body)
-            self._pieces, self._length, self._next_try, self._scan = [], 0, 0, BracketScan()
-            self._may_stream, self._step = False, self._brackets
+            self._collect()
+            self._may_stream = False
             return True
         unclosed = reader.cut and (self._ending == "cut" or self._head.body.startswith("raw:"))
         if reader.lost:
@@ -5356,7 +5361,7 @@ class ToolTextParser:
             return self._reject(body)
         return self._accept([call], body, len(body) - len(reader.rest))
 
-    def _send(self, writer: InputWriter, events: List[Tuple[str, str]]) -> None:
+    def _send(self, writer: InputWriter, events: Events) -> None:
         """Let the input go out once it names a parameter that the tool knows."""
         writer.write(events)
         if writer.known and self._found.kind != "open":
@@ -5441,7 +5446,7 @@ def call_key(call: Call) -> str:
     return json.dumps([call.name, call.input], sort_keys=True, default=str)
 
 
-def tagged_values(events: Iterable[Tuple[str, str]]) -> Dict[str, str]:
+def tagged_values(events: Events) -> Dict[str, str]:
     """Gather a reader's events into parameters and their text."""
     values: Dict[str, List[str]] = {}
     key = ""
