@@ -3876,7 +3876,7 @@ SEPARATOR_TAGS = word_set(
     "arguments args input parameters parameter_list start plugin interpreter")
 SEPARATOR = Pattern(
     r"action[ _]input:|\*\*action input:\*\*|✿args✿:?|\[args\]|\[call_id\]\w*|```\w*|to=|call:|"
-    r"functions\.|function:|name:|arguments:|args:|input:|:", re.I)
+    r"functions\.|function:|print\(|name:|arguments:|args:|input:|:", re.I)
 INPUT_WORDS = ("action input:", "action_input:", "**action input:**", "✿args✿:", "✿args✿")
 CUT_SEPARATORS = (*INPUT_WORDS, "```", "[args]", "[call_id]")
 FILLERS = word_set("function commentary analysis final assistant json code")
@@ -3904,7 +3904,6 @@ FIRST_KEY = Pattern(
 KEY_ALONE = Pattern(r"(?:\[\s*)?\{{1,2}\s*[\"'`“]([A-Za-z_-]{0,24})[\"'`”\W]")
 FIRST_KEY_START = Pattern(r"(?:\[\s*)?(?:\{{1,2}\s*(?:[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*"
                           r"(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
-PRINT_CALL = Pattern(r"print\(")
 OWN_NAME = Pattern(r"(?:print\()?(?:default_api\.|functions\.)?([A-Za-z_][\w-]{0,127}|\Z)")
 NAMED_BODY = Pattern(r"\s?(?=\()|:?\s{0,2}(?=\{)")
 NAMED_BEGUN = Pattern(r":?\s{0,2}")
@@ -4053,18 +4052,18 @@ def name_and_arguments(value: Json, tools: Tools) -> Tuple[Any, Any]:
             name, arguments = name_and_arguments(nested, tools)
             return name, given[0] if given and not arguments else arguments
     named = [keys[key] for key in NAME_ORDER if key in keys and isinstance(value[keys[key]], str)]
-    named = [key for key in named if tools_meant(value[key], tools)] or named
-    if named and given:
-        return value[named[0]], given[-1]
-    if named:
-        spare = {key: each for key, each in value.items() if key != named[0]
-                 and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
-        whole = any(len(repair_input(tool, spare) or ()) == len(spare)
-                    for tool in tools_meant(value[named[0]], tools))
-        return value[named[0]], spare if whole else None
-    only = next(iter(value), "")
-    alone = len(value) == 1 and only in tools and isinstance(value[only], dict)
-    return (only, value[only]) if alone else (None, None)
+    if not named:
+        only = next(iter(value), "")
+        alone = len(value) == 1 and only in tools and isinstance(value[only], dict)
+        return (only, value[only]) if alone else (None, None)
+    name = next((key for key in named if tools_meant(value[key], tools)), named[0])
+    if given:
+        return value[name], given[-1]
+    spare = {key: each for key, each in value.items() if key != name
+             and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
+    whole = any(len(repair_input(tool, spare) or ()) == len(spare)
+                for tool in tools_meant(value[name], tools))
+    return value[name], spare if whole else None
 
 
 NAME_ORDER = ("name", "tool", "toolname", "functionname", "function", "recipient",
@@ -4465,15 +4464,13 @@ MORE, READ_ON = "wait", "on"
 class Head(NamedTuple):
     """What opens a call: its rule, the tool's name where known, the body and its start.
 
-    body is json, python, tags, raw:TAG (one parameter's text up to that closing tag) or line;
-    fence is the mark of the code block that it stands in.
+    body is json, python, tags, raw:TAG (one parameter's text up to that closing tag) or line.
     """
 
     rule: str
     name: str
     body: str
     at: int
-    fence: str = ""
 
 
 Verdict = Union[str, Head, None]
@@ -4481,13 +4478,10 @@ Verdict = Union[str, Head, None]
 
 def find_head(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
     """Return the head of a call at a position, MORE where it may still come, or None."""
-    if not line_start:
-        return read_opening(text, at, False, tools)
     fence = FENCE_OPEN.match(text, at)
-    if fence:
-        head = read_opening(text, fence.end(), True, tools)
-        return head._replace(fence=fence.group(1)) if isinstance(head, Head) else head
-    return MORE if FENCE_START.match(text, at) else read_opening(text, at, True, tools)
+    if line_start and not fence and FENCE_START.match(text, at):
+        return MORE
+    return read_opening(text, fence.end() if fence else at, line_start, tools)
 
 
 def read_opening(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
@@ -4605,7 +4599,7 @@ class HeadScan:
         if rest[0] == "<":
             begun = TAG_START.match(text, at)
             return MORE if begun and (self._rule or may_open(begun.group(), self._tools)) else None
-        step = SEPARATOR.match(text, at) or PRINT_CALL.match(text, at)
+        step = SEPARATOR.match(text, at)
         if step:
             self._at, self._line = step.end(), step.group().lower() in INPUT_WORDS
             return READ_ON
@@ -4885,7 +4879,6 @@ class Found:
         self.kind, self.fence = kind, fence
         self.before = THOUGHT_END.split(before)[-1]
         self.line = self.before.rsplit("\n", 1)[-1].lstrip()
-        self.first = not self.before.strip()
         self.raw = self.behind = ""
         self.calls: List[Call] = []
 
@@ -4956,12 +4949,12 @@ def is_call(found: Found, after: str, leads_on: bool) -> bool:
 
     leads_on says that another call follows the words behind it.
     """
-    last = not after.strip()
-    if found.kind == "fenced" and not ((found.first and last) or announced(found.before)):
+    first, last = not found.before.strip(), not after.strip()
+    if found.kind == "fenced" and not ((first and last) or announced(found.before)):
         return False
     if found.kind == "bare":
         beside = not last and "\n" not in after[:len(after) - len(after.lstrip())]
-        if beside or not (found.first or last or announced(found.before)):
+        if beside or not (first or last or announced(found.before)):
             return False
     if found.kind == "own":
         mid_sentence = found.line and found.line.rstrip()[-1:] not in SENTENCE_MARKS
@@ -5122,7 +5115,8 @@ class ToolTextParser:
     def _begin(self, head: Head, at: int, line_start: bool) -> bool:
         """Start to read a call, or pass one whose place says that it is quoted."""
         self._pass(at)
-        opener, fence = self._text[at:head.at], head.fence or self._fence
+        opener, block = self._text[at:head.at], FENCE_OPEN.match(self._text, at)
+        fence = block.group(1) if block else self._fence
         found = Found("fenced" if fence else "bare" if head.rule in BARE_RULES else "own",
                       self._before, fence)
         if not line_start and not well_placed(found.line[-300:]):
@@ -5206,7 +5200,7 @@ class ToolTextParser:
         head = self._head_at(at, True)
         if head == MORE:
             return False
-        if isinstance(head, Head) and not (self._fence and head.fence):
+        if isinstance(head, Head) and not (self._fence and text[at] in "`~"):
             return self._begin(head, at, True)
         if self._fence:
             self._cancel_fence()
@@ -5399,7 +5393,7 @@ class ToolTextParser:
         if self._fence:
             self._cancel_fence()
             return True
-        return self._quoted(0) if self._head.fence else self._skip(len(self._opener))
+        return self._quoted(0) if self._opener[:1] in ("`", "~") else self._skip(len(self._opener))
 
     # What leaves: text at once unless a call before it waits for its words.
 
