@@ -4124,34 +4124,56 @@ def python_arguments(reader: LooseJson, at: int) -> Tuple[Dict[Union[str, int], 
     return found, at + 1
 
 
-class TaggedInput:
-    """Reads parameters in tags, piece by piece, into events (kind, text).
+class InputReader:
+    """Reads the parameters of a call, piece by piece, into events (kind, text).
 
-    key names a parameter, text is a piece of its value, end closes it. done tells that
-    the call is over and rest what follows it; cut that a value had no closing tag, lost
-    that it may be one that was taken for text. nested=False takes every closing tag,
-    and an opening one, at its word.
+    key names a parameter, text is a piece of its value, end closes it; value is a whole
+    one that is no string, as JSON text. done tells that the call is over and rest what
+    follows it; cut that a value had no closing tag, lost that what was read is doubtful.
     """
 
-    def __init__(self, tool: Tool, label: str, raw: bool, nested: bool = True) -> None:
+    def __init__(self) -> None:
         self.events: Events = []
-        self.done = self.cut = self.lost = False
+        self.done = self.cut = self.lost = self._final = False
         self.rest = ""
-        self._tool, self._label, self._raw, self._nested = tool, label.lower(), raw, nested
-        self._keys: List[str] = []
-        self._closer: Optional[str] = None
-        if raw:
-            self._open((required_of(tool.schema) or ["input"])[0], self._label, False)
+        self._scanned = 0
+        self._step: Callable[[], bool] = self._begin
 
     def feed(self, text: str, final: bool = False) -> None:
         self.rest += text
-        step = True
-        while step and not self.done:
-            step = self._between(final) if self._closer is None else self._value(final)
+        self._final = final
+        while not self.done and self._step():
+            pass
+        if final and not self.done:
+            self._end()
+
+    def _begin(self) -> bool:
+        """Read what stands between values; as every step, tell whether to go on."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Judge what the end of the answer left open."""
 
     def passes(self, text: str) -> bool:
         """Tell text that is the open value's as it stands, with no need to read it."""
-        return (self._closer is not None and not self._fresh and not self.rest
+        raise NotImplementedError
+
+
+class TaggedInput(InputReader):
+    """Reads parameters in tags; lost where a quoted call or closing tag may have misled it.
+
+    nested=False takes every closing tag, and an opening one, at its word.
+    """
+
+    def __init__(self, tool: Tool, label: str, raw: bool, nested: bool = True) -> None:
+        super().__init__()
+        self._tool, self._label, self._raw, self._nested = tool, label.lower(), raw, nested
+        self._keys: List[str] = []
+        if raw:
+            self._open((required_of(tool.schema) or ["input"])[0], self._label, False)
+
+    def passes(self, text: str) -> bool:
+        return (self._step == self._value and not self._fresh and not self.rest
                 and not VALUE_BREAK.search(text))
 
     def again(self, text: str) -> TaggedInput:
@@ -4163,18 +4185,18 @@ class TaggedInput:
     def _open(self, key: str, closer: str, exact: bool) -> None:
         self._keys.append(self._parameter(key) or key)
         self.events.append(("key", key))
-        self._closer, self._exact, self._scanned = closer, exact, 0
+        self._closer, self._exact, self._scanned, self._step = closer, exact, 0, self._value
         self._fresh, self._framed, self._doubt = True, False, False
         self._inside: List[str] = []
 
     def _parameter(self, name: str) -> Optional[str]:
         return parameter_for(name, properties_of(self._tool.schema), self._keys)
 
-    def _between(self, final: bool) -> bool:
+    def _begin(self) -> bool:
         self.rest = self.rest.lstrip()
         tag = MARKUP_TAG.match(self.rest)
         if not tag:
-            self.done = final or (bool(self.rest) and not TAG_START.match(self.rest))
+            self.done = self._final or (bool(self.rest) and not TAG_START.match(self.rest))
             return False
         label, value, begin = tag_label(tag), tag_value(tag), self.rest[tag.end():]
         if label in ("parameters", "arguments", "args", "input") and value is None:
@@ -4185,7 +4207,7 @@ class TaggedInput:
         elif label == "arg_key":
             key = ARG_KEY.match(self.rest)
             if not key:
-                self.done = final or len(self.rest) > MAX_HEADER_CHARS
+                self.done = self._final or len(self.rest) > MAX_HEADER_CHARS
                 return False
             self.rest = self.rest[key.end():]
             self._open(key.group(1).strip(), "arg_value", True)
@@ -4195,16 +4217,16 @@ class TaggedInput:
                        value is not None and not (tag.group(3) or "").startswith("="))
         return True
 
-    def _value(self, final: bool) -> bool:
+    def _value(self) -> bool:
         """Move value text into events up to its end, or to where more must be seen."""
         tag = MARKUP_TAG.search(self.rest, self._scanned)
         if not tag:
             begun = TAG_START.search(self.rest, self._scanned)
-            return self._pass(begun.start() if begun else len(self.rest), final)
+            return self._pass(begun.start() if begun else len(self.rest))
         self._scanned = tag.start()
-        ends = self._ends(tag, final)
+        ends = self._ends(tag)
         if ends is None:
-            return self._pass(tag.start(), final)
+            return self._pass(tag.start())
         self._scanned = tag.end()
         if ends:
             own = tag.group(1) and tag_label(tag) == self._closer
@@ -4212,10 +4234,10 @@ class TaggedInput:
             self.rest = self.rest[tag.end() if own else tag.start():]
         return True
 
-    def _pass(self, upto: int, final: bool) -> bool:
+    def _pass(self, upto: int) -> bool:
         """Let text go, but for what may be the closing tag's frame or lead to a call."""
-        if final:
-            self.cut, self.done = True, True
+        if self._final:
+            self.cut = self.done = True
             self.lost = self._doubt or self._closer in self._inside
             self._close(CUT_TAG.sub("", self.rest, 1), False)
             self.rest = ""
@@ -4242,13 +4264,13 @@ class TaggedInput:
             text = LAST_BREAK.sub("", text, 1)
         self._text(text)
         self.events.append(("end", ""))
-        self._closer = None
+        self._step = self._begin
 
     def _short(self, text: str) -> bool:
         """Tell a value of one line of which nothing has gone out yet."""
         return self._fresh and len(text) <= MAX_SHORT_CHARS and "\n" not in text.strip("\r\n")
 
-    def _ends(self, tag: re.Match[str], final: bool) -> Optional[bool]:
+    def _ends(self, tag: re.Match[str]) -> Optional[bool]:
         """Decide whether the value ends at a tag; None while that is open."""
         label, value = tag_label(tag), tag_value(tag)
         if tag.group(1):
@@ -4258,7 +4280,7 @@ class TaggedInput:
                 self._inside.remove(label)
                 return False
             return (label == self._closer or (label in CALL_TAGS and not self._inside)
-                    ) and self._followed(tag.end(), final, label != self._closer)
+                    ) and self._followed(tag.end(), label != self._closer)
         if label == self._closer and label != self._label:
             if value is not None and self._parameter(value) and not self._inside:
                 return True
@@ -4271,13 +4293,13 @@ class TaggedInput:
             self._inside.append(label)
         return False
 
-    def _followed(self, at: int, final: bool, outer: bool) -> Optional[bool]:
+    def _followed(self, at: int, outer: bool) -> Optional[bool]:
         """Check that after a closing tag comes what may follow it: a tag or the end."""
         closed, at = at, skip_blank(self.rest, at)
         tag, short = MARKUP_TAG.match(self.rest, at), self._short(self.rest[:self._scanned])
         if not tag:
             if at == len(self.rest) or TAG_START.match(self.rest, at):
-                return True if final else None
+                return self._final or None
             self._doubt = self._doubt or not outer
             return self._closer == self._label or ("\n" in self.rest[closed:at] and short)
         label = tag_label(tag)
@@ -4295,36 +4317,18 @@ LAST_BREAK = Pattern(r"(?:\r?\n|\r)?\Z")
 CUT_TAG = Pattern(r"(?:</?[^\s<>]{0,20})?\Z")
 
 
-class JsonInput:
-    """Reads the members of an arguments object, piece by piece, into events.
+class JsonInput(InputReader):
+    """Reads the members of an arguments object; done comes behind the call's last brace."""
 
-    As TaggedInput, and value: a member that is no string, as JSON text. done comes
-    behind the call's own last brace; lost tells that it broke off or is no JSON.
-    """
-
-    cut = False
-
-    def __init__(self) -> None:
-        self.events: Events = []
-        self.done = self.lost = False
-        self.rest = ""
-        self._step = self._member
-        self._scan, self._scanned = BracketScan(), 0
-
-    def feed(self, text: str, final: bool = False) -> None:
-        self.rest += text
-        while not self.done and self._step(final):
-            pass
-        if final and not self.done:
-            self.done = True
-            self.lost = self._step == self._string or (
-                self._step != self._tail and bool(self.rest.strip()))
+    def _end(self) -> None:
+        self.done = True
+        self.lost = self._step == self._string or (
+            self._step != self._tail and bool(self.rest.strip()))
 
     def passes(self, text: str) -> bool:
-        """As in TaggedInput."""
         return self._step == self._string and not self.rest and not STRING_BREAK.search(text)
 
-    def _member(self, final: bool) -> bool:
+    def _begin(self) -> bool:
         match = JSON_MEMBER.match(self.rest)
         if not match:
             self.done = self.lost = len(self.rest) > MAX_HEADER_CHARS
@@ -4338,25 +4342,25 @@ class JsonInput:
         self._scan = BracketScan()
         return True
 
-    def _string(self, final: bool) -> bool:
+    def _string(self) -> bool:
         match = STRING_STOP.search(self.rest, self._scanned)
         if not match:
             return self._piece(len(self.rest) - self.rest.endswith("\\"))
         found = match.group()
         if found != '"':
-            if found[1] in "ux" and len(self.rest) < match.start() + 12 and not final:
+            if found[1] in "ux" and len(self.rest) < match.start() + 12 and not self._final:
                 return self._piece(match.start())  # cut, or half of a character
             self._piece(match.start())
             self.events.append(("text", join_surrogates(JSON_ESCAPE.sub(unescaped, found))))
             self.rest = self.rest[len(found):]
             return True
-        if not final and STRING_END_OPEN.match(self.rest, match.end()):
+        if not self._final and STRING_END_OPEN.match(self.rest, match.end()):
             return self._piece(match.start())
         if not END_IN_OBJECT.match(self.rest, match.end()):
             self._scanned = match.end()
             return True
         self._piece(match.start())
-        self.rest, self._step = self.rest[1:], self._member
+        self.rest, self._step = self.rest[1:], self._begin
         self.events.append(("end", ""))
         return True
 
@@ -4366,7 +4370,7 @@ class JsonInput:
         self.rest, self._scanned = self.rest[upto:], 0
         return False
 
-    def _whole(self, final: bool) -> bool:
+    def _whole(self) -> bool:
         """Hold a value that is no string until it ends."""
         if self.rest[:1] in ("{", "["):
             end = self._scan.feed(self.rest, self._scanned)
@@ -4377,10 +4381,10 @@ class JsonInput:
         if end < 0:
             return False
         self.events.append(("value", self.rest[:end]))
-        self.rest, self._scanned, self._step = self.rest[end:], 0, self._member
+        self.rest, self._scanned, self._step = self.rest[end:], 0, self._begin
         return True
 
-    def _tail(self, final: bool) -> bool:
+    def _tail(self) -> bool:
         match = CALL_TAIL.match(self.rest)
         self.done = bool(match) or len(self.rest) > MAX_HEADER_CHARS
         self.rest = self.rest[match.end():] if match else self.rest
@@ -5305,7 +5309,7 @@ class ToolTextParser:
             return self._reject(body)
         return self._accept([call], body, len(match.group()))
 
-    def _read(self, reader: Union[TaggedInput, JsonInput], streamed: Optional[Tool]) -> None:
+    def _read(self, reader: InputReader, streamed: Optional[Tool]) -> None:
         """Read parameters one by one; those of a tool that is given go out as they come."""
         self._step, self._wake = self._parameters, None
         self._reader, self._writer = reader, InputWriter(streamed) if streamed else None
@@ -5340,7 +5344,7 @@ class ToolTextParser:
     def _end_parameters(self) -> bool:
         """Read the call from all its parameters."""
         reader, body = self._reader, "".join(self._pieces)
-        if isinstance(reader, JsonInput):  # it named no parameter that the tool knows
+        if not isinstance(reader, TaggedInput):  # it named no parameter that the tool knows
             self._put_back(body)
             self._collect()
             self._may_stream = False
