@@ -3916,7 +3916,8 @@ NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool"
 LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
 LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
                          "index comment role content")
-CALL_KEYS = NAME_KEYS | ARGUMENT_KEYS | NESTED_KEYS | LIST_KEYS | LEADING_KEYS | {"type"}
+BODY_KEYS = ARGUMENT_KEYS | LIST_KEYS | LEADING_KEYS
+CALL_KEYS = BODY_KEYS | NAME_KEYS | NESTED_KEYS | {"type"}
 CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
 FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
@@ -3992,17 +3993,17 @@ class BracketScan:
             match = self._stop.search(text, at)
             if not match:
                 break
-            at, token = match.end(), match.group(1)
-            if token in self.INSIDE:
-                self._stop = self.INSIDE[token] if self._stop is self.OUTSIDE else self.OUTSIDE
-            elif token == "\\":  # cut off from what it escapes
+            at, mark = match.end(), match.group(1)
+            if mark in self.INSIDE:
+                self._stop = self.INSIDE[mark] if self._stop is self.OUTSIDE else self.OUTSIDE
+            elif mark == "\\":  # cut off from what it escapes
                 self._escaped = 1
-            elif token in ("}", "]", ")"):
+            elif mark in ("}", "]", ")"):
                 self._depth -= 1
                 if self._depth <= 0:
                     return at
             else:
-                self._depth += len(token)
+                self._depth += len(mark)
         return -1
 
 
@@ -4144,15 +4145,10 @@ class InputReader:
         self._final = final
         while not self.done and self._step():
             pass
-        if final and not self.done:
-            self._end()
 
     def _begin(self) -> bool:
         """Read what stands between values; as every step, tell whether to go on."""
         raise NotImplementedError
-
-    def _end(self) -> None:
-        """Judge what the end of the answer left open."""
 
     def passes(self, text: str) -> bool:
         """Tell text that is the open value's as it stands, with no need to read it."""
@@ -4305,7 +4301,7 @@ class TaggedInput(InputReader):
         label = tag_label(tag)
         if tag.group(1) or label in CALL_TAGS:
             return label in CALL_TAGS or label in SEPARATOR_TAGS or label == self._label
-        return not outer and (short or label in PARAMETER_TAGS or self._parameter(label) is not None)
+        return not outer and (short or label in PARAMETER_TAGS or bool(self._parameter(label)))
 
 
 VALUE_BREAK = Pattern(r"[<>\r\n]")
@@ -4320,10 +4316,12 @@ CUT_TAG = Pattern(r"(?:</?[^\s<>]{0,20})?\Z")
 class JsonInput(InputReader):
     """Reads the members of an arguments object; done comes behind the call's last brace."""
 
-    def _end(self) -> None:
-        self.done = True
-        self.lost = self._step == self._string or (
-            self._step != self._tail and bool(self.rest.strip()))
+    def feed(self, text: str, final: bool = False) -> None:
+        super().feed(text, final)
+        if final and not self.done:
+            self.done = True
+            self.lost = self._step == self._string or (
+                self._step != self._tail and bool(self.rest.strip()))
 
     def passes(self, text: str) -> bool:
         return self._step == self._string and not self.rest and not STRING_BREAK.search(text)
@@ -4441,7 +4439,7 @@ class InputWriter:
         self._key, self._held = key, []
         self._name = (key if key in self._properties and key not in self._taken
                       else parameter_for(key, self._properties, self._taken) or "")
-        schema = self._properties.get(self._name)
+        schema = self._properties.get(self._name, {})
         self.streaming = types_of(schema) == ["string"] and "enum" not in schema
         if self.streaming:
             self._member(self._name, '"')
@@ -4536,17 +4534,18 @@ def read_bracket(text: str, at: int, rule: str, tools: Tools) -> Verdict:
             return None
         begun = FIRST_KEY_START.fullmatch(rest) or LIST_BEGUN.fullmatch(rest)
         return MORE if begun else None
-    word, follows = plain_name(key.group(1)), rest[key.end():key.end() + 1]
-    held = word in ARGUMENT_KEYS or word in LEADING_KEYS or word in LIST_KEYS
-    if word in NAME_KEYS or word == "type":
-        if key.group(2) is None:
-            cut = follows in CLOSING_QUOTES and key.end() + 130 > len(rest) and (
-                "\n" not in rest[key.end():])
-            return MORE if cut else Head(rule, "", "json", at) if follows == "{" else None
-        held = plain_name(key.group(2)) in CALL_TYPES if word == "type" else bool(
-            tools_meant(key.group(2), tools))
-    elif follows == "{":
-        held = held or word in NESTED_KEYS or key.group(1) in tools
+    word, value, opened = plain_name(key.group(1)), key.group(2), rest[key.end():][:1] == "{"
+    if value is None and (word in NAME_KEYS or word == "type") and not opened:
+        cut = rest[key.end():][:1] in CLOSING_QUOTES and key.end() + 130 > len(rest) and (
+            "\n" not in rest[key.end():])
+        return MORE if cut else None
+    if value is not None and word == "type":
+        held = plain_name(value) in CALL_TYPES
+    elif value is not None and word in NAME_KEYS:
+        held = bool(tools_meant(value, tools))
+    else:
+        held = word in BODY_KEYS or (opened and (
+            word in NAME_KEYS | NESTED_KEYS or word == "type" or key.group(1) in tools))
     return Head(rule, "", "json", at) if held else None
 
 
@@ -5287,27 +5286,29 @@ class ToolTextParser:
                 calls, stop = read_python(text, self._tools, head.rule)
             else:
                 value, stop, closed = read_json(text)
-                if head.name and not (isinstance(value, dict) and value.get("name") == head.name):
-                    value = {"name": head.name, "arguments": value}
-                calls = calls_from_json(value, self._tools, head.rule)
+                whole_call = isinstance(value, dict) and value.get("name", "") == head.name
+                calls = calls_from_json(value, self._tools, head.rule) \
+                    if whole_call or not head.name else self._named(value)
         except (ValueError, RecursionError):
             return final and self._reject(whole)
         if not closed and not final:
             return False
-        if calls is None or (not closed and self._ending == "cut" and not text[stop:].strip()):
-            return self._reject(whole)
-        return self._accept(calls, whole, stop)
+        cut = not closed and self._ending == "cut" and not text[stop:].strip()
+        return self._accept(None if cut else calls, whole, stop)
 
     def _line(self) -> bool:
         """Read the one line that is the input."""
         match = INPUT_LINE.match(self._text, self._at)
         if not match or (match.end() == len(self._text) and not self._ending):
             return False
-        call = make_call(self._head.name, match.group().strip(), self._tools, self._head.rule)
-        body = self._take()
-        if call is None or (self._ending == "cut" and match.group() == body):
-            return self._reject(body)
-        return self._accept([call], body, len(match.group()))
+        body, line = self._take(), match.group()
+        cut = self._ending == "cut" and line == body
+        return self._accept(None if cut else self._named(line.strip()), body, len(line))
+
+    def _named(self, arguments: Any) -> Optional[List[Call]]:
+        """Make a call of the tool that the head named."""
+        call = make_call(self._head.name, arguments, self._tools, self._head.rule)
+        return [call] if call else None
 
     def _read(self, reader: InputReader, streamed: Optional[Tool]) -> None:
         """Read parameters one by one; those of a tool that is given go out as they come."""
@@ -5349,15 +5350,13 @@ class ToolTextParser:
             self._collect()
             self._may_stream = False
             return True
-        unclosed = reader.cut and (self._ending == "cut" or self._head.body.startswith("raw:"))
+        cut = reader.cut and (self._ending == "cut" or self._head.body.startswith("raw:"))
         if reader.lost:
             self._wasted += len(body)
             reader = reader.again(body)
             self._events = reader.events
-        call = make_call(self._head.name, tagged_values(self._events), self._tools, self._head.rule)
-        if call is None or unclosed:
-            return self._reject(body)
-        return self._accept([call], body, len(body) - len(reader.rest))
+        calls = None if cut else self._named(tagged_values(self._events))
+        return self._accept(calls, body, len(body) - len(reader.rest))
 
     def _send(self, writer: InputWriter, events: Events) -> None:
         """Let the input go out once it names a parameter that the tool knows."""
@@ -5380,7 +5379,10 @@ class ToolTextParser:
             self._queue.append(self._found)
         return True
 
-    def _accept(self, calls: List[Call], body: str, stop: int) -> bool:
+    def _accept(self, calls: Optional[List[Call]], body: str, stop: int) -> bool:
+        """Let the calls that end there wait for the words behind them; pass what is none."""
+        if not calls:
+            return self._reject(body)
         self._found.raw, self._found.calls = self._opener + body[:stop], calls
         self._fence = self._found.fence
         self._put_back(body[stop:])
