@@ -4479,18 +4479,15 @@ Verdict = Union[str, Head, None]
 
 
 def find_head(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
-    """Return the head of a call at a position, MORE where it may still come, or None."""
+    """Return the head of a call at a position, MORE where it may still come, or None.
+
+    It begins with a tag, a word of TOOL_FORMATS, brackets or a tool's own name, which
+    at the start of a line may stand in a code block.
+    """
     fence = FENCE_OPEN.match(text, at)
-    if line_start and not fence and FENCE_START.match(text, at):
-        return MORE
-    return read_opening(text, fence.end() if fence else at, line_start, tools)
-
-
-def read_opening(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
-    """Read an opener: a tag, a word of TOOL_FORMATS, brackets or a tool's own name."""
-    at = skip_blank(text, at)
+    at = skip_blank(text, fence.end() if fence else at)
     begin = text[at:at + 32].lower()
-    if not begin:
+    if not begin or (line_start and not fence and FENCE_START.match(text, at)):
         return MORE
     if begin[0] == "<":
         return HeadScan(text, at, "", tools).run()
@@ -5216,15 +5213,15 @@ class ToolTextParser:
         """Give closing marks to the call before them; False while one may be cut."""
         text, at, final = self._text, self._at, bool(self._ending)
         while True:
-            match = AFTER_CALL.match(text, at)
-            blank = skip_blank(text, at)
+            match, blank = AFTER_CALL.match(text, at), skip_blank(text, at)
             tag = MARKUP_TAG.match(text, blank)
-            foreign = tag and tag.group(1) and tag_label(tag) not in CLOSING_TAGS and (
-                not resolve_tool(tag.group(2), self._tools))
+            label = tag_label(tag) if tag else ""
+            foreign = tag and tag.group(1) and label not in CLOSING_TAGS and (
+                not resolve_tool(label, self._tools))
             if match and not foreign and (
                     final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
                 at = match.end()
-            elif tag and (tag_label(tag) in END_TAGS or "end" in tag_label(tag).split("_")):
+            elif tag and (label in END_TAGS or "end" in label.split("_")):
                 opens = None if tag.group(1) else self._head_at(blank, True)
                 if opens:
                     self._extend(at)
