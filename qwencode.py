@@ -4484,7 +4484,7 @@ def find_head(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
     It begins with a tag, a word of TOOL_FORMATS, brackets or a tool's own name, which
     at the start of a line may stand in a code block.
     """
-    fence = FENCE_OPEN.match(text, at)
+    fence = FENCE_OPEN.match(text, at) if line_start else None
     at = skip_blank(text, fence.end() if fence else at)
     begin = text[at:at + 32].lower()
     if not begin or (line_start and not fence and FENCE_START.match(text, at)):
