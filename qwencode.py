@@ -3619,6 +3619,10 @@ DIALECTS: Dict[str, Dialect] = {
 # meant. Text is held only from where a call may begin.
 
 
+Tools = Mapping[str, Tool]
+Events = List[Tuple[str, str]]  # what a reader of parameters found: kind and text
+
+
 class ToolFormat(NamedTuple):
     """One row of TOOL_FORMATS.
 
@@ -3701,7 +3705,7 @@ SEPARATOR_TAGS = word_set(
     "arguments args input parameters parameter_list start plugin interpreter")
 SEPARATOR = Pattern(
     r"action[ _]input:|\*\*action input:\*\*|✿args✿:?|\[args\]|\[call_id\]\w*|```\w*|to=|call:|"
-    r"functions\.|function:|name:|arguments:|args:|input:|:", re.I)
+    r"functions\.|function:|print\(|name:|arguments:|args:|input:|:", re.I)
 INPUT_WORDS = ("action input:", "action_input:", "**action input:**", "✿args✿:", "✿args✿")
 CUT_SEPARATORS = (*INPUT_WORDS, "```", "[args]", "[call_id]")
 FILLERS = word_set("function commentary analysis final assistant json code")
@@ -3718,8 +3722,8 @@ END_TAGS = word_set("call return eom_id eot_id im_end endoftext bot_end escape t
 MARKUP_TAG = Pattern(
     r"<(/?)([^\s<>=/\"'`(){}]{1,48})((?:\s|=|/)[^<>]{0,300}?)?(?:>|(?=\s<parameter))")
 TAG_START = Pattern(r"</?[^\s<>=/\"'`(){}]{0,48}(?:(?:\s|=|/)[^<>]{0,300}(?:<[a-z]{0,9})?)?\Z")
-TAG_NAMESPACE = Pattern(r"^(?:antml|minimax|seed|steptml|dsml)[:｜|]")
-TAG_NAMESPACES = ("antml:", "minimax:", "seed:", "steptml:", "dsml｜", "dsml|")
+TAG_NAMESPACES = ("antml", "minimax", "seed", "steptml", "dsml")
+TAG_NAMESPACE = Pattern(rf"^(?:{'|'.join(TAG_NAMESPACES)})[:｜|]")
 TAG_VALUE = Pattern(
     r"""\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""", re.S)
 TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
@@ -3729,8 +3733,7 @@ FIRST_KEY = Pattern(
 KEY_ALONE = Pattern(r"(?:\[\s*)?\{{1,2}\s*[\"'`“]([A-Za-z_-]{0,24})[\"'`”\W]")
 FIRST_KEY_START = Pattern(r"(?:\[\s*)?(?:\{{1,2}\s*(?:[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*"
                           r"(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
-PRINT_CALL = Pattern(r"print\(")
-TOOL_NAME = Pattern(r"(?:default_api\.|functions\.)?([A-Za-z_][\w-]{0,127}|\Z)")
+OWN_NAME = Pattern(r"(?:print\()?(?:default_api\.|functions\.)?([A-Za-z_][\w-]{0,127}|\Z)")
 NAMED_BODY = Pattern(r"\s?(?=\()|:?\s{0,2}(?=\{)")
 NAMED_BEGUN = Pattern(r":?\s{0,2}")
 PYTHON_NAME = Pattern(r"(?:\[\s*)?(?:print\()?([A-Za-z_][\w.]{0,127})\s?\(\s*(?=[\w\"'){\[]|\Z)")
@@ -3742,11 +3745,12 @@ NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool"
 LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
 LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
                          "index comment role content")
-CALL_KEYS = NAME_KEYS | ARGUMENT_KEYS | NESTED_KEYS | LIST_KEYS | LEADING_KEYS | {"type"}
+BODY_KEYS = ARGUMENT_KEYS | LIST_KEYS | LEADING_KEYS
+CALL_KEYS = BODY_KEYS | NAME_KEYS | NESTED_KEYS | {"type"}
 CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
 FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
-FENCE_END = Pattern(r"[ \t]{0,3}(`{3,16}|~{3,16})[ \t]{0,8}(?=\n|\Z)")
+FENCE_LINE = Pattern(r"[ \t]{0,3}(`{0,16}|~{0,16})[ \t]{0,8}(?=\n|\Z)")
 CALL_SIGN = Pattern(r"\n|<(?=[/|｜A-Za-z_]|\Z)|\[(?=[TtFf]|\Z)")
 AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[(?:/|END_)[^\s\[\]]{1,40}\]|✿\w{1,12}✿:?|"
                      r"[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|"
@@ -3755,8 +3759,7 @@ CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
 AFTER_BEGUN = Pattern(
     r"<[^\s<>]{0,60}|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|✿\w{0,12}✿?|[}\])]{1,4}|[,;]\s*")
 BLANK_RUN = Pattern(r"\s*")
-LINE_INDENT = Pattern(r"[^\S\n]*")
-FENCE_BEGUN = Pattern(r"[ \t]{0,3}[`~]{0,16}[ \t]{0,8}")
+LINE_TEXT = Pattern(r"[\S\n]")
 LIST_BEGUN = Pattern(r"\[\s*[\w.]{0,80}")
 TAG_WORD_END = Pattern(r"[\s=]")
 CLOSERS = Pattern(r"[}\])]")
@@ -3804,42 +3807,36 @@ def tag_value(tag: re.Match[str]) -> Optional[str]:
 class BracketScan:
     """Finds where a bracketed value ends, told piece by piece."""
 
-    OUTSIDE = Pattern(r"""["'`]|[{\[(]+|[}\])]""")
+    OUTSIDE = Pattern(r"""(["'`]|[{\[(]+|[}\])])""")
     INSIDE: Mapping[str, Pattern] = {
-        quote: Pattern(rf"[^\\{quote}]*(?:\\.[^\\{quote}]*)*", re.S) for quote in "\"'`"}
+        quote: Pattern(rf"[^\\{quote}]*(?:\\.[^\\{quote}]*)*([\\{quote}]?)", re.S)
+        for quote in "\"'`"}
 
     def __init__(self) -> None:
-        self.depth, self._quote, self._escaped = 0, "", False
+        self._depth, self._escaped, self._stop = 0, 0, self.OUTSIDE
 
     def feed(self, text: str, at: int = 0) -> int:
         """Return the index behind the bracket that ends the value, or -1."""
-        if self._escaped and at < len(text):
-            self._escaped, at = False, at + 1
+        at, self._escaped = at + self._escaped, 0
         while at < len(text):
-            if self._quote:
-                match = self.INSIDE[self._quote].match(text, at)
-                at = (match.end() if match else at) + 1
-                if at > len(text):
-                    break
-                self._escaped = text[at - 1] == "\\"
-                self._quote = self._quote if self._escaped else ""
-                continue
-            match = self.OUTSIDE.search(text, at)
+            match = self._stop.search(text, at)
             if not match:
                 break
-            at = match.end()
-            if match.group() in "\"'`":
-                self._quote = match.group()
-            elif match.group() in "}])":
-                self.depth -= 1
-                if self.depth <= 0:
+            at, mark = match.end(), match.group(1)
+            if mark in self.INSIDE:
+                self._stop = self.INSIDE[mark] if self._stop is self.OUTSIDE else self.OUTSIDE
+            elif mark == "\\":  # cut off from what it escapes
+                self._escaped = 1
+            elif mark in ("}", "]", ")"):
+                self._depth -= 1
+                if self._depth <= 0:
                     return at
             else:
-                self.depth += len(match.group())
+                self._depth += len(mark)
         return -1
 
 
-def make_call(name: Any, arguments: Any, tools: Mapping[str, Tool], rule: str) -> Optional[Call]:
+def make_call(name: Any, arguments: Any, tools: Tools, rule: str) -> Optional[Call]:
     """Fit a name and arguments to an offered tool; None when none takes them."""
     best = None
     for tool in tools_meant(name, tools) if isinstance(name, str) else ():
@@ -3851,54 +3848,52 @@ def make_call(name: Any, arguments: Any, tools: Mapping[str, Tool], rule: str) -
     return best
 
 
-def calls_from_json(value: Any, tools: Mapping[str, Tool], rule: str) -> Optional[List[Call]]:
+def calls_from_json(value: Any, tools: Tools, rule: str) -> Optional[List[Call]]:
     """Read calls from JSON in any published shape; None when any part is no call."""
     if isinstance(value, list):
-        found: List[Call] = []
-        for item in value:
-            calls = calls_from_json(item, tools, rule)
-            if calls is None:
-                return None
-            found += calls
-        return found or None
+        found = [calls_from_json(item, tools, rule) for item in value]
+        calls = [call for part in found for call in part or ()]
+        return calls if calls and None not in found else None
     if isinstance(value, str) and value.lstrip()[:1] == "{":
         return calls_from_json(loose_json(value), tools, rule)
     if not isinstance(value, dict):
         return None
-    keys = {plain_name(str(key)): key for key in reversed(list(value))}
+    keys = plain_keys(value)
     for key, original in keys.items():
         if key in LIST_KEYS and isinstance(value[original], list) and (
                 key.startswith("tool") or keys.keys() <= LEADING_KEYS | {key, "type"}):
             return calls_from_json(value[original], tools, rule)
-    name, arguments = name_and_arguments(value, keys, tools)
+    name, arguments = name_and_arguments(value, tools)
     call = None if is_definition(arguments) else make_call(name, arguments, tools, rule)
-    return None if call is None else [call]
+    return [call] if call else None
 
 
-def name_and_arguments(
-        value: Json, keys: Mapping[str, str], tools: Mapping[str, Tool]) -> Tuple[Any, Any]:
+def plain_keys(value: Json) -> Dict[str, str]:
+    return {plain_name(str(key)): key for key in reversed(list(value))}
+
+
+def name_and_arguments(value: Json, tools: Tools) -> Tuple[Any, Any]:
     """Find the tool's name and its arguments among the keys of one call."""
-    outer = [keys[key] for key in keys if key in ARGUMENT_KEYS]
+    keys = plain_keys(value)
+    given = [value[keys[key]] for key in keys if key in ARGUMENT_KEYS]
     for key in keys:
         nested = value[keys[key]]
         if key in NESTED_KEYS and isinstance(nested, dict):
-            inner = {plain_name(str(each)): each for each in reversed(list(nested))}
-            name, arguments = name_and_arguments(nested, inner, tools)
-            return name, value[outer[0]] if outer and not arguments else arguments
+            name, arguments = name_and_arguments(nested, tools)
+            return name, given[0] if given and not arguments else arguments
     named = [keys[key] for key in NAME_ORDER if key in keys and isinstance(value[keys[key]], str)]
-    named = [key for key in named if tools_meant(value[key], tools)] or named
-    if named:
-        spare = {key: each for key, each in value.items() if key != named[0]
-                 and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
-        if outer:
-            return value[named[0]], value[outer[-1]]
-        meant = tools_meant(value[named[0]], tools)
-        whole = any(len(repair_input(tool, spare) or ()) == len(spare) for tool in meant)
-        return value[named[0]], spare if whole else None
-    if len(value) == 1 and isinstance(value[next(iter(value))], dict):
-        only = next(iter(value))
-        return (only, value[only]) if only in tools else (None, None)
-    return None, None
+    if not named:
+        only = next(iter(value), "")
+        alone = len(value) == 1 and only in tools and isinstance(value[only], dict)
+        return (only, value[only]) if alone else (None, None)
+    name = next((key for key in named if tools_meant(value[key], tools)), named[0])
+    if given:
+        return value[name], given[-1]
+    spare = {key: each for key, each in value.items() if key != name
+             and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
+    whole = any(len(repair_input(tool, spare) or ()) == len(spare)
+                for tool in tools_meant(value[name], tools))
+    return value[name], spare if whole else None
 
 
 NAME_ORDER = ("name", "tool", "toolname", "functionname", "function", "recipient",
@@ -3912,14 +3907,12 @@ def is_definition(arguments: Any) -> bool:
         isinstance(each, dict) and "type" in each for each in properties.values())
 
 
-def read_python(text: str, at: int, tools: Mapping[str, Tool], rule: str) -> Tuple[
+def read_python(text: str, tools: Tools, rule: str) -> Tuple[
         Optional[List[Call]], int]:
     """Read calls written as Python: Read(file_path="a.py"), alone or in a list."""
     calls: List[Call] = []
-    reader = LooseJson(text)
-    at = reader.skip(at)
+    reader, at = LooseJson(text), skip_blank(text, 0)
     listed = text[at:at + 1] == "["
-    at = reader.skip(at + 1) if listed else at
     while True:
         name = PYTHON_NAME.match(text, at)
         if not name:
@@ -3961,118 +3954,124 @@ def python_arguments(reader: LooseJson, at: int) -> Tuple[Dict[Union[str, int], 
     return found, at + 1
 
 
-class TaggedInput:
-    """Reads parameters in tags, piece by piece, into events (kind, text).
+class InputReader:
+    """Reads the parameters of a call, piece by piece, into events (kind, text).
 
-    key names a parameter, text is a piece of its value, end closes it. done tells that
-    the call is over and rest what follows it; cut that a value had no closing tag.
-    nested=False takes an opening tag inside a value as the next call, not as its text.
+    key names a parameter, text is a piece of its value, end closes it; value is a whole
+    one that is no string, as JSON text. done tells that the call is over and rest what
+    follows it; cut that a value had no closing tag, lost that what was read is doubtful.
     """
 
-    def __init__(self, tool: Tool, label: str, raw: bool, nested: bool = True) -> None:
-        self.events: List[Tuple[str, str]] = []
-        self.done = self.cut = self.lost = False
+    def __init__(self) -> None:
+        self.events: Events = []
+        self.done = self.cut = self.lost = self._final = False
         self.rest = ""
-        self._tool, self._label, self._raw, self._nested = tool, label.lower(), raw, nested
-        self._doubt = self._exact = False
-        self._last = ""
-        self._keys: List[str] = []
-        self._closer: Optional[str] = None
-        self._inner = self._scanned = self._functions = self._wrappers = 0
-        if raw:
-            self._open((required_of(tool.schema) or ["input"])[0], self._label)
+        self._scanned = 0
+        self._step: Callable[[], bool] = self._begin
 
     def feed(self, text: str, final: bool = False) -> None:
         self.rest += text
-        step = True
-        while step and not self.done:
-            step = self._between(final) if self._closer is None else self._value(final)
+        self._final = final
+        while not self.done and self._step():
+            pass
+
+    def _begin(self) -> bool:
+        """Read what stands between values; as every step, tell whether to go on."""
+        raise NotImplementedError
 
     def passes(self, text: str) -> bool:
-        """Take text that is the open value's as it stands; False where it must be read."""
-        as_is = (self._closer is not None and not self._fresh and not self.rest
-                 and not VALUE_BREAK.search(text))
-        self._last = text[-1] if as_is else self._last
-        return as_is
+        """Tell text that is the open value's as it stands, with no need to read it."""
+        raise NotImplementedError
 
-    def fresh(self, nested: bool = True) -> TaggedInput:
-        return TaggedInput(self._tool, self._label, self._raw, nested)
+
+class TaggedInput(InputReader):
+    """Reads parameters in tags; lost where a quoted call or closing tag may have misled it.
+
+    nested=False takes every closing tag, and an opening one, at its word.
+    """
+
+    def __init__(self, tool: Tool, label: str, raw: bool, nested: bool = True) -> None:
+        super().__init__()
+        self._tool, self._label, self._raw, self._nested = tool, label.lower(), raw, nested
+        self._keys: List[str] = []
+        if raw:
+            self._open((required_of(tool.schema) or ["input"])[0], self._label, False)
+
+    def passes(self, text: str) -> bool:
+        return (self._step == self._value and not self._fresh and not self.rest
+                and not VALUE_BREAK.search(text))
 
     def again(self, text: str) -> TaggedInput:
         """Read a whole call once more, taking each closing tag at its word."""
-        reader = self.fresh(False)
+        reader = TaggedInput(self._tool, self._label, self._raw, False)
         reader.feed(text, True)
         return reader
 
-    def _open(self, key: str, closer: str) -> None:
-        self._keys.append(parameter_for(key, properties_of(self._tool.schema), self._keys) or key)
+    def _open(self, key: str, closer: str, exact: bool) -> None:
+        self._keys.append(self._parameter(key) or key)
         self.events.append(("key", key))
-        self._closer, self._fresh, self._framed, self._doubt = closer, True, False, False
-        self._last = ""
-        self._inner = self._scanned = self._functions = self._wrappers = 0
+        self._closer, self._exact, self._scanned, self._step = closer, exact, 0, self._value
+        self._fresh, self._framed, self._doubt = True, False, False
+        self._inside: List[str] = []
 
-    def _between(self, final: bool) -> bool:
+    def _parameter(self, name: str) -> Optional[str]:
+        return parameter_for(name, properties_of(self._tool.schema), self._keys)
+
+    def _begin(self) -> bool:
         self.rest = self.rest.lstrip()
         tag = MARKUP_TAG.match(self.rest)
         if not tag:
-            self.done = final or (bool(self.rest) and not TAG_START.fullmatch(self.rest))
+            self.done = self._final or (bool(self.rest) and not TAG_START.match(self.rest))
             return False
-        label, value = tag_label(tag), tag_value(tag)
+        label, value, begin = tag_label(tag), tag_value(tag), self.rest[tag.end():]
         if label in ("parameters", "arguments", "args", "input") and value is None:
-            self.rest = self.rest[tag.end():]
+            self.rest = begin
         elif tag.group(1) or label in CALL_TAGS:
             self.done = True
-            self.rest = self.rest[tag.end():] if tag.group(1) else self.rest
+            self.rest = begin if tag.group(1) else self.rest
         elif label == "arg_key":
             key = ARG_KEY.match(self.rest)
-            self.done = not key and (final or len(self.rest) > MAX_HEADER_CHARS)
-            if key:
-                self.rest = self.rest[key.end():]
-                self._open(key.group(1).strip(), "arg_value")
-                self._exact = True
-            return bool(key)
+            if not key:
+                self.done = self._final or len(self.rest) > MAX_HEADER_CHARS
+                return False
+            self.rest = self.rest[key.end():]
+            self._open(key.group(1).strip(), "arg_value", True)
         else:
-            self.rest = self.rest[tag.end():]
-            self._open(value or label, label)
-            self._exact = not (tag.group(3) or "").startswith("=") and value is not None
+            self.rest = begin
+            self._open(value or label, label,
+                       value is not None and not (tag.group(3) or "").startswith("="))
         return True
 
-    def _value(self, final: bool) -> bool:
+    def _value(self) -> bool:
         """Move value text into events up to its end, or to where more must be seen."""
-        at = self.rest.find("<", self._scanned)
-        tag = MARKUP_TAG.match(self.rest, at) if at >= 0 else None
-        if at < 0:
-            return self._pass(len(self.rest), final)
+        tag = MARKUP_TAG.search(self.rest, self._scanned)
         if not tag:
-            if TAG_START.match(self.rest, at):
-                return self._pass(at, final)
-            self._scanned = at + 1
-            return True
-        self._scanned = at
-        ends = self._ends(tag, final)
+            begun = TAG_START.search(self.rest, self._scanned)
+            return self._pass(begun.start() if begun else len(self.rest))
+        self._scanned = tag.start()
+        ends = self._ends(tag)
         if ends is None:
-            return self._pass(at, final)
+            return self._pass(tag.start())
         self._scanned = tag.end()
         if ends:
             own = tag.group(1) and tag_label(tag) == self._closer
-            self._close(self.rest[:at], bool(own))
-            self.rest = self.rest[tag.end() if own else at:]
+            self._close(self.rest[:tag.start()], bool(own))
+            self.rest = self.rest[tag.end() if own else tag.start():]
         return True
 
-    def _pass(self, upto: int, final: bool) -> bool:
-        if final:
-            self.cut, self.done = True, True
-            self.lost = self._inner + self._functions > 0 or self._doubt
+    def _pass(self, upto: int) -> bool:
+        """Let text go, but for what may be the closing tag's frame or lead to a call."""
+        if self._final:
+            self.cut = self.done = True
+            self.lost = self._doubt or self._closer in self._inside
             self._close(CUT_TAG.sub("", self.rest, 1), False)
             self.rest = ""
             return False
-        line_break = LAST_BREAK.search(self.rest[:upto])
-        keep = line_break.start() if line_break else upto
-        if keep > 0 and not self._short(self.rest[:keep]):
-            self._text(self.rest[:keep])
-            self.rest, self._scanned = self.rest[keep:], max(0, upto - keep)
-        else:
-            self._scanned = upto
+        text = self.rest[:upto].rstrip("\r\n>")
+        self._scanned = upto
+        if text and not self._short(text):
+            self._text(text)
+            self.rest, self._scanned = self.rest[len(text):], upto - len(text)
         return False
 
     def _text(self, text: str) -> None:
@@ -4080,7 +4079,6 @@ class TaggedInput:
             framed = FIRST_BREAK.sub("", text)
             self._framed, self._fresh, text = framed != text, False, framed
         if text:
-            self._last = text[-1]
             self.events.append(("text", text))
 
     def _close(self, text: str, closed: bool) -> None:
@@ -4091,187 +4089,146 @@ class TaggedInput:
             text = LAST_BREAK.sub("", text, 1)
         self._text(text)
         self.events.append(("end", ""))
-        self._closer = None
+        self._step = self._begin
 
     def _short(self, text: str) -> bool:
         """Tell a value of one line of which nothing has gone out yet."""
         return self._fresh and len(text) <= MAX_SHORT_CHARS and "\n" not in text.strip("\r\n")
 
-    def _ends(self, tag: re.Match[str], final: bool) -> Optional[bool]:
+    def _ends(self, tag: re.Match[str]) -> Optional[bool]:
         """Decide whether the value ends at a tag; None while that is open."""
         label, value = tag_label(tag), tag_value(tag)
         if tag.group(1):
             if label == self._closer and not self._nested:
                 return True
-            return not self._closes_inner(label) and (
-                label == self._closer or label in CALL_TAGS) and self._followed(
-                    tag.end(), final, label != self._closer)
-        properties = properties_of(self._tool.schema)
+            if label in self._inside:
+                self._inside.remove(label)
+                return False
+            return (label == self._closer or (label in CALL_TAGS and not self._inside)
+                    ) and self._followed(tag.end(), label != self._closer)
         if label == self._closer and label != self._label:
-            known = value is not None and parameter_for(value, properties, self._keys)
-            if known and not self._inner and not self._functions:
+            if value is not None and self._parameter(value) and not self._inside:
                 return True
-            self._inner += 1
-        elif label in CALL_TAGS and (
-                self.rest[tag.start() - 1] if tag.start() else self._last) in ("\n", "", ">"):
+            self._inside.append(label)
+        elif label in CALL_TAGS and (self._fresh if not tag.start() else
+                                     self.rest[tag.start() - 1] in "\n>"):
             if not self._nested:
                 return True
             self._doubt = self._doubt or value is not None
-            self._functions += value is not None
-            self._wrappers += value is None
+            self._inside.append(label)
         return False
 
-    def _closes_inner(self, label: str) -> bool:
-        """Tell a closing tag of a call that is quoted inside the value."""
-        if label == self._closer and (self._inner or self._functions):
-            self._inner -= bool(self._inner)
-            return True
-        if label in ("function", "invoke") and self._functions:
-            self._functions -= 1
-            return True
-        inner = label in CALL_TAGS and (self._wrappers > 0 or self._inner > 0)
-        self._wrappers -= inner and self._wrappers > 0
-        return inner
-
-    def _followed(self, at: int, final: bool, outer: bool) -> Optional[bool]:
+    def _followed(self, at: int, outer: bool) -> Optional[bool]:
         """Check that after a closing tag comes what may follow it: a tag or the end."""
-        closed = at
-        at = skip_blank(self.rest, at)
-        if at >= len(self.rest):
-            return True if final else None
-        tag = MARKUP_TAG.match(self.rest, at)
+        closed, at = at, skip_blank(self.rest, at)
+        tag, short = MARKUP_TAG.match(self.rest, at), self._short(self.rest[:self._scanned])
         if not tag:
-            partial = TAG_START.match(self.rest, at)
-            self._doubt = self._doubt or (not partial and not outer)
-            line = "\n" in self.rest[closed:at] and self._short(self.rest[:self._scanned])
-            return (True if final else None) if partial else line or self._closer == self._label
+            if at == len(self.rest) or TAG_START.match(self.rest, at):
+                return self._final or None
+            self._doubt = self._doubt or not outer
+            return self._closer == self._label or ("\n" in self.rest[closed:at] and short)
         label = tag_label(tag)
-        if tag.group(1):
-            return label in CALL_TAGS or label == self._label or label in SEPARATOR_TAGS
-        known = label in ("parameter", "param", "arg_key", "argument", "arg")
-        child = parameter_for(label, properties_of(self._tool.schema), self._keys) or (
-            label in EXTRA_TAGS or self._short(self.rest[:self._scanned]))
-        return label in CALL_TAGS or (not outer and (known or bool(child)))
+        if tag.group(1) or label in CALL_TAGS:
+            return label in CALL_TAGS or label in SEPARATOR_TAGS or label == self._label
+        return not outer and (short or label in PARAMETER_TAGS or bool(self._parameter(label)))
 
 
-VALUE_BREAK = Pattern(r"[<\r\n]")
-EXTRA_TAGS = ("line_count", "task_progress", "requires_approval")
+VALUE_BREAK = Pattern(r"[<>\r\n]")
+PARAMETER_TAGS = word_set(
+    "parameter param arg_key argument arg line_count task_progress requires_approval")
 ARG_KEY = Pattern(r"<arg_key>([^<]{0,128})</arg_key>\s*<arg_value>")
 FIRST_BREAK = Pattern(r"\A\r?\n")
 LAST_BREAK = Pattern(r"(?:\r?\n|\r)?\Z")
 CUT_TAG = Pattern(r"(?:</?[^\s<>]{0,20})?\Z")
 
 
-class JsonInput:
-    """Reads the members of an arguments object, piece by piece, into events.
-
-    As TaggedInput, and value: a member that is no string, as JSON text. done comes
-    behind the call's own last brace.
-    """
-
-    def __init__(self) -> None:
-        self.events: List[Tuple[str, str]] = []
-        self.done = self.cut = self.lost = False
-        self.rest = ""
-        self._step = self._member
-        self._scan = BracketScan()
-        self._scanned = 0
+class JsonInput(InputReader):
+    """Reads the members of an arguments object; done comes behind the call's last brace."""
 
     def feed(self, text: str, final: bool = False) -> None:
-        self.rest += text
-        while not self.done and self._step(final):
-            pass
+        super().feed(text, final)
         if final and not self.done:
             self.done = True
-            self.cut = self._step == self._string or bool(self.rest.strip(" \t\r\n}"))
+            self.lost = self._step == self._string or (
+                self._step != self._tail and bool(self.rest.strip()))
 
     def passes(self, text: str) -> bool:
-        """As in TaggedInput."""
         return self._step == self._string and not self.rest and not STRING_BREAK.search(text)
 
-    def _member(self, final: bool) -> bool:
+    def _begin(self) -> bool:
         match = JSON_MEMBER.match(self.rest)
         if not match:
-            self.done = self.cut = not MEMBER_BEGIN.fullmatch(self.rest)
+            self.done = self.lost = len(self.rest) > MAX_HEADER_CHARS
             return False
         self.rest = self.rest[match.end():]
         if match.group(1) is None:
             self._step = self._tail
             return True
         self.events.append(("key", loose_json(match.group(1)) or ""))
-        if self.rest[0] == '"':
-            self.rest, self._step = self.rest[1:], self._string
-        else:
-            self._scan, self._scanned = BracketScan(), 0
-            self._step = self._bracketed if self.rest[0] in "{[" else self._scalar
+        self._step = self._string if match.group(2) else self._whole
+        self._scan = BracketScan()
         return True
 
-    def _string(self, final: bool) -> bool:
-        match = string_stop('"').search(self.rest, self._scanned)
+    def _string(self) -> bool:
+        match = STRING_STOP.search(self.rest, self._scanned)
         if not match:
-            self._piece(len(self.rest) - self.rest.endswith("\\"))
-        elif match.group() != '"':
-            cut = match.group(3) in ("u", "x") and len(self.rest) < match.start() + 6
-            if cut and not final:
-                return self._piece(match.start())
-            half = match.group(1) and "d800" <= match.group(1).lower() < "dc00"
-            if half and len(self.rest) < match.end() + 6 and not final:
-                return self._piece(match.start())
-            pair = JSON_ESCAPE.match(self.rest, match.end()) if half else None
+            return self._piece(len(self.rest) - self.rest.endswith("\\"))
+        found = match.group()
+        if found != '"':
+            if found[1] in "ux" and len(self.rest) < match.start() + 12 and not self._final:
+                return self._piece(match.start())  # cut, or half of a character
             self._piece(match.start())
-            halves = unescaped(match) + (unescaped(pair) if pair and pair.group(1) else "")
-            used = (pair if pair and pair.group(1) else match).end() - match.start()
-            self.events.append(("text", join_surrogates(halves)))
-            self.rest = self.rest[used:]
+            self.events.append(("text", join_surrogates(JSON_ESCAPE.sub(unescaped, found))))
+            self.rest = self.rest[len(found):]
             return True
-        elif END_IN_OBJECT.match(self.rest, match.end()) and (
-                final or not STRING_END_OPEN.match(self.rest, match.end())):
-            self._piece(match.start())
-            self.rest, self._step = self.rest[1:], self._member
-            self.events.append(("end", ""))
-            return True
-        elif final or not STRING_END_OPEN.match(self.rest, match.end()):
+        if not self._final and STRING_END_OPEN.match(self.rest, match.end()):
+            return self._piece(match.start())
+        if not END_IN_OBJECT.match(self.rest, match.end()):
             self._scanned = match.end()
             return True
-        else:
-            self._piece(match.start())
-        return False
+        self._piece(match.start())
+        self.rest, self._step = self.rest[1:], self._begin
+        self.events.append(("end", ""))
+        return True
 
     def _piece(self, upto: int) -> bool:
         if upto > 0:
             self.events.append(("text", self.rest[:upto]))
-        self.rest, self._scanned = self.rest[max(upto, 0):], 0
+        self.rest, self._scanned = self.rest[upto:], 0
         return False
 
-    def _bracketed(self, final: bool) -> bool:
-        end = self._scan.feed(self.rest, self._scanned)
-        self._scanned = len(self.rest)
-        return end >= 0 and self._value(end)
-
-    def _scalar(self, final: bool) -> bool:
-        match = JSON_SCALAR.match(self.rest)
-        return match is not None and self._value(match.end())
-
-    def _value(self, end: int) -> bool:
+    def _whole(self) -> bool:
+        """Hold a value that is no string until it ends."""
+        if self.rest[:1] in ("{", "["):
+            end = self._scan.feed(self.rest, self._scanned)
+            self._scanned = len(self.rest)
+        else:
+            scalar = JSON_SCALAR.match(self.rest)
+            end = scalar.end() if scalar else -1
+        if end < 0:
+            return False
         self.events.append(("value", self.rest[:end]))
-        self.rest, self._scanned, self._step = self.rest[end:], 0, self._member
+        self.rest, self._scanned, self._step = self.rest[end:], 0, self._begin
         return True
 
-    def _tail(self, final: bool) -> bool:
+    def _tail(self) -> bool:
         match = CALL_TAIL.match(self.rest)
-        self.done = bool(match) or not CALL_TAIL_BEGIN.fullmatch(self.rest)
+        self.done = bool(match) or len(self.rest) > MAX_HEADER_CHARS
         self.rest = self.rest[match.end():] if match else self.rest
         return False
 
 
 STRING_BREAK = Pattern(r'["\\]')
-JSON_MEMBER = Pattern(r"""\s*,?\s*(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?=\S)|\})""")
-MEMBER_BEGIN = Pattern(r"""\s*,?\s*(?:["'][^"'\\\n]{0,128}(?:["']\s*(?::\s*)?)?)?""")
+# What interrupts a string: its end, an escape, and two that are halves of one character.
+STRING_STOP = Pattern(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|"
+    + JSON_ESCAPE.source + '|"', re.S)
+JSON_MEMBER = Pattern(
+    r"""\s*,?\s*(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?:(")|(?=\S))|\})""")
 STRING_END_OPEN = Pattern(
     r"\s*(?:,?\s*\}?\s*|,\s*[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)\Z")
 JSON_SCALAR = Pattern(r"[^,}\]\n]{1,64}(?=[,}\]\n])")
 CALL_TAIL = Pattern(r'\s*(?:,\s*"[^"\n]{0,64}"\s*:\s*"?[^"{}\n]{0,128}"?\s*)?\}')
-CALL_TAIL_BEGIN = Pattern(r'\s*(?:,\s*(?:"[^"\n]{0,64}(?:"\s*(?::\s*"?[^"{}\n]{0,128}"?\s*)?)?)?)?')
 CANONICAL = Pattern(r'\s*\{\s*"name"\s*:\s*"([^"\\\n]{1,128})"\s*,\s*'
                     r'"(?:arguments|parameters|input)"\s*:\s*\{')
 
@@ -4280,58 +4237,53 @@ class InputWriter:
     """Turns a reader's events into the pieces of one JSON object, mended by schema.
 
     A string for a string parameter goes out as it comes; everything else is held until
-    it is whole. Keys that the schema does not know are left out.
+    it is whole. Keys that the schema does not know are left out. written gathers the
+    pieces; known tells that they name a parameter, streaming that a string is open.
     """
 
     def __init__(self, tool: Tool) -> None:
-        self._tool, self._properties = tool, properties_of(tool.schema)
+        self.tool, self._properties = tool, properties_of(tool.schema)
         self._taken: List[str] = []
-        self._held: Optional[List[str]] = None
-        self._name = self._key = ""
+        self._held: List[str] = []
+        self._name = self._key = self.written = ""
         self.known = self.streaming = False
 
-    def write(self, events: Iterable[Tuple[str, str]]) -> str:
-        return "".join(getattr(self, "_on_" + kind)(text) for kind, text in events)
+    def write(self, events: Events) -> None:
+        for kind, text in events:
+            if kind == "key":
+                self._open(text)
+            elif kind == "text" and self.streaming:
+                self.written += json.dumps(text)[1:-1]
+            elif kind == "text":
+                self._held.append(text)
+            elif self.streaming:
+                value = None if kind == "end" else loose_json(text)
+                written = "" if value is None else string_from(value, self._name)
+                self.written += json.dumps(written or "")[1:]
+                self.streaming = False
+            else:
+                self._whole(loose_json(text) if kind == "value" else "".join(self._held))
 
-    def close(self) -> str:
-        return "}" if self._taken else "{}"
-
-    def _on_key(self, key: str) -> str:
-        self._key = key
+    def _open(self, key: str) -> None:
+        self._key, self._held = key, []
         self._name = (key if key in self._properties and key not in self._taken
                       else parameter_for(key, self._properties, self._taken) or "")
-        streams = self._name and types_of(self._properties[self._name]) == ["string"] \
-            and "enum" not in self._properties[self._name]
-        self._held, self.streaming = None if streams else [], bool(streams)
-        return self._member(self._name) + '"' if streams else ""
+        schema = self._properties.get(self._name, {})
+        self.streaming = types_of(schema) == ["string"] and "enum" not in schema
+        if self.streaming:
+            self._member(self._name, '"')
 
-    def _member(self, name: str) -> str:
+    def _member(self, name: str, value: str) -> None:
+        self.written += f"{', ' if self._taken else '{'}{json.dumps(name)}: {value}"
         self._taken.append(name)
         self.known = self.known or name in self._properties
-        return ("{" if len(self._taken) == 1 else ", ") + json.dumps(name) + ": "
 
-    def _on_text(self, text: str) -> str:
-        if self._held is None:
-            return json.dumps(text)[1:-1]
-        self._held.append(text)
-        return ""
-
-    def _on_end(self, _: str) -> str:
-        self.streaming = False
-        return '"' if self._held is None else self._whole("".join(self._held))
-
-    def _on_value(self, text: str) -> str:
-        value = loose_json(text)
-        if self._held is None:
-            written = string_from(value, self._name) if value is not None else ""
-            return json.dumps(written)[1:] if written is not None else '"'
-        return self._whole(value)
-
-    def _whole(self, value: Any) -> str:
-        fitted = fit_object({self._key: value}, self._tool.schema,
-                            self._tool.name.startswith("mcp__"))
-        return "".join(self._member(name) + json.dumps(fitted[name])
-                       for name in fitted if name not in self._taken)
+    def _whole(self, value: Any) -> None:
+        fitted = fit_object({self._key: value}, self.tool.schema,
+                            self.tool.name.startswith("mcp__"))
+        for name in fitted:
+            if name not in self._taken:
+                self._member(name, json.dumps(fitted[name]))
 
 
 # ------------------------------ where a call begins ------------------------------
@@ -4343,36 +4295,28 @@ MORE, READ_ON = "wait", "on"
 class Head(NamedTuple):
     """What opens a call: its rule, the tool's name where known, the body and its start.
 
-    body is json, python, tags, raw:TAG (one parameter's text up to that closing tag) or line;
-    fence is the mark of the code block that it stands in.
+    body is json, python, tags, raw:TAG (one parameter's text up to that closing tag) or line.
     """
 
     rule: str
     name: str
     body: str
     at: int
-    fence: str = ""
 
 
 Verdict = Union[str, Head, None]
 
 
-def find_head(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]) -> Verdict:
-    """Return the head of a call at a position, MORE where it may still come, or None."""
-    if not line_start:
-        return read_opening(text, at, False, tools)
-    fence = FENCE_OPEN.match(text, at)
-    if fence:
-        head = read_opening(text, fence.end(), True, tools)
-        return head._replace(fence=fence.group(1)) if isinstance(head, Head) else head
-    return MORE if FENCE_START.match(text, at) else read_opening(text, at, True, tools)
+def find_head(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
+    """Return the head of a call at a position, MORE where it may still come, or None.
 
-
-def read_opening(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]) -> Verdict:
-    """Read an opener: a tag, a word of TOOL_FORMATS, brackets or a tool's own name."""
-    at = skip_blank(text, at)
+    It begins with a tag, a word of TOOL_FORMATS, brackets or a tool's own name, which
+    at the start of a line may stand in a code block.
+    """
+    fence = FENCE_OPEN.match(text, at) if line_start else None
+    at = skip_blank(text, fence.end() if fence else at)
     begin = text[at:at + 32].lower()
-    if not begin:
+    if not begin or (line_start and not fence and FENCE_START.match(text, at)):
         return MORE
     if begin[0] == "<":
         return HeadScan(text, at, "", tools).run()
@@ -4387,27 +4331,22 @@ def read_opening(text: str, at: int, line_start: bool, tools: Mapping[str, Tool]
     return read_own_name(text, at, tools) if line_start else None
 
 
-def read_own_name(text: str, at: int, tools: Mapping[str, Tool]) -> Verdict:
+def read_own_name(text: str, at: int, tools: Tools) -> Verdict:
     """Read a tool's own name at the start of a line: Read(…), or Read and then {…}."""
-    printed = PRINT_CALL.match(text, at)
-    at = printed.end() if printed else at
-    name = TOOL_NAME.match(text, at)
-    if not name:
-        return None
-    rest = text[name.end():name.end() + 8]
-    if name.group(1) in tools:
+    own = OWN_NAME.match(text, at)
+    name, end = (own.group(1), own.end()) if own else ("", at)
+    rest = text[end:end + 8]
+    if name in tools:
         body = NAMED_BODY.match(rest)
         if not body:
             return MORE if NAMED_BEGUN.fullmatch(rest) else None
         python = rest[body.end()] == "("
-        return Head("named", name.group(1), "python" if python else "json",
-                    at if python else name.end() + body.end())
-    begun = any(tool.startswith(name.group(1)) for tool in tools) or any(
-        space.startswith(name.group()) for space in ("default_api.", "functions.", "print("))
+        return Head("named", name, *(("python", at) if python else ("json", end + body.end())))
+    begun = any(each.startswith(name) for each in (*tools, "default_api.", "functions.", "print("))
     return MORE if begun and not rest else None
 
 
-def read_bracket(text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> Verdict:
+def read_bracket(text: str, at: int, rule: str, tools: Tools) -> Verdict:
     """Judge by the first key, or the first name, whether brackets may hold a call."""
     rest = text[at:at + MAX_HEADER_CHARS]
     python = PYTHON_NAME.match(rest)
@@ -4421,24 +4360,25 @@ def read_bracket(text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> Ve
             return None
         begun = FIRST_KEY_START.fullmatch(rest) or LIST_BEGUN.fullmatch(rest)
         return MORE if begun else None
-    word, follows = plain_name(key.group(1)), rest[key.end():key.end() + 1]
-    held = word in ARGUMENT_KEYS or word in LEADING_KEYS or word in LIST_KEYS
-    if word in NAME_KEYS or word == "type":
-        if key.group(2) is None:
-            cut = follows in CLOSING_QUOTES and key.end() + 130 > len(rest) and (
-                "\n" not in rest[key.end():])
-            return MORE if cut else Head(rule, "", "json", at) if follows == "{" else None
-        held = plain_name(key.group(2)) in CALL_TYPES if word == "type" else bool(
-            tools_meant(key.group(2), tools))
-    elif follows == "{":
-        held = held or word in NESTED_KEYS or key.group(1) in tools
+    word, value, opened = plain_name(key.group(1)), key.group(2), rest[key.end():][:1] == "{"
+    if value is None and (word in NAME_KEYS or word == "type") and not opened:
+        cut = rest[key.end():][:1] in CLOSING_QUOTES and key.end() + 130 > len(rest) and (
+            "\n" not in rest[key.end():])
+        return MORE if cut else None
+    if value is not None and word == "type":
+        held = plain_name(value) in CALL_TYPES
+    elif value is not None and word in NAME_KEYS:
+        held = bool(tools_meant(value, tools))
+    else:
+        held = word in BODY_KEYS or (opened and (
+            word in NAME_KEYS | NESTED_KEYS or word == "type" or key.group(1) in tools))
     return Head(rule, "", "json", at) if held else None
 
 
 class HeadScan:
     """Reads on behind an opener: further tags, the name, separators, up to the body."""
 
-    def __init__(self, text: str, at: int, rule: str, tools: Mapping[str, Tool]) -> None:
+    def __init__(self, text: str, at: int, rule: str, tools: Tools) -> None:
         self._text, self._at, self._rule, self._tools = text, at, rule, tools
         self._name, self._named_at, self._openers, self._line = "", at, 0, False
 
@@ -4488,7 +4428,7 @@ class HeadScan:
         if rest[0] == "<":
             begun = TAG_START.match(text, at)
             return MORE if begun and (self._rule or may_open(begun.group(), self._tools)) else None
-        step = SEPARATOR.match(text, at) or PRINT_CALL.match(text, at)
+        step = SEPARATOR.match(text, at)
         if step:
             self._at, self._line = step.end(), step.group().lower() in INPUT_WORDS
             return READ_ON
@@ -4523,16 +4463,14 @@ class HeadScan:
         return READ_ON
 
 
-def may_open(begun: str, tools: Mapping[str, Tool]) -> bool:
+def may_open(begun: str, tools: Tools) -> bool:
     """Tell whether a tag that is cut, maybe in its name, may open a call."""
     name, *rest = TAG_WORD_END.split(begun[1:].strip("|｜").replace("▁", "_").lower())
-    bare = TAG_NAMESPACE.sub("", name)
-    names = [*CALL_TAGS, *tools, *(word for _, words in tool_kinds() for word in words)]
-    folded = plain_name(bare)
-    if rest:  # the name is whole: "if a <b and" holds nothing back
-        return folded in map(plain_name, names)
-    return any(plain_name(word).startswith(folded) for word in names) or any(
-        space.startswith(name) for space in TAG_NAMESPACES)
+    folded = plain_name(TAG_NAMESPACE.sub("", name))
+    names = {*map(plain_name, (*CALL_TAGS, *tools)), *TAG_NAMESPACES}.union(
+        *(words for _, words in tool_kinds()))
+    # A name that is whole must be one: "if a <b and" holds nothing back.
+    return folded in names if rest else any(word.startswith(folded) for word in names)
 
 
 # ------------------------------ call or example ------------------------------
@@ -4761,16 +4699,17 @@ THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
 class Found:
     """A call that was read and waits for the words behind it.
 
-    kind is bare, fenced, own (the model's own markers) or open (streamed: only closing,
-    the end of its input, is held); before is the prose that led
-    to it, line what stands before it on its line, first whether no prose came at all.
+    kind is bare, fenced, own (the model's own markers) or open (streamed: only the end
+    of its input is held); before is the prose that led to it, line what stands before
+    it on its line, fence the mark of its code block; behind is what followed it so far.
     """
 
-    def __init__(self, raw: str, calls: List[Call], kind: str, before: str, first: bool) -> None:
-        self.raw, self.calls, self.kind, self.first = raw, calls, kind, first
-        self.fence = self.closing = ""
+    def __init__(self, kind: str, before: str, fence: str) -> None:
+        self.kind, self.fence = kind, fence
         self.before = THOUGHT_END.split(before)[-1]
         self.line = self.before.rsplit("\n", 1)[-1].lstrip()
+        self.raw = self.behind = ""
+        self.calls: List[Call] = []
 
 
 def paragraphs(text: str) -> List[str]:
@@ -4839,12 +4778,12 @@ def is_call(found: Found, after: str, leads_on: bool) -> bool:
 
     leads_on says that another call follows the words behind it.
     """
-    last = not after.strip()
-    if found.kind == "fenced" and not ((found.first and last) or announced(found.before)):
+    first, last = not found.before.strip(), not after.strip()
+    if found.kind == "fenced" and not ((first and last) or announced(found.before)):
         return False
     if found.kind == "bare":
         beside = not last and "\n" not in after[:len(after) - len(after.lstrip())]
-        if beside or not (found.first or last or announced(found.before)):
+        if beside or not (first or last or announced(found.before)):
             return False
     if found.kind == "own":
         mid_sentence = found.line and found.line.rstrip()[-1:] not in SENTENCE_MARKS
@@ -4864,26 +4803,26 @@ class ToolTextParser:
     goes out piece by piece; enabled=False passes all text.
     """
 
-    def __init__(self, tools: Mapping[str, Tool], *, stream_inputs: bool = False,
+    def __init__(self, tools: Tools, *, stream_inputs: bool = False,
                  enabled: bool = True) -> None:
         self._tools, self._streams = tools, stream_inputs
         self._enabled = enabled and bool(tools)
-        self._step: Callable[[bool], bool] = self._prose
-        self._text = ""
-        self._later: List[str] = []
-        self._asleep: List[str] = []
+        # What is read: the text from _at on, by the step of the place that it stands in.
+        self._step: Callable[[], bool] = self._prose
+        self._text, self._at = "", 0
+        self._asleep: List[str] = []  # pieces that are not looked at before one holds _wake
         self._wake: Optional[Pattern] = None
-        self._out: List[Delta] = []
-        self._queue: List[Union[str, Found]] = []
-        self._behind = 0
-        self._before, self._blank = "", ""
-        self._mid_line = self._spoke = self._shown = self._adjacent = False
-        self._fence = self._marks = ""
-        self._cut = False
+        self._ending = ""  # "stop" or "cut" once no more can come
+        self._mid_line = False
+        self._fence = self._marks = ""  # of the open code block; that may close behind a call
         self._wasted = 0
+        # What left or waits: prose of late, blank text while a block shows nothing else.
+        self._out: List[Delta] = []
+        self._queue: List[Found] = []
+        self._before, self._thought = "", ""
+        self._blank: Optional[str] = ""
         self._known: List[str] = []
         self._made: List[str] = []
-        self._thought = ""
 
     def feed(self, text: str) -> List[Delta]:
         """Take a piece of the answer's text."""
@@ -4893,29 +4832,30 @@ class ToolTextParser:
             if not self._wake.search(text):
                 self._asleep.append(text)
                 return []
-        elif self._step == self._stream and self._writer.streaming and self._reader.passes(text):
-            return [CallInput(json.dumps(text)[1:-1])]
-        elif (self._mid_line and self._shown and not self._text and not self._queue
-                and not self._thought and not self._adjacent and self._step == self._prose
+        elif self._step == self._parameters:
+            if self._writer and self._writer.streaming and self._reader.passes(text):
+                return [CallInput(json.dumps(text)[1:-1])]
+        elif (self._step == self._prose and self._mid_line and self._blank is None
+                and self._at == len(self._text) and not self._queue
                 and not CALL_SIGN.search(text)):
-            self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
+            self._before, self._thought = (self._before + text)[-MAX_CONTEXT_CHARS:], ""
             return [TextDelta(text)]
         self._asleep.append(text)
-        return self._run(False)
+        return self._run()
 
     def native(self, name: str, arguments: Any) -> List[Delta]:
         """Take a call that Ollama parsed; the same call leaked as text is dropped."""
         tool = resolve_tool(name, self._tools)
-        fitted = repair_input(tool, arguments) if tool else None
-        given = as_object(arguments, tool.schema if tool else {})
         call = make_call(name, arguments, self._tools, "") or Call(
-            tool.name if tool else name, fitted if fitted is not None else given or {})
-        self._known.append(call_key(call))
-        result = self._finish(False)
-        if self._known[-1] in self._made:
-            self._made.remove(self._known[-1])
+            tool.name if tool else name, as_object(arguments, tool.schema if tool else {}) or {})
+        key = call_key(call)
+        self._known.append(key)
+        result = self._run("stop")
+        if key in self._made:
+            self._made.remove(key)
             return result
-        self._thought, self._shown, self._adjacent, self._blank = "", False, True, ""
+        self._blank, self._thought = "", ""
+        self._step = self._after_call if self._step == self._prose else self._step
         return [*result, call]
 
     def thought(self, text: str) -> List[Delta]:
@@ -4928,7 +4868,7 @@ class ToolTextParser:
     def close(self, reason: str) -> List[Delta]:
         """End the answer; reason is Ollama's done_reason, or error."""
         cut = reason in ("length", "error")
-        result = self._finish(cut)
+        result = self._run("cut" if cut else "stop")
         if self._thought.strip() and not cut and self._enabled and not self._known:
             inner = ToolTextParser(self._tools)
             deltas = inner.feed(self._thought) + inner.close(reason)
@@ -4936,490 +4876,395 @@ class ToolTextParser:
             result += calls if deltas[-len(calls):] == calls else []
         return result
 
-    def _finish(self, cut: bool) -> List[Delta]:
-        """Decide all that is held, as at the end of the answer."""
-        self._cut = cut
-        result = self._run(True)
-        while self._queue:
-            self._settle()
-        result += self._out
-        self._out = []
-        if self._blank and not self._adjacent:
-            result.append(TextDelta(self._blank))
-        self._blank = ""
-        return result
-
-    def _run(self, final: bool) -> List[Delta]:
-        """Take steps while there is text, a bounded piece at a time."""
-        self._put_back("".join(self._asleep))
-        self._asleep = []
-        while self._later:
-            self._text += self._later.pop()
-            while self._step(final and not self._later):
+    def _run(self, ending: str = "") -> List[Delta]:
+        """Take steps while there is text; an ending decides all that is held."""
+        text = "".join(self._asleep)
+        self._asleep.clear()
+        for at in range(0, len(text), MAX_STEP_CHARS):
+            self._text, self._at = self._text[self._at:] + text[at:at + MAX_STEP_CHARS], 0
+            while self._step():
                 pass
-        while final and self._step(True):
-            while self._later:
-                self._text += self._later.pop()
-                while self._step(not self._later):
-                    pass
+        self._ending = ending
+        while ending and self._step():
+            pass
+        if ending:
+            self._settle(0)
+            if self._blank and self._step != self._after_call:
+                self._out.append(TextDelta(self._blank))
+            self._blank, self._ending = self._blank and "", ""
         out, self._out = self._out, []
         return out
 
+    # Steps take what they can of the text and tell whether there is more to do.
+
+    def _pass(self, upto: int) -> None:
+        self._push(self._text[self._at:upto])
+        self._at = upto
+
+    def _take(self) -> str:
+        piece, self._at = self._text[self._at:], len(self._text)
+        return piece
+
     def _put_back(self, text: str) -> None:
-        """Keep text that is still to be looked at, in bounded pieces, the first on top."""
-        starts = range(0, len(text), MAX_STEP_CHARS)
-        self._later += [text[at:at + MAX_STEP_CHARS] for at in reversed(starts)]
+        self._text, self._at = text + self._text[self._at:], 0
 
-    # Prose: text passes until a call may begin.
-
-    def _prose(self, final: bool) -> bool:
-        if self._adjacent:
-            return self._after_call(final)
-        text, at = self._text, 0
-        while True:
-            if not self._mid_line:
-                indent = LINE_INDENT.match(text, at)
-                at = indent.end() if indent else at
-                if at == len(text):
-                    break
-                self._mid_line = text[at] != "\n"
-                if not self._mid_line:
-                    at += 1
-                    continue
-                head = find_head(text, at, True, self._tools)
-                if self._begins(head, at, True, final):
-                    return self._step != self._prose or self._text != text[at:]
-                if text[at] in "{[`~":
-                    return self._quoted(at)
-                at += text[at] == "<"
-            sign = CALL_SIGN.search(text, at)
-            if not sign:
-                at = len(text)
-                break
-            at = sign.end()
-            if sign.group() == "\n":
-                self._mid_line = False
-            elif self._begins(find_head(text, at - 1, False, self._tools), at - 1, False, final):
-                return self._step != self._prose or self._text != text[at - 1:]
-        self._push(text[:at])
-        self._text = text[at:]
+    def _prose(self) -> bool:
+        """Pass text up to where a call begins or may begin."""
+        text, at = self._text, self._at
+        while at < len(text):
+            line_start = not self._mid_line
+            sign = (LINE_TEXT if line_start else CALL_SIGN).search(text, at)
+            start = sign.start() if sign else len(text)
+            if text[start:start + 1] in ("", "\n"):
+                self._mid_line = self._mid_line and start == len(text)
+                at = start + 1
+                continue
+            self._mid_line = True
+            head = self._head_at(start, line_start)
+            if head == MORE:
+                self._pass(start)
+                self._mid_line = not line_start
+                return False
+            if isinstance(head, Head):
+                return self._begin(head, start, line_start)
+            if line_start and (text[start] in "{[" or FENCE_OPEN.match(text, start)):
+                return self._quoted(start)
+            at = start + 1
+        self._pass(len(text))
         return False
 
-    def _begins(self, head: Verdict, at: int, line_start: bool,
-                final: bool) -> bool:
-        """Hold the text from at on when a call begins there or still may."""
-        if head is None or (head == MORE and final) or self._wasted > MAX_WASTED_CHARS:
-            return False
+    def _head_at(self, at: int, line_start: bool) -> Verdict:
+        """As find_head, while not too much was read in vain."""
+        head = find_head(self._text, at, line_start, self._tools) \
+            if self._wasted <= MAX_WASTED_CHARS else None
         if isinstance(head, Head) and head.rule == "tag_name" and not line_start:
-            return False
-        before = self._before + self._text[max(0, at - 300):at]
-        line = "" if line_start else before.rsplit("\n", 1)[-1]
-        self._push(self._text[:at])
-        self._text = self._text[at:]
-        if isinstance(head, Head) and not well_placed(line[-300:].lstrip()):
-            self._skip(head.at - at)
-        elif isinstance(head, Head):
-            self._begin(head._replace(at=head.at - at), line_start)
-        else:
-            self._mid_line = not line_start
+            return None
+        return None if head == MORE and self._ending else head
+
+    def _begin(self, head: Head, at: int, line_start: bool) -> bool:
+        """Start to read a call, or pass one whose place says that it is quoted."""
+        self._pass(at)
+        opener, block = self._text[at:head.at], FENCE_OPEN.match(self._text, at)
+        fence = block.group(1) if block else self._fence
+        found = Found("fenced" if fence else "bare" if head.rule in BARE_RULES else "own",
+                      self._before, fence)
+        if not line_start and not well_placed(found.line[-300:]):
+            return self._skip(head.at)
+        self._head, self._found, self._opener, self._at = head, found, opener, head.at
+        self._marks = fence or ("```" if "```" in opener else "")
+        self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
+                            and found.kind == "own" and weight_of(found, "", False) > 0
+                            and found.line.rstrip()[-1:] in SENTENCE_MARKS)
+        self._collect()
+        if head.body == "line":
+            self._step = self._line
+        elif head.body not in ("json", "python"):
+            raw, meant = head.body.startswith("raw:"), tools_meant(head.name, self._tools)
+            self._read(TaggedInput(meant[0], head.body[4:] if raw else head.name, raw),
+                       meant[0] if self._may_stream and len(meant) == 1 and not raw else None)
         return True
 
-    def _begin(self, head: Head, line_start: bool) -> None:
-        """Start to read a call at the beginning of the held text."""
-        self._head, self._length, self._from = head, 0, head.at
+    def _collect(self) -> None:
+        """Begin to gather a body in brackets."""
         self._pieces: List[str] = []
-        self._inner_mark = "```" if "```" in self._text[:head.at] else ""
-        self._scan, self._next_try = BracketScan(), 0
-        kind = "fenced" if head.fence else "bare" if head.rule in BARE_RULES else "own"
-        before = self._before if self._queue or not line_start else self._before + "\n"
-        parts = THOUGHT_END.split(self._before)
-        first = not self._spoke or (len(parts) > 1 and not parts[-1].strip())
-        self._found = Found("", [], kind, before, first)
-        if self._fence and not head.fence:
-            self._found.kind = "fenced"
-        self._step = self._brackets if head.body in ("json", "python") else \
-            self._line if head.body == "line" else self._tags
-        meant = tools_meant(head.name, self._tools) if head.name else []
-        line = self._found.line.rstrip()
-        self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
-                            and self._found.kind == "own" and line[-1:] in SENTENCE_MARKS
-                            and weight_of(self._found, "", False) > 0)
-        if self._step == self._tags:
-            raw = head.body.startswith("raw:")
-            label = head.body[4:] if raw else head.name
-            self._reader: Union[TaggedInput, JsonInput] = TaggedInput(meant[0], label, raw)
-            if self._may_stream and len(meant) == 1 and not raw:
-                self._open_stream(meant[0])
+        self._length = self._next_try = 0
+        self._scan, self._step = BracketScan(), self._brackets
 
-    def _skip(self, at: int) -> None:
-        """Pass a call that is quoted: its marks, and its body where that is in brackets."""
-        self._push(self._text[:at])
-        self._text, self._scan, self._mid_line = self._text[at:], BracketScan(), True
-        self._step = self._data if self._text[:1] in ("{", "[", "(") else self._prose
+    def _skip(self, at: int) -> bool:
+        """Pass what opens a quoted call, and its body where that is in brackets."""
+        self._pass(at)
+        self._scan, self._mid_line = BracketScan(), True
+        self._step = self._data if self._text[at:at + 1] in ("{", "[", "(") else self._prose
+        return True
 
     def _quoted(self, at: int) -> bool:
         """Pass data or a code block, in which nothing is a call."""
-        text = self._text
-        fence = FENCE_OPEN.match(text, at)
-        if text[at] in "`~" and not fence:
-            self._push(text[:at + 1])
-            self._text = text[at + 1:]
-            return bool(self._text)
-        stop = fence.end() if fence else at
-        self._push(text[:stop])
-        self._text, self._scan = text[stop:], BracketScan()
-        self._fence = fence.group(1) if fence else ""
-        self._step = self._code if fence else self._data
-        self._mid_line = not text[:stop].endswith("\n")
+        fence = FENCE_OPEN.match(self._text, at)
+        if not fence:
+            return self._skip(at)
+        self._pass(fence.end())
+        self._fence, self._step = fence.group(1), self._code
+        self._mid_line = not fence.group().endswith("\n")
         return True
 
-    def _code(self, final: bool) -> bool:
-        text, at = self._text, 0
+    def _code(self) -> bool:
+        """Pass a code block up to the line that closes it."""
+        text, at = self._text, self._at
         while at < len(text):
-            if not self._mid_line:
-                end = FENCE_END.match(text, at)
-                if end and end.end() == len(text) and not final and end.end() - at < 40:
-                    break
-                if end and end.group(1).startswith(self._fence):
-                    self._push(text[:end.end()])
-                    self._text, self._fence, self._mid_line = text[end.end():], "", True
-                    self._step = self._prose
-                    return True
-                if not final and FENCE_BEGUN.fullmatch(text, at):
-                    break
+            end = None if self._mid_line else FENCE_LINE.match(text, at)
+            if end and end.end() == len(text) and not self._ending:
+                break
+            if end and end.group(1).startswith(self._fence):
+                self._pass(end.end())
+                self._fence, self._mid_line, self._step = "", True, self._prose
+                return True
             at = text.find("\n", at) + 1 or len(text)
-            self._mid_line = not text.endswith("\n") if at == len(text) else False
-        self._push(text[:at])
-        self._text = text[at:]
+            self._mid_line = text[at - 1] != "\n"
+        self._pass(at)
         return False
 
-    def _data(self, final: bool) -> bool:
+    def _data(self) -> bool:
         """Pass a bracketed value that is no call, to its end or to a blank line."""
-        text = self._text
-        blank = (self._before[-1:] + text).find("\n\n")
-        stop = len(text) if blank < 0 else blank + 1 - len(self._before[-1:])
-        end = self._scan.feed(text[:stop])
-        stop = end if end >= 0 else stop
-        self._push(text[:stop])
-        self._text = text[stop:]
+        piece = self._text[self._at:self._at + MAX_STEP_CHARS]
+        last = self._before[-1:]
+        blank = (last + piece).find("\n\n") + 1
+        piece = piece[:blank - len(last)] if blank else piece
+        end = self._scan.feed(piece)
+        self._pass(self._at + (end if end >= 0 else len(piece)))
         self._mid_line = not self._before.endswith("\n")
-        if end < 0 and blank < 0:
-            return False
+        if end < 0 and not blank:
+            return self._at < len(self._text)
         self._step = self._prose
         return True
 
-    # Behind a call: its closing marks belong to it, another may follow.
-
-    def _after_call(self, final: bool) -> bool:
-        if not self._swallow(final):
+    def _after_call(self) -> bool:
+        """Give closing marks to the call before them; another call may follow."""
+        if not self._swallow():
             return False
-        text = self._text
-        at = skip_blank(text, 0)
+        text, at = self._text, skip_blank(self._text, self._at)
         if at == len(text):
-            if final:
-                self._push(text)
-                self._text = ""
+            if self._ending:
+                self._pass(at)
             return False
-        head = find_head(text, at, True, self._tools)
-        if head == MORE and not final:
+        head = self._head_at(at, True)
+        if head == MORE:
             return False
-        fenced = isinstance(head, Head) and bool(head.fence)
-        if not (self._fence and fenced) and self._begins(head, at, True, final):
-            return self._step != self._prose
-        self._adjacent = False
+        if isinstance(head, Head) and not (self._fence and text[at] in "`~"):
+            return self._begin(head, at, True)
         if self._fence:
             self._cancel_fence()
         else:
-            self._mid_line = self._mid_line and "\n" not in text[:at]
+            self._step = self._prose
+            self._mid_line = self._mid_line and "\n" not in text[self._at:at]
         return True
 
-    def _swallow(self, final: bool) -> bool:
+    def _swallow(self) -> bool:
         """Give closing marks to the call before them; False while one may be cut."""
-        text, at = self._text, 0
+        text, at, final = self._text, self._at, bool(self._ending)
         while True:
-            match = AFTER_CALL.match(text, at)
-            blank = skip_blank(text, at)
+            match, blank = AFTER_CALL.match(text, at), skip_blank(text, at)
             tag = MARKUP_TAG.match(text, blank)
-            foreign = tag and tag.group(1) and tag_label(tag) not in CLOSING_TAGS and (
-                not resolve_tool(tag.group(2), self._tools))
+            label = tag_label(tag) if tag else ""
+            foreign = tag and tag.group(1) and label not in CLOSING_TAGS and (
+                not resolve_tool(label, self._tools))
             if match and not foreign and (
                     final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
                 at = match.end()
-            elif tag and (tag_label(tag) in END_TAGS or "end" in tag_label(tag).split("_")):
-                opens = find_head(text, blank, True, self._tools) if not tag.group(1) else None
-                if isinstance(opens, Head) or (opens == MORE and not final):
-                    self._extend(text[:at])
-                    self._text = text[at:]
-                    return isinstance(opens, Head)
+            elif tag and (label in END_TAGS or "end" in label.split("_")):
+                opens = None if tag.group(1) else self._head_at(blank, True)
+                if opens:
+                    self._extend(at)
+                    return opens != MORE
                 at = tag.end()
             elif self._marks and text.startswith(self._marks, blank) and (
                     final or blank + len(self._marks) < len(text)):
                 at, self._marks, self._fence = blank + len(self._marks), "", ""
             else:
-                at = len(text) if final and CLOSING_CUT.match(text, at) else at
-                self._extend(text[:at])
-                self._text = text[at:]
+                self._extend(len(text) if final and CLOSING_CUT.match(text, at) else at)
                 return final or not AFTER_BEGUN.fullmatch(text, blank)
 
-    def _extend(self, marks: str) -> None:
+    def _extend(self, upto: int) -> None:
         """Add closing marks to the last call, which swallows them or is shown with them."""
-        if marks and self._queue and isinstance(self._queue[-1], Found):
-            self._queue[-1].raw += marks
+        if self._queue:
+            self._queue[-1].raw += self._text[self._at:upto]
+        self._at = upto
 
     def _cancel_fence(self) -> None:
         """Show calls of a code block that holds more than calls."""
         raws = ""
-        while self._queue:
-            last = self._queue[-1]
-            if not isinstance(last, Found) or last.fence != self._fence:
-                break
-            raws = last.raw + raws
-            self._queue.pop()
+        while self._queue and (self._queue[-1].behind, self._queue[-1].fence) == ("", self._fence):
+            raws = self._queue.pop().raw + raws
         self._step, self._mid_line = self._code, not raws.endswith("\n")
         self._push(raws)
 
     # Bodies: each step takes the new text and ends in _accept or _reject.
 
-    def _brackets(self, final: bool) -> bool:
-        piece, self._text = self._text, ""
+    def _brackets(self) -> bool:
+        """Read JSON or Python arguments as soon as their brackets are closed."""
+        piece = self._take()
         self._pieces.append(piece)
         self._length += len(piece)
-        short = self._length - self._head.at < MAX_HEADER_CHARS
-        if self._may_stream and short and self._stream_json("".join(self._pieces)):
+        short = self._length < MAX_HEADER_CHARS
+        if self._may_stream and short and self._stream_json():
             return True
-        at, self._from = self._from, 0
-        self._wake = None if self._may_stream and self._length < MAX_HEADER_CHARS else CLOSERS
-        while True:
-            at = self._scan.feed(piece, at)
-            if at < 0:
-                break
+        self._wake = None if self._may_stream and short else CLOSERS
+        at = self._scan.feed(piece)
+        while at >= 0:
             length = self._length - len(piece) + at
             if length >= self._next_try:
                 self._next_try = length + max(0, length - MAX_HEADER_CHARS) // 2
                 if self._attempt(length, False):
                     return True
-        if self._may_stream and not (short or final):  # a first piece of many tokens
+            at = self._scan.feed(piece, at)
+        if self._may_stream and not (short or self._ending):  # a first piece of many tokens
             self._may_stream = False
-            if self._stream_json("".join(self._pieces)):
+            if self._stream_json():
                 return True
-        return final and self._attempt(self._length, True)
+        return bool(self._ending) and self._attempt(self._length, True)
 
     def _attempt(self, length: int, final: bool) -> bool:
-        """Read that much of the held text; False when more of it must come."""
+        """Read that much of the body; False when more of it must come."""
         whole, head = "".join(self._pieces), self._head
         self._pieces, text = [whole], whole[:length]
         closed, calls = True, None
         try:
             if head.body == "python":
-                calls, stop = read_python(text, head.at, self._tools, head.rule)
+                calls, stop = read_python(text, self._tools, head.rule)
             else:
-                value, stop, closed = read_json(text, head.at)
-                calls = self._calls(value)
+                value, stop, closed = read_json(text)
+                whole_call = isinstance(value, dict) and value.get("name", "") == head.name
+                calls = calls_from_json(value, self._tools, head.rule) \
+                    if whole_call or not head.name else self._named(value)
         except (ValueError, RecursionError):
-            return final and self._reject(whole, final)
+            return final and self._reject(whole)
         if not closed and not final:
             return False
-        if calls is None or (not closed and self._cut and not text[stop:].strip()):
-            return self._reject(whole, final)
-        return self._accept(calls, whole, stop)
+        cut = not closed and self._ending == "cut" and not text[stop:].strip()
+        return self._accept(None if cut else calls, whole, stop)
 
-    def _calls(self, value: Any) -> Optional[List[Call]]:
-        head = self._head
-        if not head.name:
-            return calls_from_json(value, self._tools, head.rule)
-        if isinstance(value, dict) and "name" in value and value["name"] == head.name:
-            return calls_from_json(value, self._tools, head.rule)
-        call = make_call(head.name, value, self._tools, head.rule)
+    def _line(self) -> bool:
+        """Read the one line that is the input."""
+        match = INPUT_LINE.match(self._text, self._at)
+        if not match or (match.end() == len(self._text) and not self._ending):
+            return False
+        body, line = self._take(), match.group()
+        cut = self._ending == "cut" and line == body
+        return self._accept(None if cut else self._named(line.strip()), body, len(line))
+
+    def _named(self, arguments: Any) -> Optional[List[Call]]:
+        """Make a call of the tool that the head named."""
+        call = make_call(self._head.name, arguments, self._tools, self._head.rule)
         return [call] if call else None
 
-    def _tags(self, final: bool) -> bool:
-        piece, self._text = self._text, ""
-        self._pieces.append(piece)
-        reader = self._reader
-        reader.feed(piece[self._from:], final)
-        self._from = 0
-        self._wake = TAG_END
-        if not reader.done:
-            return False
-        text, unclosed = "".join(self._pieces), reader.cut and (
-            self._cut or self._head.body.startswith("raw:"))
-        if isinstance(reader, TaggedInput) and reader.lost:
-            self._wasted += len(text)
-            reader = reader.again(text[self._head.at:])
-        values = tagged_values(reader.events)
-        call = make_call(self._head.name, values, self._tools, self._head.rule)
-        if call is None or unclosed:
-            return self._reject(text, final)
-        return self._accept([call], text, len(text) - len(reader.rest))
+    def _read(self, reader: InputReader, streamed: Optional[Tool]) -> None:
+        """Read parameters one by one; those of a tool that is given go out as they come."""
+        self._step, self._wake = self._parameters, None
+        self._reader, self._writer = reader, InputWriter(streamed) if streamed else None
+        self._events: Events = []
 
-    def _line(self, final: bool) -> bool:
-        match = INPUT_LINE.match(self._text, self._head.at)
-        if not match or (match.end() == len(self._text) and not final):
-            return False
-        call = make_call(self._head.name, match.group().strip(), self._tools, self._head.rule)
-        if call is None or (self._cut and match.end() == len(self._text)):
-            return self._reject(self._text, final)
-        return self._accept([call], self._text, match.end())
-
-    def _accept(self, calls: List[Call], text: str, stop: int) -> bool:
-        self._found.raw, self._found.calls = text[:stop], calls
-        self._fence = self._head.fence or self._fence
-        self._marks = self._fence or self._inner_mark
-        self._found.fence = self._fence
-        self._queue.append(self._found)
-        self._put_back(text[stop + MAX_STEP_CHARS:])
-        self._text, self._wake = text[stop:stop + MAX_STEP_CHARS], None
-        self._step, self._adjacent = self._prose, True
-        self._mid_line = True
-        self._count()
-        return True
-
-    def _reject(self, text: str, final: bool) -> bool:
-        """Pass what was no call after all; what follows its opener is looked at again."""
-        self._wasted += len(text) if final else MAX_STEP_CHARS // 2  # its words were weighed
-        self._put_back(text[MAX_STEP_CHARS:])
-        text, self._wake = text[:MAX_STEP_CHARS], None
-        fence = FENCE_OPEN.match(text) if self._head.fence else None
-        self._adjacent, self._mid_line = False, True
-        if self._fence:
-            self._text = text
-            self._cancel_fence()
-            return True
-        self._text = text
-        if fence:
-            self._push(text[:fence.end()])
-            self._text, self._fence = text[fence.end():], self._head.fence
-            self._step, self._mid_line = self._code, not fence.group().endswith("\n")
-        else:
-            self._skip(self._head.at)
-        return True
-
-    # Streaming: the input goes out while it is written.
-
-    def _stream_json(self, text: str) -> bool:
-        match = CANONICAL.match(text, self._head.at)
+    def _stream_json(self) -> bool:
+        """Begin to stream a body whose first keys name one tool and its arguments."""
+        body = "".join(self._pieces)
+        match = CANONICAL.match(body)
         meant = tools_meant(match.group(1), self._tools) if match and not self._head.name else []
         if not match or len(meant) != 1:
             return False
-        self._reader, self._from = JsonInput(), match.end()
-        self._scan, self._next_try = BracketScan(), 0
-        self._open_stream(meant[0])
-        self._text, self._pieces = text, []
+        self._read(JsonInput(), meant[0])
+        self._pieces = [body[:match.end()]]
+        self._put_back(body[match.end():])
         return True
 
-    def _open_stream(self, tool: Tool) -> None:
-        self._tool, self._writer, self._started, self._input = tool, InputWriter(tool), False, ""
-        self._wake = None
-        self._step = self._stream
+    def _parameters(self) -> bool:
+        piece, reader = self._take(), self._reader
+        reader.feed(piece, bool(self._ending))
+        events, reader.events = reader.events, []
+        if self._writer:
+            self._send(self._writer, events)
+        else:
+            self._wake = TAG_END
+        if self._found.kind == "open":
+            return reader.done and self._end_stream()
+        self._pieces.append(piece)
+        self._events += events
+        return reader.done and self._end_parameters()
 
-    def _stream(self, final: bool) -> bool:
-        piece, self._text = self._text, ""
-        if not self._started:
-            self._pieces.append(piece)
-        reader = self._reader
-        reader.feed(piece[self._from:] if self._from else piece, final)
-        self._from = 0
-        self._input += self._writer.write(reader.events)
-        reader.events.clear()
-        if self._writer.known and not self._started:
-            while self._queue:
-                self._settle()
-            self._started = True
-            self._made.append("")
-            self._new_block(CallStart(self._tool.name, self._head.rule))
-        if self._started and self._input:
-            self._out.append(CallInput(self._input))
-            self._input = ""
-        return reader.done and self._end_stream()
+    def _end_parameters(self) -> bool:
+        """Read the call from all its parameters."""
+        reader, body = self._reader, "".join(self._pieces)
+        if not isinstance(reader, TaggedInput):  # it named no parameter that the tool knows
+            self._put_back(body)
+            self._collect()
+            self._may_stream = False
+            return True
+        cut = reader.cut and (self._ending == "cut" or self._head.body.startswith("raw:"))
+        if reader.lost:
+            self._wasted += len(body)
+            reader = reader.again(body)
+            self._events = reader.events
+        calls = None if cut else self._named(tagged_values(self._events))
+        return self._accept(calls, body, len(body) - len(reader.rest))
+
+    def _send(self, writer: InputWriter, events: Events) -> None:
+        """Let the input go out once it names a parameter that the tool knows."""
+        writer.write(events)
+        if writer.known and self._found.kind != "open":
+            self._settle(0)
+            self._found.kind = "open"
+            self._new_block(CallStart(writer.tool.name, self._head.rule))
+        if writer.known and writer.written:
+            self._out.append(CallInput(writer.written))
+            writer.written = ""
 
     def _end_stream(self) -> bool:
         reader = self._reader
-        if not self._started:
-            return self._unstream()
-        if reader.lost or (reader.cut and (self._cut or isinstance(reader, JsonInput))):
+        self._put_back(reader.rest)
+        self._step, self._mid_line = self._after_call, True
+        if reader.lost or (reader.cut and self._ending == "cut"):
             self._out.append(CallEnd(False))
         else:
-            self._found.kind, self._found.raw = "open", ""
-            self._found.closing = self._writer.close()
             self._queue.append(self._found)
-        self._text, self._step = reader.rest, self._prose
-        self._adjacent = self._mid_line = True
-        self._marks = self._inner_mark
         return True
 
-    def _unstream(self) -> bool:
-        """Read a call whole that named no parameter the tool knows."""
-        self._may_stream = False
-        self._text, self._pieces, self._length = "".join(self._pieces), [], 0
-        self._from = self._head.at
-        if isinstance(self._reader, TaggedInput):
-            self._reader = self._reader.fresh()
-            self._step = self._tags
-        else:
-            self._step = self._brackets
+    def _accept(self, calls: Optional[List[Call]], body: str, stop: int) -> bool:
+        """Let the calls that end there wait for the words behind them; pass what is none."""
+        if not calls:
+            return self._reject(body)
+        self._found.raw, self._found.calls = self._opener + body[:stop], calls
+        self._fence = self._found.fence
+        self._put_back(body[stop:])
+        self._step, self._wake, self._mid_line = self._after_call, None, True
+        self._queue.append(self._found)
+        self._settle(MAX_HOLD_CHARS)
         return True
+
+    def _reject(self, body: str) -> bool:
+        """Pass what was no call after all; what follows its opener is looked at again."""
+        self._put_back(self._opener + body)
+        # Where more may come only its words were weighed, for as long as reading so much takes.
+        self._wasted += len(self._text) if self._ending else MAX_STEP_CHARS // 2
+        self._wake = None
+        if self._fence:
+            self._cancel_fence()
+            return True
+        return self._quoted(0) if self._opener[:1] in ("`", "~") else self._skip(len(self._opener))
 
     # What leaves: text at once unless a call before it waits for its words.
 
     def _push(self, text: str) -> None:
-        if not text:
-            return
         self._before = (self._before + text)[-MAX_CONTEXT_CHARS:]
-        self._spoke = self._spoke or bool(text.strip())
         if self._queue:
-            self._queue.append(text)
-            self._behind += len(text)
-            while self._queue and self._behind >= MAX_HOLD_CHARS:
-                self._settle()
+            self._queue[-1].behind += text
+            self._settle(MAX_HOLD_CHARS)
         else:
             self._show(text)
 
-    def _count(self) -> None:
-        self._behind = sum(len(raw_of(item)) for item in self._queue[1:])
-        while self._queue and self._behind >= MAX_HOLD_CHARS:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Decide the first held call by the words around it, and let go what follows it."""
-        found, rest = self._queue[0], self._queue[1:]
-        at = next((at for at, item in enumerate(rest)
-                   if isinstance(item, str) and item.strip()), len(rest))
-        while at and isinstance(rest[at - 1], str):
-            at -= 1
-        behind = next((to for to in range(at, len(rest)) if isinstance(rest[to], Found)), len(rest))
-        after = "".join(map(raw_of, rest[at:behind]))[:MAX_HOLD_CHARS]
-        text_to = next((to for to, item in enumerate(rest) if isinstance(item, Found)), len(rest))
-        assert isinstance(found, Found)
-        if found.kind == "open":
-            meant = is_call(found, after, behind < len(rest))
-            self._out += [CallInput(found.closing)] * meant + [CallEnd(meant)]
-        elif is_call(found, after, behind < len(rest)):
-            self._emit(found.calls)
-        else:
-            self._show(found.raw)
-        for item in rest[:text_to]:
-            self._show(raw_of(item))
-        self._queue = rest[text_to:]
-        self._behind = sum(len(raw_of(item)) for item in self._queue[1:])
-
-    def _emit(self, calls: List[Call]) -> None:
-        for call in calls:
-            if call_key(call) not in self._known:
-                self._made.append(call_key(call))
-                self._new_block(call)
+    def _settle(self, limit: int) -> None:
+        """Decide calls, oldest first, until fewer characters are held behind the first."""
+        queue = self._queue
+        while queue and sum(len(each.raw) + len(each.behind) for each in queue) - len(
+                queue[0].raw) >= limit:
+            told = next((each for each in queue if each.behind.strip()), queue[-1])
+            meant = is_call(queue[0], told.behind[:MAX_HOLD_CHARS], told is not queue[-1])
+            found = queue.pop(0)
+            if found.kind == "open":
+                self._out += [CallInput("}")] * meant + [CallEnd(meant)]
+            else:
+                self._show("" if meant else found.raw)
+            for call in found.calls if meant else ():
+                if call_key(call) not in self._known:
+                    self._made.append(call_key(call))
+                    self._new_block(call)
+            self._show(found.behind)
 
     def _new_block(self, delta: Delta) -> None:
-        self._blank, self._shown, self._thought = "", False, ""
+        self._blank, self._thought = "", ""
         self._out.append(delta)
 
     def _show(self, text: str) -> None:
-        if not self._shown:
-            text, self._blank = self._blank + text, ""
-            if not text.strip():
-                self._blank = text
-                return
-            self._shown = True
-        if text:
+        if self._blank is not None:
+            text = self._blank + text
+            self._blank = None if text.strip() else text
+        if self._blank is None and text:
             self._thought = ""
             self._out.append(TextDelta(text))
 
@@ -5428,11 +5273,7 @@ def call_key(call: Call) -> str:
     return json.dumps([call.name, call.input], sort_keys=True, default=str)
 
 
-def raw_of(item: Union[str, Found]) -> str:
-    return item.raw if isinstance(item, Found) else item
-
-
-def tagged_values(events: Iterable[Tuple[str, str]]) -> Dict[str, str]:
+def tagged_values(events: Events) -> Dict[str, str]:
     """Gather a reader's events into parameters and their text."""
     values: Dict[str, List[str]] = {}
     key = ""

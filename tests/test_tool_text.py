@@ -234,6 +234,14 @@ def test_another_call_in_text_beside_a_native_one_runs_too():
     assert [name for name, _ in calls_of(deltas)] == ["Read", "Bash"]
 
 
+def test_a_native_call_amid_text_that_is_no_call_takes_nothing_from_it():
+    reader = parser()
+    deltas = [*reader.feed('{"title": '), *reader.native("Read", {"file_path": "a.py"}),
+              *reader.feed('"x"}\n</tool_call>'), *reader.close("stop")]
+    assert calls_of(deltas) == [READ]
+    assert shown_by(deltas) == '{"title": "x"}\n</tool_call>'
+
+
 def test_a_native_call_twice_runs_twice_as_ollama_gave_it():
     reader = parser()
     deltas = reader.native("Read", {"file_path": "a.py"}) + reader.native("Read", {"file_path": "a.py"})
