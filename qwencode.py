@@ -6527,8 +6527,11 @@ def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[
         closing = CLOSING.get(opening) or Pattern(f"(?<!`){opening}(?!`)")
         end = next((end for end in closing.finditer(body, start, stop)
                     if not balanced or _is_balanced(body[start:end.start()])), None)
-        if end is None:
-            dead[opening] = stop
+        # A sign of its own kind that opens inside a quote: where it ends is in doubt.
+        doubtful = end is not None and not balanced and any(
+            sign.group() == opening for sign in OPENING.finditer(body, start, end.start()))
+        if end is None or doubtful:
+            dead[opening] = end.end() if end else stop
             continue
         pieces += [body[position:match.start()], chr(QUOTE_BASE + len(quotes))]
         quotes.append(_unquote(opening, body[start:end.start()]))
@@ -6649,7 +6652,7 @@ dest        (?P<dest_marks>{folderfill}{fill})(?P<dest>{token})(?P<dest_noun>{fo
 folder      (?P<folder_marks>{folderfill})(?P<folder>{token})(?P<folder_noun>{foldernoun})
 folders     (?P<folders_marks>{folderfill})(?P<folders>{token}(?:(?:,? and |, ?)(?:the )?(?:folder |
       directory )?{token}){0,9})(?P<folders_noun>{foldernoun})
-infolder    (?:,? (?:in|inside|under|within|inside of) {folder})?
+infolder    (?:,? (?:in|inside|under|within|inside of) (?!this ){folder})?
 only        (?: (?:only|just|exactly|precisely))?
 say         (?: ?(?:(?:saying|that (?:says|reads|contains|is)|which (?:says|reads)|containing|with|
       reading|consisting of|as|being)\b)?{only}(?: the (?:exact |literal |following )?(?:text|
@@ -6711,9 +6714,9 @@ lists       (?:list|show|display|print|give|enumerate|see|check|look at|explore|
       inspect)
 tail        (?P<tail>(?:(?:,|\.)? (?:and|then|so|to|for|in|first)|\. (?:what|tell|
       how))\b[^\ue000-\uf8ff]*)?
-here        (?P<here>(?:in |inside |of |from )?(?:this|the|my|our)(?: (?:current|working|project|
-      root|present|project's root))* (?:folder|directory|dir|project|repo|repository|workspace)|
-      here)
+here        (?P<here>(?:in |inside |of |from )?(?:(?:this|the|my|our)(?: (?:current|working|project|
+      root|present|project's root))*|current|working|project) (?:folder|directory|dir|project|repo|
+      repository|workspace)|here)
 listing     (?:(?:all|the|of|every|any|a|list|me|us|out|existing|current) )*(?:(?:files?|folders?|
       directories|subfolders|subdirectories|contents?|entries|items|everything|directory|
       directory contents|files?names|what(?:'s| is)|(?:what|which) files(?: and folders)?(?: are)?)
@@ -6730,15 +6733,16 @@ function    an|the|some|my|your|our|their|his|her|this|that|these|those|it|its|t
       here|there|which|what|where|how|why|like|using|everything|something|anything|nothing
 describing  a|{function}|new|today|current|random|several|few|many|lots?|good|better|proper|basic|
       simple|sample|default|sane|sensible|appropriate|missing|different|one|two|three|four|five|ten|
-      first|last|text|words?|content|lines?|code|data|info|summary|list|table|story|poem|haiku|
-      essay|joke|quote|script|program|function|class|method|module|test|note|entry|licen[sc]e|date|
-      time|timestamp|names?|title|config|json|yaml|html|csv|xml|markdown|lorem|ipsum|output|result|
-      readme|support|usage|help|boilerplate|whitespace|tabs?|spaces?|newlines?|commas?|semicolons?|
-      empty|error|debug|logging|hex|base64|sql|api|auth|async|type|version|dependency|feedback|
-      status|state|priority|colou?r|port|author|language|theme|mode|level|size|width|height|format|
-      timeout|host|user|username|password|url|path|header|footer|heading|font|background|label|
-      value|year|month|day|email|address|phone|price|amount|quantity|count|limit|numbers?|order|
-      owner|case|style|tone|indent|tense|spelling|grammar|typos?|comments?|bullets?|imports?
+      first|last|text|words?|contents?|lines?|code|data|info|summary|list|table|story|poem|haiku|
+      essay|joke|quotes?|description|script|program|function|class|method|module|test|note|entry|
+      licen[sc]e|dates?|time|timestamp|(?:file)?names?|title|config|json|yaml|html|csv|xml|markdown|
+      lorem|ipsum|output|result|readme|support|usage|help|boilerplate|whitespace|tabs?|spaces?|
+      newlines?|commas?|semicolons?|empty|error|debug|logging|hex|base64|sql|api|auth|async|type|
+      version|dependency|feedback|status|state|priority|colou?r|port|author|language|theme|mode|
+      level|size|width|height|format|timeout|host|user|username|password|url|path|header|footer|
+      headings?|font|background|label|value|year|month|day|email|address|phone|price|amount|
+      quantity|count|limit|numbers?|order|owner|case|style|tone|indent\w*|tense|spelling|grammar|
+      typos?|comments?|bullets?|imports?
 sure        sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|
       finally|so|and|also|no problem|absolutely|got it|understood|yes
 elsewhere   looks? like|before|currently|outputs?|error|snippet|parts?|excerpt|lines?|section|
@@ -6753,7 +6757,7 @@ useless     (?:no longer (?:needed|used|necessary|(?:need|use) (?:it|them))|(?:n
 # are brought into the one of the rules.
 PLACE_FIRST = r"""(?P<place>(?:in|inside|within|into|from|to|at|after|before|above|below|under|
     underneath|beneath) .{1,200}?),? (?:please )?(?P<order>(?:{add}|prepend|{swap}|swap|remove|
-    delete|erase) [\s\S]*)"""
+    delete|erase)(?=:|\s)[\s\S]*)"""
 TEXT_LAST = r"""(?P<verb>{add}|prepend)(?: {this})?(?P<place> (?:to|at|on|in|into|onto|as|
     {where}) .{1,200}?)?(?:[:,.]|,? (?:the )?(?:text|(?P<late_line>lines?)|contents?|string|
     words?)[:,]?|(?: as follows| exactly| verbatim)?:|{say}| and (?:write|put))? (?P<text>{q})"""
@@ -6764,6 +6768,7 @@ append   (?:append|add) {text}{ownline} (?:to|into|in|onto|at) {file}
 append   {add} {text}{ownline} (?:to|at|on|in|into|onto|as) {spot} {file}
 append   {add} {text} (?:to|at|on|in|into|onto|as) {spot} {file}{ownline}
 append   {add} {text} (?:to|in|into) {file},? (?:to|at|on) {spot}{ownline}
+append   append {file} with {quoted}
 prepend  prepend {text} (?:to|at|in|onto) (?:{spot} )?{file}
 create   {create} {file}{infolder}{with} {text}{init}?{force}
 create   {create} {file}{with} {quoted}{infolder}
@@ -6776,10 +6781,11 @@ create   {create} (?:a|the) (?:new )?(?:text |python |json )?file{with} {quoted}
 create   (?:save|put|store|place) {text} (?:to|into|in|inside|as) {file}
 empty    {create} (?:(?:an?|the|two|three|some) )?(?:new,? )?(?:empty|
       blank)(?: new)?(?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}
+      {infolder}
 empty    {create} {files},? (?:as an empty file|with no contents?|that is empty|empty|
       (?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)
 empty    touch {files}
-named    {create} (?:a|the)(?: new)?(?: text)? file (?:called|named)? ?{files}
+named    {create} (?:a|the)(?: new)?(?: text)? file (?:called|named)? ?{files}{infolder}
 write    write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}{force}
 write    (?:write|overwrite|rewrite|fill) {of}?{file}{with} {text}
 write    (?:write|overwrite|rewrite) {of}?{file}(?:[:,.]| with)? (?:{this}:? )?{fence}
@@ -6789,8 +6795,14 @@ write    (?:make|update|change) {file} (?:to |so (?:that )?it )?(?:contains?|say
       ha(?:ve|s)){only} {text}
 write    (?:i|we) (?:want|need|would like) {file} to (?:contain|say|read|hold) (?:only|just|
       exactly) {text}
-clear    (?:erase|delete|remove|wipe)(?: out)? {of}{files}
-clear    (?:empty|clear|truncate|blank)(?: out)? {of}?{files}
+clear    (?:erase|delete|remove|wipe)(?: out)? {of}{file}
+clear    (?:empty|clear|truncate|blank)(?: out)? {of}?{file}
+rename   (?:rename|(?:change|update) (?:the )?(?:file ?)?name of) {files} (?:to|as|into|->|=>|
+      so (?:that )?it(?:'s| is)(?: now)?) (?:be )?{dest}
+rename   (?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {files} to {dest}
+rename   rename (?P<files_marks>(?:the )?(?:folder|directory|dir) (?:called |
+      named )?)(?P<files>{token}) (?:to|as|into) (?:be )?{dest}
+rename   give {files} the (?:new )?name {dest}
 remove   (?:remove|delete|erase|strip|drop) {old} {in} {file}
 replace  {swap} {old} (?:with|by|to|into):? {new} {in} {file}
 replace  {swap} {old} {in} {file} (?:with|by|to|into):? {new}
@@ -6800,16 +6812,10 @@ replace  (?:find|search for|look for|locate) {old} {in} {file},? and (?:replace|
       them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}
 insert   {add} {text}{ownline},? {where} {anchor},? (?:in|inside|of|within|to|into) {file}
 insert   {add} {text} (?:in|into|to|inside) {file},? {where} {anchor}
-rename   (?:rename|(?:change|update) (?:the )?(?:file ?)?name of) {files} (?:to|as|into|->|=>|
-      so (?:that )?it(?:'s| is)(?: now)?) (?:be )?{dest}
-rename   (?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {files} to {dest}
-rename   rename (?P<files_marks>(?:the )?(?:folder|directory|dir) (?:called |
-      named )?)(?P<files>{token}) (?:to|as|into) (?:be )?{dest}
-rename   give {files} the (?:new )?name {dest}
-move     move {files} (?:(?P<into>into|inside(?: of)?|under)|(?:over )?to|as|in) {dest}
+move     move {files} (?:(?P<into>in|into|inside(?: of)?|under)|(?:over )?to|as) {dest}
 move     mv {files} {dest}
-copy     (?:copy|duplicate) {files} (?:(?P<into>into|inside(?: of)?|under)|(?:over )?to|as|
-      in) {dest}
+copy     (?:copy|duplicate) {files} (?:(?P<into>in|into|inside(?: of)?|under)|(?:over )?to|
+      as) {dest}
 copy     (?:make|create) a copy of {files},? (?:called|named|as|at|and (?:call|name) it) {dest}
 copy     cp {files} {dest}
 delete   (?:delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}
@@ -6823,7 +6829,7 @@ read     {look} (?:(?:the|all(?: the| of the)?|entire|full|whole|complete|
 read     (?:tell|give|get|fetch)(?: me)? (?:what(?:'s| is) (?:in|inside)|the (?:full )?(?:contents?|
       text) (?:of|in)) {files}{tail}
 list     {lists} {listing}(?: {here}| (?:in|inside|of|under|within|from|at) {folder})?{tail}
-list     (?:ls|dir)(?: (?:{here}|{folder}))?{tail}
+list     (?:ls|dir)(?: (?:{here}|{folder}){tail})?
 folder   (?:list|show|display|view|open|look at|see)(?: me)? (?:{here}|{folder}){tail}
 run      (?:run|execute|issue|invoke)(?: (?:the|this|a|following|shell|bash|terminal|command|
       this command))*:? (?P<command>{q})(?: command)?(?: (?:in|on|from) (?:the|my|a|
@@ -6922,13 +6928,16 @@ NOT_LITERAL = Shape(r"""(?:you|i|we|shown|given|generated|provided|same|copied|t
     instead of|except|when|because|so that|whichever|whatever|times|twice|repeated|uppercase|
     lowercase|reversed|backwards|translated|encoded|(?:in|into) (?:all |upper|lower|french|german|
     spanish|italian|chinese|japanese|python|json|yaml|html|markdown|bold|caps|reverse|each|every)|
-    on (?:each|every|separate))\b|\band (?:a|an|another|the|then|run|show|read|tell|{verbs})\b|
-    [.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*(?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|html|
-    css|sh|cfg|ini|csv|log)\b""", re.IGNORECASE | re.DOTALL)
+    on (?:each|every|separate)|(?:before|after|above|below|under|underneath|beneath) (?:the|line|
+    every|each)|(?:at|to|on) the (?:end|top|bottom|start|beginning|first|last))\b|\band (?:a|an|
+    another|the|then|run|show|read|tell|{verbs})\b|[.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*
+    (?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|html|css|sh|cfg|ini|csv|
+    log)\b""", re.IGNORECASE | re.DOTALL)
 NOT_A_NAME = Shape(r"""(?:{function}|folders?|director(?:y|ies)|files?|project|repo|structure|
     called|named|inside|under|listing|tree|layout|hierarchy|browser|watcher|scanner|walker|picker|
-    names|paths|hidden|separate|common|shared|dedicated|suitable|proper|different|similar|second|
-    third|random|%\w+%.*)""")
+    names|paths|containing|current|working|hidden|separate|common|shared|dedicated|suitable|proper|
+    different|similar|second|third|random|(?:recursive|complete|entire|permanent|immediate|safe|
+    manual|proper|correct|direct|total|full|individual|automatical)ly|%\w+%.*)""")
 PROSE_ARGUMENT = Shape(r"(?:a|{function}|over|against|bugs?|files?|folders?)")
 PROSE_FILE = Pattern(r".*\.(?:txt|md|log|text|rst|markdown)", re.IGNORECASE)
 IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
@@ -6950,9 +6959,10 @@ VERB_AFTER = Shape(r"""(?:\b(?:and|then|also)|[,;.])\s+(?:(?:then|also|please|an
 SPOT_KINDS = {"": "append", "end": "append", "last line": "append_line", "bottom": "append_line"}
 BEFORE = ("before", "above", "in front of", "preceding")
 ON_OWN_LINES = ("above", "below", "under", "underneath", "beneath")
-NAMED = Shape(r"\b(?:called|named|files?|(?:sub)?(?:folders?|dir|directory|directories))\b")
+NAMED = Shape(r"\b(?:called|named|file|(?:sub)?(?:folders?|dir|directory|directories))\b")
 FOLDER_NOUN = Shape(r"""\b(?:folders?|dir|director(?:y|ies)|sub-?(?:folders?|director(?:y|
     ies)))\b""")
+LISTED = Pattern(r"\A(?:list|ls|dir)\b|\bfiles?\b", re.IGNORECASE)
 PATH_SEPARATOR = Pattern(r"\s*,\s*and\s+|\s*,\s*|\s+and\s+")
 PATH_FILLER = Pattern(r"(?:the\s+)?(?:(?:file|folder|directory)\s+)?", re.IGNORECASE)
 
@@ -7013,16 +7023,26 @@ class Reading(NamedTuple):
             return ""
         return _safe_path(raw, self.scope)
 
-    def path(self, name: str = "file", folder: bool = False) -> str:
-        """Return the path of a group, or ""."""
-        return self.one_path(self.group(name), self.marks(name), folder)
-
     def paths(self, name: str = "files", folder: bool = False) -> Tuple[str, ...]:
         """Return every path of a list such as "a, b and c"; () when one is none."""
         tokens = [PATH_FILLER.sub("", token, count=1) if " " in token else token
                   for token in PATH_SEPARATOR.split(self.group(name))]
         paths = tuple(self.one_path(token, self.marks(name), folder) for token in tokens)
+        if self.group("folder"):
+            parent = self.folder("folder", self.marks("folder"))
+            paths = tuple(f"{parent}/{path}" if parent and path[:1] not in ("", "/", "~") else ""
+                          for path in paths)
         return paths if all(paths) else ()
+
+    def folder(self, name: str, marks: str = "folder") -> str:
+        """Return the path of a group that holds a folder, or ""."""
+        path = self.one_path(self.group(name), marks, True)
+        return "" if "." in path.rsplit("/", 1)[-1][1:] else path
+
+    def path(self) -> str:
+        """Return the path of the one file that a request names, or ""."""
+        paths = self.paths("file")
+        return paths[0] if len(paths) == 1 else ""
 
 
 def _text(found: Reading) -> Optional[str]:
@@ -7057,12 +7077,9 @@ def _add_text(found: Reading, kind: str) -> Ops:
     spot = " ".join(found.group("spot").lower().split())
     ignores = IGNORE_FILE.fullmatch(path) is not None
     # "append 'b.txt' to a.txt" may mean the other file's content.
-    if text is None or (DIRECT_QUOTE.match(found.match.string) and _is_file_name(text)
+    if text is None or (DIRECT_QUOTE.match(found.asked.core) and _is_file_name(text)
                         and " " not in text and not ignores):
         return ()
-    if found.group("folder"):
-        folder = found.path("folder", folder=True)
-        path = f"{folder}/{path}" if folder and path[0] not in "/~" else ""
     line = (found.group("line") or found.group("bare_line") or found.group("own_line")
             or (found.group("loose") and ignores))
     if kind == "append":
@@ -7122,8 +7139,7 @@ def _move(found: Reading, kind: str) -> Ops:
     raw, marks = found.masked.value(found.group("dest")), found.marks("dest")
     into = found.group("into") or (kind != "rename" and FOLDER_NOUN.search(marks))
     if into or raw.endswith("/"):
-        folder = found.one_path(found.group("dest"), "folder", True)
-        folder = "" if "." in folder.rsplit("/", 1)[-1][1:] else folder
+        folder = found.folder("dest")
         targets = tuple(_joined(folder, source) for source in sources)
     else:
         marks += found.marks("files") if kind == "rename" else ""
@@ -7143,7 +7159,7 @@ def _joined(folder: str, path: str) -> str:
 
 def _mkdir(found: Reading, _kind: str) -> Ops:
     paths = found.paths("folders", folder=True)
-    parent = found.one_path(found.group("parent"), "folder", True)
+    parent = found.folder("parent")
     if not FOLDER_NOUN.search(found.marks("folders")) or (found.group("parent") and not parent):
         return ()
     return tuple(FileOp("mkdir", f"{parent}/{path}" if parent else path) for path in paths)
@@ -7158,16 +7174,19 @@ def _tail_is_harmless(found: Reading) -> bool:
 def _each(found: Reading, kind: str) -> Ops:
     """Do one thing to each path: create it empty, clear, delete or read it."""
     kind = {"empty": "create", "named": "create", "clear": "write"}.get(kind, kind)
-    paths = found.paths() if _tail_is_harmless(found) else ()
+    paths = found.paths("files" if found.group("files") else "file")
+    if not _tail_is_harmless(found):
+        return ()
     return tuple(FileOp(kind, path) for path in paths)
 
 
 def _list(found: Reading, kind: str) -> Ops:
-    """List a folder: for kind "folder" one that is called so, else what is no file."""
+    """List a folder: one that is called so, or for kind "list" what is no file."""
     folder = found.group("folder")
     raw = found.masked.value(folder)
     noun = FOLDER_NOUN.search(found.marks("folder")) or raw.endswith("/")
-    fits = noun or (kind == "list" and not FILE_NAME.fullmatch(raw.lstrip(".")))
+    listed = kind == "list" and LISTED.search(found.match.string)
+    fits = noun or (listed and not FILE_NAME.fullmatch(raw.lstrip(".")))
     path = found.one_path(folder, "folder", True) if folder and fits else "" if folder else "."
     return (FileOp("list", path),) if path and _tail_is_harmless(found) else ()
 
@@ -7463,23 +7482,24 @@ IRREGULAR = {
 INFLECTION = Pattern(r"(?:e?d|ing)\Z")
 # A statement of why, before or after a request: "The port is wrong. Please change ...".
 # It must name a fault or a need, and be no order, question, condition or quoted speech.
-REASON_BEFORE = Shape(r"""\s*((?:the|our|my|we|i|it|this|these|those|they|there|
-    typo)\b[^.!?;:\n\uf000-\uf8ff]{0,100}?(?:\b(?:{useless}|wrong|broken|missing|mistakes?|
-    incorrect|confused|new|now|lacks?|needs? (?:an?|the|some)|forgot|moved|changed|renamed|matters?|
-    fails?)\b|(?<=typo))[^.!?;:\n\uf000-\uf8ff]{0,60})(?:[.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|
-    can you\b|could you\b)|,\s+(?=please\b)|(?:(?<=typo)|(?<=wrong)|(?<=mistake)):\s+)""")
+REASON_BEFORE = Shape(r"""\s*((?:(?:the|our|my|we|i|it|this|these|those|they|there|typo)\b|
+    (?:[\w']+ ){1,3}(?:is|are|has|needs?)\b)[^.!?;:\n\uf000-\uf8ff]{0,100}?(?:\b(?:{useless}|wrong|
+    broken|missing|mistakes?|incorrect|confused|new|now|lacks?|needs? (?:an?|the|some)|forgot|moved|
+    changed|renamed|matters?|fails?)\b|(?<=typo))[^.!?;:\n\uf000-\uf8ff]{0,60})(?:[.!;]\s+(?=\w)|
+    ,?\s+so,?\s+(?=please\b|can you\b|could you\b)|,\s+(?=please\b)|(?:(?<=typo)|(?<=wrong)|
+    (?<=mistake)):\s+)""")
 REASON_AFTER = Shape(r"""(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+
-    (?=it's\b|we\b|i\b))((?:because |since |as )?(?:it|it's|they|they're|we|i|nobody|
+    (?=(?:it|it's|we|i|nobody)\b))((?:because |since |as )?(?:it|it's|they|they're|we|i|nobody|
     the name)\b[^.!?;:\n\uf000-\uf8ff]{0,60}\b{useless})[.!]*\s*\Z""")
 NO_REASON = Shape(r"""\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|writ\w+|wrote|reads?|request\w*|
     suggest\w*|quot\w+|instruct\w*|recommend\w*|prompts?|messages?|logs?|outputs?|results?|e?mails?|
     exercise|homework|quiz|plan\w*|rules?|tickets?|tutorial|article|page|book|lesson|game|joke|
     kidding|examples?|would|could|should|must|might|maybe|perhaps|pretend\w*|imagin\w+|suppos\w+|
-    wonder\w*|guess|think|thoughts?|ideas?|opinion|(?:un)?sure|if|when|whenever|unless|once|until|
-    before|after|later|first|second|third|last|only|each|every|both|except|lines?|how|why|what|
-    which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|touch)|careful|backup|tested|
-    here(?:'s| is| are)|below|above|i (?:was|will|did)|i'll|you|he|she|myself|already|allowed|
-    please|(?:then|and|to|let me) (?:{verbs}|run))\b""")
+    wonder\w*|guess|think|thoughts?|ideas?|opinion|(?:un)?sure|ways?|options?|tasks?|if|when|
+    whenever|unless|once|until|before|after|later|first|second|third|last|only|each|every|both|
+    except|lines?|how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|
+    touch)|careful|backup|tested|here(?:'s| is| are)|below|above|i (?:was|will|did)|i'll|you|he|she|
+    myself|already|allowed|please|(?:then|and|to|let me) (?:{verbs}|run))\b""")
 
 
 @lru_cache(maxsize=1)
@@ -7668,8 +7688,8 @@ ELIDED = Pattern(
     re.IGNORECASE | re.MULTILINE)
 PLACEHOLDER = Shape(r"""(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(?:\.\w+)?)|.*
     (?:path/to/|/your[_-]).*""")
-LABEL_WORD = Shape(r"""\b(?:{will}|I've|I have|here are|creat\w+|writ\w+|sav\w+|wrote|contents?|
-    files?|contains|called|named|next|then|now|finally|following|also|and)\b""")
+LABEL_WORD = Shape(r"""\b(?:{will}|I've|I have|here(?:'s| is| are)|below is|creat\w+|writ\w+|sav\w+|
+    wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|and)\b""")
 # What shows that a fence is not the whole of the file that its label names.
 NO_LABEL = Shape(r"""\b(?:{elsewhere}|run|running|us(?:age|e|ed|es|ing)|prints?|example|install\w*|
     execut\w+|test it|original|old|current|append\w*|prepend\w*|insert\w*|updat\w+|modif\w+|
@@ -7762,15 +7782,15 @@ def _label_path(label: str, masked: Masked, scope: Scope) -> str:
         return ""
     token, raw = named.popitem()
     before, after = line.split(token, 1)
-    rest = FILE_WORD.sub("", before + " " + after).strip("*_` ()#:.")
+    rest = FILE_WORD.sub("", before + " " + after)
     makes = MAKES_FILE.match(before) is not None
     heading = not before.strip("`") and (
-        after.strip("*_` ")[:1] in ("", "-", ":", "(", "\u2013", "\u2014") or " " not in rest)
+        (after.strip("*_` ") or ":")[0] in "-:(\u2013\u2014" or len(rest.split()) <= 1)
     announced = label.rstrip("*_ \r").endswith(":") and LABEL_WORD.search(rest)
     other = not WHOLE_FILE.search(rest) and (
         NO_LABEL.search(before) or FOR_FILE.search(before)
         or (NOT_AFTER if makes else NO_LABEL).search(after))
-    fits = (makes or heading or announced or not rest) and not other
+    fits = (makes or heading or announced or not rest.strip("*_ ()#:.")) and not other
     return _safe_path(raw, scope) if fits else ""
 
 
