@@ -6413,6 +6413,7 @@ CLOSING = {
     "\u201e": Pattern("[\u201c\u201d]"),
     "\u00ab": Pattern("\u00bb"),
 }
+BRACKET = Pattern(r"[(\[{]")
 UNPAIRED = Pattern("[\"`\u201c\u201d\u00ab\u00bb]")
 FENCE_LINE = Pattern(r"(?P<before>)(?P<indent>[ \t]*)(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)")
 FENCE_IN_LINE = Pattern(
@@ -6527,10 +6528,9 @@ def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[
         closing = CLOSING.get(opening) or Pattern(f"(?<!`){opening}(?!`)")
         end = next((end for end in closing.finditer(body, start, stop)
                     if not balanced or _is_balanced(body[start:end.start()])), None)
-        # A sign of its own kind that opens inside a quote: where it ends is in doubt.
-        doubtful = end is not None and not balanced and any(
-            sign.group() == opening for sign in OPENING.finditer(body, start, end.start()))
-        if end is None or doubtful:
+        # Where a quote in which a sign of its kind opens again ends is in doubt but for code.
+        if end is None or (not (balanced and BRACKET.search(body, start, end.start())) and any(
+                sign.group() == opening for sign in OPENING.finditer(body, start, end.start()))):
             dead[opening] = end.end() if end else stop
             continue
         pieces += [body[position:match.start()], chr(QUOTE_BASE + len(quotes))]
@@ -6644,8 +6644,8 @@ folderfill  (?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|
 filenoun    (?: (?:file|document|script)(?:'s)?)?(?:,? in (?:this|the current) (?:folder|directory|
       project))?
 foldernoun  (?: (?:folder|directory|dir|subfolder|subdirectory)s?)?
-file        (?P<file_marks>{fill})(?P<file>(?:(?<=called\s)|
-      (?<=named\s))(?:[\w-]+ ){1,4}[\w-]+\.[\w-]+|{token}){filenoun}
+file        (?P<file_marks>{fill})(?P<file>(?:(?<=called\s)|(?<=named\s))(?:[\w-]+ )
+      {1,4}[\w-]+\.[\w-]+|{token}){filenoun}
 files       (?P<files_marks>(?:(?:the|both|two|three|these|following|files|documents) )*{fill})
       (?P<files>{token}(?:(?:,? and |, ?)(?:the )?(?:file )?{token}){0,9}){filenoun}
 dest        (?P<dest_marks>{folderfill}{fill})(?P<dest>{token})(?P<dest_noun>{foldernoun}){filenoun}
@@ -6655,8 +6655,8 @@ folders     (?P<folders_marks>{folderfill})(?P<folders>{token}(?:(?:,? and |, ?)
 infolder    (?:,? (?:in|inside|under|within|inside of) (?!this ){folder})?
 only        (?: (?:only|just|exactly|precisely))?
 say         (?: ?(?:(?:saying|that (?:says|reads|contains|is)|which (?:says|reads)|containing|with|
-      reading|consisting of|as|being)\b)?{only}(?: the (?:exact |literal |following )?(?:text|
-      words?|string|contents?))?:?)
+      reading|consisting of|as|being)\b)?{only}(?: the (?:exact |literal |following )?
+      (?:text|words?|string|contents?))?:?)
 noun        (?:(?:(?:the|this|these|a|an|its|another|one more) )?(?:(?:following|exact|literal|
       exactly|new|single|only|just|plain|simple|short|extra|additional|final|last|entire|full|two|
       three) )*(?P<line>(?:lines?|row|entry|item|bullet(?: point)?|list item|import|record)\b)?
@@ -6691,8 +6691,8 @@ old         (?:(?:all|every|each|any)(?: of)? )?(?:the |this )?(?:(?:occurrences
       characters?|value|part|code|block|snippet|section))(?: (?:saying|that says))?:? )?(?P<old>{q}|
       [^\s\ue000-\uf8ff]+)
 new         (?:the |this |a )?(?:(?:new|exact|literal|following) )*(?:(?:line|text|string|word|
-      phrase|value|sentence|code|block|snippet|section):? )?(?P<new>{q}|
-      (?:an? )?(?:the )?empty(?: string)?|nothing|[^\s,\ue000-\uf8ff]+)
+      phrase|value|sentence|code|block|snippet|section):? )?(?P<new>{q}|(?:an? )?
+      (?:the )?empty(?: string)?|nothing|[^\s,\ue000-\uf8ff]+)
 anchor      (?:the )?(?:exact |literal |existing )?(?:(?P<anchor_line>line)|text|string|word|phrase|
       sentence)?(?: (?:that (?:says|reads)|which says|saying))? ?(?P<anchor>{q})
 where       (?:right |immediately |directly |just )?(?P<where>after|before|above|below|under|
@@ -6704,9 +6704,8 @@ swap        (?:(?:find|search) ?(?:and|/) ?replace|replace|substitute|update|cha
       correct|fix)
 spot        (?:the )?(?:very |new )?(?P<spot>end|last line|bottom|top|beginning|start|head)
       (?: of| in)?
-ownline     (?P<own_line>,? (?:on|as|in) (?:a|its own|
-      a separate)(?: new)?(?: separate)? line(?: of its own)?(?: at the end)?| after a (?:newline|
-      line break))?
+ownline     (?P<own_line>,? (?:on|as|in) (?:a|its own|a separate)(?: new)?
+      (?: separate)? line(?: of its own)?(?: at the end)?| after a (?:newline|line break))?
 look        (?:(?:read through|go through|read|show|display|print|cat|open|view|output|dump|see|
       look at|take a look at|have a look at|check out|look (?:inside|into|in)|inspect)(?: out| up)?
       (?: me| us)?(?: out)?)
@@ -6720,8 +6719,8 @@ here        (?P<here>(?:in |inside |of |from )?(?:(?:this|the|my|our)(?: (?:curr
 listing     (?:(?:all|the|of|every|any|a|list|me|us|out|existing|current) )*(?:(?:files?|folders?|
       directories|subfolders|subdirectories|contents?|entries|items|everything|directory|
       directory contents|files?names|what(?:'s| is)|(?:what|which) files(?: and folders)?(?: are)?)
-      (?:,? (?:and|or|&) (?:sub)?(?:folders?|directories|
-      files))?)(?: that are| located| contained| stored| there are| there| we have)?
+      (?:,? (?:and|or|&) (?:sub)?(?:folders?|directories|files))?)
+      (?: that are| located| contained| stored| there are| there| we have)?
 verbs       create|make|write|build|generate|implement|add|scaffold|set ?up|develop|code|put|save|
       update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|
       convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|overwrite|
@@ -6746,7 +6745,7 @@ describing  a|{function}|new|today|current|random|several|few|many|lots?|good|be
 sure        sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|
       finally|so|and|also|no problem|absolutely|got it|understood|yes
 elsewhere   looks? like|before|currently|outputs?|error|snippet|parts?|excerpt|lines?|section|
-      should|would|could|might|not|don't|if|unless|from
+      should|would|could|might|not|don't|if|unless|once|adding|from
 will        I'll|I will|I'm going to|I am going to|let me|let's|allow me to
 tools       (?:the |your )?(?:bash|shell|write|file|edit)? ?tools?
 useless     (?:no longer (?:needed|used|necessary|(?:need|use) (?:it|them))|(?:need|use|
@@ -6779,9 +6778,8 @@ create   {create} {file},? and {add} {text}{init}
 create   {create} (?:a|the) (?:new )?(?:text |python |json )?file{with} {quoted},? (?:and )?
       (?:(?:name|call|save) it(?: as)? |at |saved as )?{file}
 create   (?:save|put|store|place) {text} (?:to|into|in|inside|as) {file}
-empty    {create} (?:(?:an?|the|two|three|some) )?(?:new,? )?(?:empty|
-      blank)(?: new)?(?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}
-      {infolder}
+empty    {create} (?:(?:an?|the|two|three|some) )?(?:new,? )?(?:empty|blank)(?: new)?
+      (?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}{infolder}
 empty    {create} {files},? (?:as an empty file|with no contents?|that is empty|empty|
       (?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)
 empty    touch {files}
@@ -6800,8 +6798,8 @@ clear    (?:empty|clear|truncate|blank)(?: out)? {of}?{file}
 rename   (?:rename|(?:change|update) (?:the )?(?:file ?)?name of) {files} (?:to|as|into|->|=>|
       so (?:that )?it(?:'s| is)(?: now)?) (?:be )?{dest}
 rename   (?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {files} to {dest}
-rename   rename (?P<files_marks>(?:the )?(?:folder|directory|dir) (?:called |
-      named )?)(?P<files>{token}) (?:to|as|into) (?:be )?{dest}
+rename   rename (?P<files_marks>(?:the )?(?:folder|directory|dir) (?:called |named )?)
+      (?P<files>{token}) (?:to|as|into) (?:be )?{dest}
 rename   give {files} the (?:new )?name {dest}
 remove   (?:remove|delete|erase|strip|drop) {old} {in} {file}
 replace  {swap} {old} (?:with|by|to|into):? {new} {in} {file}
@@ -6819,23 +6817,23 @@ copy     (?:copy|duplicate) {files} (?:(?P<into>in|into|inside(?: of)?|under)|(?
 copy     (?:make|create) a copy of {files},? (?:called|named|as|at|and (?:call|name) it) {dest}
 copy     cp {files} {dest}
 delete   (?:delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}
-delete   (?:delete|remove|rmdir) (?P<files_marks>the empty (?:folder|
-      directory))(?: called| named)? (?P<files>{token})
+delete   (?:delete|remove|rmdir) (?P<files_marks>the empty (?:folder|directory))
+      (?: called| named)? (?P<files>{token})
 mkdir    {create} {folders}(?:,? (?:in|inside|under|within|inside of) (?:the )?(?:folder |
       directory )?(?P<parent>{token})(?: folder| directory)?)?
-read     {look} (?:(?:the|all(?: the| of the)?|entire|full|whole|complete|
-      current) )*(?:(?:contents?|text|lines|source|code) (?:of|in|from|inside) |
-      what(?:'s| is) (?:in|inside|written in) )?{files}{tail}
-read     (?:tell|give|get|fetch)(?: me)? (?:what(?:'s| is) (?:in|inside)|the (?:full )?(?:contents?|
-      text) (?:of|in)) {files}{tail}
+read     {look} (?:(?:the|all(?: the| of the)?|entire|full|whole|complete|current) )*
+      (?:(?:contents?|text|lines|source|code) (?:of|in|from|inside) |what(?:'s| is) (?:in|
+      inside(?: of)?|written in) )?{files}{tail}
+read     (?:tell|give|get|fetch)(?: me)? (?:what(?:'s| is) (?:in|inside(?: of)?)|the (?:full )?
+      (?:contents?|text) (?:of|in)) {files}{tail}
 list     {lists} {listing}(?: {here}| (?:in|inside|of|under|within|from|at) {folder})?{tail}
 list     (?:ls|dir)(?: (?:{here}|{folder}){tail})?
 folder   (?:list|show|display|view|open|look at|see)(?: me)? (?:{here}|{folder}){tail}
 run      (?:run|execute|issue|invoke)(?: (?:the|this|a|following|shell|bash|terminal|command|
       this command))*:? (?P<command>{q})(?: command)?(?: (?:in|on|from) (?:the|my|a|
       this) (?:terminal|shell|console|project|repo|folder|directory))?(?: here)?{tail}
-run      (?P<typed>(?:git (?:status|log|diff|show|branch|remote|blame)|ls|pwd|
-      tree)(?: [\w./=:@+,%^-]+){0,12})
+run      (?P<typed>(?:git (?:status|log|diff|show|branch|remote|blame)|ls|pwd|tree)
+      (?: [\w./=:@+,%^-]+){0,12})
 run      (?:run|execute)(?: (?:the|command|following|shell|bash))*:? (?P<typed>[a-z][\w-]*
       (?: [\w./=:@+,%^-]+){0,12}?)(?: command)?(?: (?:in|on) (?:the|my|a) (?:terminal|shell|
       console))?{tail}
@@ -6845,8 +6843,8 @@ QUESTIONS = r"""
 list    (?:what|which) (?:{listing}|files? and folders?|files? do (?:I|we) have|kind of files) ?
       (?:are |is |exist |do (?:I|we) have |live |exists )?(?:there )?(?:are )?(?:{here}|
       (?:in|inside|under|within) {folder})
-folder  what(?:'?s| is| are)(?: there| all)?(?: the (?:contents|
-      files))?(?: of| in| inside)? (?:{here}|(?:in )?{folder})
+folder  what(?:'?s| is| are)(?: there| all)?(?: the (?:contents|files))?
+      (?: of| in| inside)? (?:{here}|(?:in )?{folder})
 folder  (?:what|which)(?: files)? (?:does|do) (?:{here}|{folder}) (?:contain|have|hold)
 """
 ROW = Pattern(r"^(\w+) +(.*(?:\n +.*)*)", re.MULTILINE)
@@ -6918,8 +6916,8 @@ def _ordered(core: str) -> str:
 MAX_REQUEST_CHARS = 500
 LONG_GAP = Pattern(r"\s{9}")
 NOT_WORDS = Shape("(?:{describing})")
-NOT_LOOSE = Shape(r"""(?:.*\s)?(?:{describing}|\w+(?:s|tion|ing|ment|ness|ity|ance|ence))(?:'s|\s|
-    [,.]|\Z)|.*'s\b""", re.IGNORECASE | re.DOTALL)
+NOT_LOOSE = Shape(r"""(?:.*\s)?(?:{describing}|\w+(?:s|tion|ing|ment|ness|ity|ance|ence))
+    (?:'s|\s|[,.]|\Z)|.*'s\b""", re.IGNORECASE | re.DOTALL)
 # What makes an unquoted text a description, a second wish or a condition.
 NOT_LITERAL = Shape(r"""(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|
     required|appropriate|suitable|described|mentioned|similar|of|in|on|from|about|for|that|which|
@@ -7483,11 +7481,11 @@ INFLECTION = Pattern(r"(?:e?d|ing)\Z")
 # A statement of why, before or after a request: "The port is wrong. Please change ...".
 # It must name a fault or a need, and be no order, question, condition or quoted speech.
 REASON_BEFORE = Shape(r"""\s*((?:(?:the|our|my|we|i|it|this|these|those|they|there|typo)\b|
-    (?:[\w']+ ){1,3}(?:is|are|has|needs?)\b)[^.!?;:\n\uf000-\uf8ff]{0,100}?(?:\b(?:{useless}|wrong|
-    broken|missing|mistakes?|incorrect|confused|new|now|lacks?|needs? (?:an?|the|some)|forgot|moved|
-    changed|renamed|matters?|fails?)\b|(?<=typo))[^.!?;:\n\uf000-\uf8ff]{0,60})(?:[.!;]\s+(?=\w)|
-    ,?\s+so,?\s+(?=please\b|can you\b|could you\b)|,\s+(?=please\b)|(?:(?<=typo)|(?<=wrong)|
-    (?<=mistake)):\s+)""")
+    (?:[\w']+ ){1,3}(?:is|are|has|needs?)\b)(?:[^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,100}?
+    (?:\b(?:{useless}|wrong|broken|missing|mistakes?|incorrect|confused|new|now|lacks?|
+    needs? (?:an?|the|some)|forgot|moved|changed|renamed|matters?|fails?)\b|(?<=typo))
+    (?:[^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,60})(?:[.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|can you\b|
+    could you\b)|,\s+(?=please\b)|(?:(?<=typo)|(?<=wrong)|(?<=mistake)):\s+)""")
 REASON_AFTER = Shape(r"""(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+
     (?=(?:it|it's|we|i|nobody)\b))((?:because |since |as )?(?:it|it's|they|they're|we|i|nobody|
     the name)\b[^.!?;:\n\uf000-\uf8ff]{0,60}\b{useless})[.!]*\s*\Z""")
@@ -7649,9 +7647,9 @@ HOW_TO = Shape(r"""\bhow to\b|\bhow (?:do|can|could|would|should|does) (?:i|you|
     people)\b|\b(?:best|right|correct|proper) way to\b|\bwhat(?:'s| is) the (?:command|syntax)\b|
     \b(?:do not|don't|never|without|not)\s+(?:\w+\s+){0,2}?(?:creat\w+|writ\w+|chang\w+|edit\w*|
     modif\w+|touch\w*|run\w*|execut\w+|delet\w+|mak\w+|act|sav\w+|appl\w+|do|anything|files?)\b|
-    \b(?:just|only)\s+(?:show|tell|explain|describe|suggest|print|give|answer)\b|\b(?:dry run|
-    hypothetical\w*|suppose|imagine|in theory|what if|an example of|tutorial|in the chat|in chat|
-    as text|paste it here|one-?liner)\b""")
+    \bno changes\b|\b(?:just|only)\s+(?:look|read|check|review|show|tell|explain|describe|suggest|
+    print|give|answer)\b|\b(?:dry run|hypothetical\w*|suppose|imagine|in theory|what if|
+    an example of|tutorial|in the chat|in chat|as text|paste it here|one-?liner)\b""")
 CONDITION = Shape(r"""(?:\A|[.,;!\n][^\S\n]*|\b(?:but|and|only)\s+)(?:if|unless|when|once|in case|
     provided|as soon as|whenever)\b|\bif (?:it|they|there|the file|not|needed|necessary|possible|
     you)\b|\bunless\b""")
