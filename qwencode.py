@@ -6360,7 +6360,7 @@ def _request_of(newest: Sequence[Message]) -> str:
 
 def _notices(turns: Sequence[Message]) -> List[str]:
     """Return what the client itself said: system messages and reminders."""
-    found: List[str] = []
+    found = []
     for message in turns:
         texts = [block.text for block in message.blocks if isinstance(block, Text)]
         if message.role == "system":
@@ -6378,7 +6378,7 @@ def _announced(notices: Sequence[str], pattern: Pattern, *words: str) -> List[re
 
 def working_directory(notices: Sequence[str]) -> str:
     """Return the announced working directory; "" when none or more than one is named."""
-    found = {match.group(1).strip().rstrip("/.") for match in _announced(
+    found = {match[1].strip().rstrip("/.") for match in _announced(
         notices, WORKING_DIRECTORY, "working directory", "cwd")}
     return found.pop() if len(found) == 1 else ""
 
@@ -6463,29 +6463,31 @@ def _split_fences(text: str) -> Tuple[str, Tuple[Fence, ...]]:
     A markdown block may hold fences of its own; any other block with an opening
     fence inside is doubtful.
     """
-    lines: List[str] = []
+    lines = []
     fences: List[Fence] = []
     opened: Optional[re.Match[str]] = None
     for line in text.split("\n"):
         mark = FENCE_LINE.fullmatch(line)
         if opened is None:
             opened = mark or (FENCE_IN_LINE.fullmatch(line) if line.count("```") == 1 else None)
-            before = opened.group("before") if opened else line
+            before = opened["before"] if opened else line
             lines += [before] if before or not opened else []
+            lines += [chr(FENCE_BASE + len(fences))] if opened else []
             body, depth, whole = "", 0, True
-        elif not mark or not mark.group("mark").startswith(opened.group("mark")):
-            body += _dedented(line, opened)
-        elif depth == 0 and AFTER_FENCE.fullmatch(mark.group("info")):
-            lines.append(chr(FENCE_BASE + len(fences)) + mark.group("info").rstrip())
-            fences.append(Fence(opened.group("info").strip(), body, whole))
+        elif mark and mark["mark"].startswith(opened["mark"]) and not depth and (
+                AFTER_FENCE.fullmatch(mark["info"])):
+            lines[-1] += mark["info"].rstrip()
+            fences.append(Fence(opened["info"].strip(), body, whole))
             opened = None
         else:
-            depth += 1 if mark.group("info").strip() else -1
-            whole = whole and MARKDOWN.fullmatch(opened.group("info")) is not None
-            body += _dedented(line, opened)
+            if mark and mark["mark"].startswith(opened["mark"]):
+                depth += 1 if mark["info"].strip() else -1
+                whole = whole and MARKDOWN.fullmatch(opened["info"]) is not None
+            # The indent that the fence itself has is taken away, as in CommonMark.
+            indent = len(opened["indent"])
+            body += line[:indent].lstrip(" \t") + line[indent:] + "\n"
     if opened is not None:
-        lines.append(chr(FENCE_BASE + len(fences)))
-        fences.append(Fence(opened.group("info").strip(), body, False))
+        fences.append(Fence(opened["info"].strip(), body, False))
     # A bare ``` inside a markdown block ends it too early and opens another.
     bare = max((index for index, fence in enumerate(fences) if not fence.info), default=0)
     return "\n".join(lines), tuple(
@@ -6493,30 +6495,20 @@ def _split_fences(text: str) -> Tuple[str, Tuple[Fence, ...]]:
         for index, fence in enumerate(fences))
 
 
-def _dedented(line: str, opened: re.Match[str]) -> str:
-    """Take away the indent that the fence itself has, as CommonMark does."""
-    indent = len(opened.group("indent"))
-    return line[:indent].lstrip(" \t") + line[indent:] + "\n"
-
-
 def _unquote(opening: str, content: str) -> str:
-    """Return a quote's content: only the quote's own sign may be escaped in it.
-
-    A backslash and n stay two characters: contents are taken as they are written.
-    """
+    """Return a quote's content: only the quote's own sign may be escaped in it."""
     if opening in "\"'":
         return content.replace("\\" + opening, opening)
     if opening == "\u00ab":
         return content.strip(" \u00a0\u202f")
-    if opening.startswith("``") and "`" in content and content[:1] == content[-1:] == " ":
-        return content[1:-1]
-    return content
+    spaced = opening.startswith("``") and "`" in content and content[:1] == content[-1:] == " "
+    return content[1:-1] if spaced else content
 
 
 def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[str, ...]]:
     """Replace quotes by characters; an opening sign without its closing one stays."""
     quotes: List[str] = []
-    pieces: List[str] = []
+    pieces = []
     dead: Dict[str, int] = {}
     position = 0
     for match in OPENING.finditer(body):
@@ -6526,8 +6518,10 @@ def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[
         line_end = body.find("\n", start) if one_line else -1
         stop = len(body) if line_end < 0 else line_end
         closing = CLOSING.get(opening) or Pattern(f"(?<!`){opening}(?!`)")
-        end = next((end for end in closing.finditer(body, start, stop)
-                    if not balanced or _is_balanced(body[start:end.start()])), None)
+        ends = (end for end in closing.finditer(body, start, stop)
+                for inside in (body[start:end.start()],) if not balanced
+                or sum(map(inside.count, "([{")) == sum(map(inside.count, ")]}")))
+        end = next(ends, None)
         # Where a quote in which a sign of its kind opens again ends is in doubt but for code.
         if end is None or (not (balanced and BRACKET.search(body, start, end.start())) and any(
                 sign.group() == opening for sign in OPENING.finditer(body, start, end.start()))):
@@ -6537,10 +6531,6 @@ def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[
         quotes.append(_unquote(opening, body[start:end.start()]))
         position = end.end()
     return "".join([*pieces, body[position:]]).replace("\u2019", "'"), tuple(quotes)
-
-
-def _is_balanced(code: str) -> bool:
-    return sum(map(code.count, "([{")) == sum(map(code.count, ")]}"))
 
 
 def _mask(text: str, one_line: bool = False, balanced: bool = False) -> Optional[Masked]:
@@ -6558,14 +6548,14 @@ def _mask(text: str, one_line: bool = False, balanced: bool = False) -> Optional
 def _mask_block(text: str) -> Optional[Masked]:
     """Read all lines after a first line that ends with a colon as one quote."""
     match = BLOCK_AFTER_COLON.fullmatch(text)
-    if match is None or "```" in text or not match.group(2).strip():
+    if match is None or "```" in text or not match[2].strip():
         return None
     last_part = BLANK_LINE.split(text.rstrip())[-1]
-    masked = _mask(match.group(1))
+    masked = _mask(match[1])
     if masked is None or (last_part != text.rstrip() and SECOND_WISH.match(last_part)):
         return None
     return masked._replace(text=masked.text + "\n" + chr(QUOTE_BASE + len(masked.quotes)),
-                           quotes=(*masked.quotes, match.group(2).lstrip("\r\n")))
+                           quotes=(*masked.quotes, match[2].lstrip("\r\n")))
 
 
 def _readings(words: str) -> Iterator[Masked]:
@@ -6858,7 +6848,7 @@ WORD = Pattern(r"[A-Za-z]+")
 @lru_cache(maxsize=8)
 def table_rows(table: str) -> Tuple[Tuple[str, str], ...]:
     """Return the name and the shape of each row of a table."""
-    return tuple((row.group(1), row.group(2)) for row in ROW.finditer(table))
+    return tuple((row[1], row[2]) for row in ROW.finditer(table))
 
 
 class Shape(Pattern):
@@ -6872,14 +6862,12 @@ class Shape(Pattern):
         slots = dict(table_rows(SLOTS))
         while SLOT_NAME.search(self.source):
             self.source = SLOT_NAME.sub(
-                lambda slot: LINE_BREAK.sub("", slots[slot.group(1)]), self.source)
+                lambda slot: LINE_BREAK.sub("", slots[slot[1]]), self.source)
         self.source = self.source.replace(" ?", r"\s*").replace(" ", r"\s+")
         return super().__getattr__(name)
 
 
-@lru_cache(maxsize=256)
-def _shape(template: str) -> Shape:
-    return Shape(template)
+_shape = lru_cache(maxsize=256)(Shape)
 
 
 @lru_cache(maxsize=256)
@@ -6889,7 +6877,7 @@ def _first_words(template: str) -> FrozenSet[str]:
     They spare most patterns their compilation, 10 ms each.
     """
     slots = dict(table_rows(SLOTS))
-    written = SLOT_NAME.sub(lambda slot: slots[slot.group(1)], template)
+    written = SLOT_NAME.sub(lambda slot: slots[slot[1]], template)
     return frozenset(word.lower() for word in WORD.findall(FIRST_PART.split(written)[1]))
 
 
@@ -6903,10 +6891,10 @@ def _fits(shape: str, core: str) -> Optional[re.Match[str]]:
 def _ordered(core: str) -> str:
     """Return a request in the order of the rules: verb, text, place."""
     fronted = _fits(PLACE_FIRST, core)
-    order, place = (fronted.group("order"), " " + fronted.group("place")) if fronted else (core, "")
+    order, place = (fronted["order"], " " + fronted["place"]) if fronted else (core, "")
     late = _fits(TEXT_LAST, order)
     if late is not None:
-        line = " the line" if late.group("line") or late.group("late_line") else ""
+        line = " the line" if late["line"] or late["late_line"] else ""
         order = f"{late.group('verb')}{line} {late.group('text')}{late.group('place') or ''}"
     return order + place
 
@@ -7048,25 +7036,19 @@ def _text(found: Reading) -> Optional[str]:
     quoted, feed = found.value("text"), "\n" if found.asked.newline else ""
     if quoted is not None:
         return quoted + feed
-    loose = found.group("loose")
-    bare = found.group("bare") or loose
+    bare = found.group("bare") or found.group("loose")
     if found.match.string.endswith(bare):
         bare = "" if found.asked.cut else bare + found.asked.ending
-    if (not bare or "\n" in bare or UNPAIRED.search(bare)
-            or NOT_LITERAL.match(bare) or (loose and not _is_loose(found, bare))):
+    if not bare or "\n" in bare or UNPAIRED.search(bare) or NOT_LITERAL.match(bare):
         return None
-    return bare + feed
-
-
-def _is_loose(found: Reading, text: str) -> bool:
-    """Tell whether unmarked, unquoted words can only be meant literally."""
-    name = found.group("file")
-    if found.scope.told:
-        return False
-    if IGNORE_FILE.fullmatch(name):
-        return LITERAL_WORD.fullmatch(text) is not None or text.startswith("*.")
-    return (PROSE_FILE.fullmatch(name) is not None and len(text.split()) <= 4
-            and NOT_LOOSE.match(text) is None)
+    if found.group("bare"):
+        return bare + feed
+    # Without even "the text" before them words can be meant literally in few files only.
+    pattern = bare.startswith("*.") or LITERAL_WORD.fullmatch(bare)
+    prose = len(bare.split()) <= 4 and not NOT_LOOSE.match(bare)
+    meant = (IGNORE_FILE.fullmatch(found.group("file")) and pattern) or (
+        PROSE_FILE.fullmatch(found.group("file")) and prose)
+    return bare + feed if meant and not found.scope.told else None
 
 
 def _add_text(found: Reading, kind: str) -> Ops:
@@ -7281,14 +7263,14 @@ def _script_lines(text: str) -> List[ScriptLine]:
 def _here_document(text: str, opening: re.Match[str]) -> Tuple[Optional[str], str]:
     """Return the lines up to a here-document's tag, and the text without them."""
     start = text.find("\n", opening.end()) + 1
-    tabs = "\t*" if opening.group("tabs") else ""
+    tabs = "\t*" if opening["tabs"] else ""
     end = Pattern(rf"^{tabs}{opening.group('tag')}\r?\n", re.MULTILINE).search(text, start)
     if end is None:
         return None, text
     document = text[start:end.start()]
     if tabs:
         document = LEADING_TABS.sub("", document)
-    if not opening.group("raw") and SUBSTITUTION.search(document):
+    if not opening["raw"] and SUBSTITUTION.search(document):
         return None, text
     return document, text[:start] + text[end.end():]
 
@@ -7300,7 +7282,7 @@ def _shell_words(token: str) -> List[str]:
         text = part.group(part.lastgroup or 0)
         choices = text.split(",") if part.lastgroup == "brace" else [text]
         if part.lastgroup == "double":
-            choices = [DOUBLE_ESCAPE.sub(lambda escape: escape.group(1).strip("\n"), text)]
+            choices = [DOUBLE_ESCAPE.sub(lambda escape: escape[1].strip("\n"), text)]
         words = [word + choice for word in words for choice in choices][:MAX_SCRIPT_WORDS + 1]
     return words
 
@@ -7323,7 +7305,7 @@ def _formatted(words: Sequence[str]) -> Optional[str]:
     """Return what printf prints: the format is used again while values are left."""
     if not words or not PRINTF_FORMAT.fullmatch(words[0]):
         return None
-    form = PRINTF_ESCAPE.sub(lambda sign: PRINTF_SIGNS.get(sign.group(1), sign.group(1)), words[0])
+    form = PRINTF_ESCAPE.sub(lambda sign: PRINTF_SIGNS.get(sign[1], sign[1]), words[0])
     values, size = [*words[1:]] or [""], form.replace("%%", "").count("%s")
     if not size:
         return form % ()
@@ -7500,18 +7482,14 @@ NO_REASON = Shape(r"""\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|writ\w+|wrote|
     myself|already|allowed|please|(?:then|and|to|let me) (?:{verbs}|run))\b""")
 
 
-@lru_cache(maxsize=1)
-def _verbs() -> FrozenSet[str]:
-    return frozenset(word for _, shape in table_rows(RULES) for word in _first_words(shape))
-
-
 def _base_form(text: str) -> str:
     """Return a text with its first word, a verb, as in an order: "renamed a" is "rename a"."""
     match = WORD.match(text)
     word = match.group().lower() if match else ""
     stem = INFLECTION.sub("", word)
     forms = (word, stem, stem + "e", stem[:-1]) if 2 < len(stem) < len(word) else ()
-    base = next((form for form in forms if form in _verbs()), word)
+    base = next((form for form in forms if any(
+        form in _first_words(shape) for _, shape in table_rows(RULES))), word)
     return IRREGULAR.get(word, base) + text[len(word):]
 
 
@@ -7521,11 +7499,11 @@ def _without_reason(text: str) -> str:
     if len(core) > 4 * MAX_REQUEST_CHARS:
         return ""
     before = REASON_BEFORE.match(core)
-    if before is not None and _is_reason(before.group(1)):
+    if before is not None and _is_reason(before[1]):
         core = core[before.end():]
     kept = _without_trailers(core)
     after = REASON_AFTER.search(kept, max(0, len(kept) - 2 * MAX_TRAILER_CHARS))
-    if after is not None and after.start() and _is_reason(after.group(1)):
+    if after is not None and after.start() and _is_reason(after[1]):
         core = kept[:after.start()] + "."
     return core if core != text.strip() else ""
 
@@ -7612,17 +7590,15 @@ SAYS_IT_LOOKS = Shape(r"""\b(?:{will})\b[^.!?\n]{0,60}?\b(?:look|check|read|see|
     \b(?:checking|reading|looking|opening|listing|inspecting)\b[^.!?\n]{0,40}?(?:\bnow\b|\.\.\.|
     \u2026)|^\s*(?:checking|reading|looking|opening|listing)\b""")
 # The model refused, found nothing to do, or waits for an answer.
-DECLINED = Shape(r"""\bI(?:'m| am) (?:sorry,? but|unable|not able|afraid|not allowed|not permitted|
-    not sure|not going to)\b|\bI (?:can't|cannot|can not|couldn't|could not|won't|will not|
-    don't have|do not have|shouldn't|should not|must decline|refuse|decline|need more|need to know|
-    would need|need you to|(?:would )?(?:recommend|advise|suggest) (?:against|not)|don't recommend|
-    don't see|do not see|didn't)\b|\b(?:sorry, but|unfortunately|as an AI|not possible|
-    isn't possible|impossible|unable to|no access)\b|\bplease (?:provide|specify|confirm|clarify|
-    tell me|let me know (?:which|what|whether|if|how)|share|paste|upload|choose|select|
-    be more specific|note that I (?:can't|cannot))\b|\blet me know (?:which|whether|what (?:you|to|
-    content|name)|how you|if you(?:'d| would)? (?:like|want) (?:me )?to (?:proceed|continue|
-    go ahead|do|make|create|apply|delete|overwrite))|\bbefore I (?:proceed|do|continue|can|make|
-    delete)\b|\b(?:once|if) you (?:confirm|approve|agree|provide|tell)|\balready (?:exists?|
+DECLINED = Shape(r"""\bI(?:'m| am) (?:sorry,? but|unable|not \w+|afraid)\b|\bI (?:\w+n't|cannot|
+    \w+ not|must decline|refuse|decline|need more|need to know|would need|need you to|(?:would )?
+    (?:recommend|advise|suggest) (?:against|not))\b|\b(?:sorry, but|unfortunately|as an AI|
+    not possible|isn't possible|impossible|unable to|no access)\b|\bplease (?:provide|specify|
+    confirm|clarify|tell me|let me know (?:which|what|whether|if|how)|share|paste|upload|choose|
+    select|be more specific|note that I (?:can't|cannot))\b|\blet me know (?:which|whether|
+    what (?:you|to|content|name)|how you|if you(?:'d| would)? (?:like|want) (?:me )?to (?:proceed|
+    continue|go ahead|do|make|create|apply|delete|overwrite))|\bbefore I (?:proceed|do|continue|can|
+    make|delete)\b|\b(?:once|if) you (?:confirm|approve|agree|provide|tell)|\balready (?:exists?|
     contains?|has|been|there|in place|present|gone)\b|\bnothing to (?:do|change|add)\b|
     \bno changes? (?:(?:is|are|was|were) )?(?:needed|required|necessary)\b|\b(?:is|are|
     would be) (?:risky|dangerous|irreversible)\b""")
@@ -7717,12 +7693,6 @@ RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tr
                    r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
 
 
-def _declined(text: str) -> bool:
-    """Tell whether the model refused, had nothing to do, or asked back."""
-    return DECLINED.search(text) is not None or any(
-        not COURTESY.search(question.group()) for question in QUESTION.finditer(text))
-
-
 class Wishes(NamedTuple):
     """What the newest words allow the model's own description to do."""
 
@@ -7731,8 +7701,6 @@ class Wishes(NamedTuple):
     change: bool
     look: bool
     overwrite: bool
-    shell: bool
-    edit: bool
 
 
 def _wishes(words: str) -> Wishes:
@@ -7741,9 +7709,7 @@ def _wishes(words: str) -> Wishes:
     look = bool(text) and HOW_TO.search(text) is None
     change = (look and WANTS_ANSWER.match(text) is None
               and CONDITION.search(text) is None and WANTS_CHANGE.search(text) is not None)
-    return Wishes(words, text, change, look, OVERWRITE.search(text) is not None,
-                  SHELL_WANTED.search(text) is not None,
-                  EDITING.match(text) is not None and NEW_FILE.search(text) is None)
+    return Wishes(words, text, change, look, OVERWRITE.search(text) is not None)
 
 
 def _names(words: str, path: str) -> bool:
@@ -7804,8 +7770,9 @@ def _fence_path(fence: Fence, label: str, masked: Masked, scope: Scope) -> str:
 
 def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return a file for each fence that the answer names as one, and what scaffolds do."""
+    edits = EDITING.match(wishes.core) and not NEW_FILE.search(wishes.core)
     found: Dict[str, FileOp] = {}
-    folders: List[FileOp] = []
+    folders = []
     label = heading = ""
     for line in masked.text.split("\n"):
         if not ONE_FENCE.fullmatch(line.strip()):
@@ -7821,7 +7788,7 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
         if _is_shell(fence) and not path.endswith((".sh", ".bash")):
             folders += [op for op in _scaffold_ops(fence.text, scope, False) if op.kind == "mkdir"]
         elif path and (not _file_text(fence) or path in found
-                       or (wishes.edit and _names(wishes.words, path))):
+                       or (edits and _names(wishes.words, path))):
             return ()
         elif path:
             found[path] = FileOp("write" if wishes.overwrite else "create", path, fence.text)
@@ -7831,11 +7798,14 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
 def _scaffold(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return what the answer's shell blocks build; a later block that only runs is left."""
     ops: List[FileOp] = []
+    if SHELL_WANTED.search(wishes.core):
+        return ()
     for fence in masked.fences:
+        if not _is_shell(fence) or not fence.whole:
+            return ()
         made = _scaffold_ops(fence.text, scope, wishes.overwrite)
-        if wishes.shell or not _is_shell(fence) or not fence.whole or not made:
-            runs = ops and _is_shell(fence) and fence.whole and RUN_ONLY.match(fence.text)
-            return tuple(ops) if runs else ()
+        if not made:
+            return tuple(ops) if RUN_ONLY.match(fence.text) else ()
         for op in made:
             _fold(ops, op, wishes.overwrite)
     return tuple(ops)
@@ -7927,8 +7897,9 @@ def find_rescue(
         return None
     masked = _mask(PRIVATE_USE.sub(" ", answer), one_line=True)
     plans = _announced(notices, PLAN_MODE, "plan mode")
-    if (not words or not answer.strip() or masked is None or _declined(masked.text)
-            or (plans and not plans[-1].group("off"))):
+    if (not words or not answer.strip() or masked is None or DECLINED.search(masked.text)
+            or any(not COURTESY.search(asked.group()) for asked in QUESTION.finditer(masked.text))
+            or (plans and not plans[-1]["off"])):
         return None
     cwd = working_directory(notices)
     rescue = _asked_for(words, masked, Scope(home_ok, cwd))
