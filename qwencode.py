@@ -6571,7 +6571,7 @@ def _readings(words: str) -> Iterator[Masked]:
 # What no path may hold: control codes, a way up, a scheme, and files that steer
 # a shell, a login or the client itself, wherever they lie.
 UNSAFE_PATH = Pattern(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029]|://|\\.\\.\\\\|(?:\\A|/)(?:\\.\\.|\\.(?:git|ssh|"
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029]|\\s/|://|\\.\\.\\\\|(?:\\A|/)(?:\\.\\.|\\.(?:git|ssh|"
     "gnupg|aws|kube|claude|netrc|profile|bashrc|bash_profile|bash_login|bash_logout|zshrc|"
     "zshenv|zprofile|zlogin|gitconfig|config))(?:/|\\Z)", re.IGNORECASE)
 FILE_NAME = Pattern(
@@ -6799,11 +6799,10 @@ replace  substitute {new} for {old} {in} {file}
 replace  (?:find|search for|look for|locate) {old} {in} {file},? and (?:replace|change|swap) (?:it|
       them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}
 insert   {add} {text}{ownline},? {where} {anchor},? (?:in|inside|of|within|to|into) {file}
-insert   {add} {text} (?:in|into|to|inside) {file},? {where} {anchor}
-move     move {files} (?:(?P<into>in|into|inside(?: of)?|under)|(?:over )?to|as) {dest}
+insert   {add} {text}{ownline} (?:in|into|to|inside) {file},? {where} {anchor}
+move     move {files} (?P<to>in|into|inside(?: of)?|under|(?:over )?to|as) {dest}
 move     mv {files} {dest}
-copy     (?:copy|duplicate) {files} (?:(?P<into>in|into|inside(?: of)?|under)|(?:over )?to|
-      as) {dest}
+copy     (?:copy|duplicate) {files} (?P<to>in|into|inside(?: of)?|under|(?:over )?to|as) {dest}
 copy     (?:make|create) a copy of {files},? (?:called|named|as|at|and (?:call|name) it) {dest}
 copy     cp {files} {dest}
 delete   (?:delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}
@@ -6828,8 +6827,11 @@ run      (?:run|execute)(?: (?:the|command|following|shell|bash))*:? (?P<typed>[
       (?: [\w./=:@+,%^-]+){0,12}?)(?: command)?(?: (?:in|on) (?:the|my|a) (?:terminal|shell|
       console))?{tail}
 """
-# Questions that only the folder can answer; the model must say that it looks.
+# Questions that only the file or folder can answer; the model must say that it looks.
 QUESTIONS = r"""
+read    what(?:'?s| is| are)(?: currently| written)?(?: the)?(?: current)?
+      (?: contents?| text)? (?:in|inside(?: of)?|of|(?:written|contained|
+      stored) in) {files}(?: right now| now| currently)?
 list    (?:what|which) (?:{listing}|files? and folders?|files? do (?:I|we) have|kind of files) ?
       (?:are |is |exist |do (?:I|we) have |live |exists )?(?:there )?(?:are )?(?:{here}|
       (?:in|inside|under|within) {folder})
@@ -6909,21 +6911,21 @@ NOT_LOOSE = Shape(r"""(?:.*\s)?(?:{describing}|\w+(?:s|tion|ing|ment|ness|ity|an
 # What makes an unquoted text a description, a second wish or a condition.
 NOT_LITERAL = Shape(r"""(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|
     required|appropriate|suitable|described|mentioned|similar|of|in|on|from|about|for|that|which|
-    describing|explaining|based|below|above|following|as|to|is|it|representing|version|
-    representation|[\w-]+ of)\b|.*(?:\b(?:then|if|unless|otherwise|don't|do not|and also|as well as|
-    instead of|except|when|because|so that|whichever|whatever|times|twice|repeated|uppercase|
-    lowercase|reversed|backwards|translated|encoded|(?:in|into) (?:all |upper|lower|french|german|
-    spanish|italian|chinese|japanese|python|json|yaml|html|markdown|bold|caps|reverse|each|every)|
-    on (?:each|every|separate)|(?:before|after|above|below|under|underneath|beneath) (?:the|line|
-    every|each)|(?:at|to|on) the (?:end|top|bottom|start|beginning|first|last))\b|\band (?:a|an|
-    another|the|then|run|show|read|tell|{verbs})\b|[.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*
-    (?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|html|css|sh|cfg|ini|csv|
-    log)\b""", re.IGNORECASE | re.DOTALL)
+    describing|explaining|based|below|above|following|as|to|is|it|representing|saying|containing|
+    with (?:the|an?)|version|representation|[\w-]+ of)\b|.*(?:\b(?:then|if|unless|otherwise|don't|
+    do not|and also|as well as|instead of|except|when|because|so that|whichever|whatever|times|
+    twice|repeated|uppercase|lowercase|reversed|backwards|translated|encoded|(?:in|into) (?:all |
+    upper|lower|french|german|spanish|italian|chinese|japanese|python|json|yaml|html|markdown|bold|
+    caps|reverse|each|every)|on (?:each|every|separate)|(?:before|after|above|below|under|
+    underneath|beneath) (?:the|line|every|each)|(?:at|to|on) the (?:end|top|bottom|start|beginning|
+    first|last))\b|\band (?:a|an|another|the|then|run|show|read|tell|{verbs})\b|
+    [.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*(?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|html|
+    css|sh|cfg|ini|csv|log)\b""", re.IGNORECASE | re.DOTALL)
 NOT_A_NAME = Shape(r"""(?:{function}|folders?|director(?:y|ies)|files?|project|repo|structure|
     called|named|inside|under|listing|tree|layout|hierarchy|browser|watcher|scanner|walker|picker|
-    names|paths|containing|current|working|hidden|separate|common|shared|dedicated|suitable|proper|
-    different|similar|second|third|random|(?:recursive|complete|entire|permanent|immediate|safe|
-    manual|proper|correct|direct|total|full|individual|automatical)ly|%\w+%.*)""")
+    names|paths|containing|clipboard|trash|current|working|hidden|separate|common|shared|dedicated|
+    suitable|proper|different|similar|second|third|random|(?:recursive|complete|entire|permanent|
+    immediate|safe|manual|proper|correct|direct|total|full|individual|automatical)ly|%\w+%.*)""")
 PROSE_ARGUMENT = Shape(r"(?:a|{function}|over|against|bugs?|files?|folders?)")
 PROSE_FILE = Pattern(r".*\.(?:txt|md|log|text|rst|markdown)", re.IGNORECASE)
 IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
@@ -7117,8 +7119,11 @@ def _move(found: Reading, kind: str) -> Ops:
     """Rename one path, or move or copy paths to a new name or into a folder."""
     sources = found.paths(folder=kind == "rename")
     raw, marks = found.masked.value(found.group("dest")), found.marks("dest")
-    into = found.group("into") or (kind != "rename" and FOLDER_NOUN.search(marks))
-    if into or raw.endswith("/"):
+    to = found.group("to").lower()
+    folder_meant = raw.endswith("/") or (kind != "rename" and FOLDER_NOUN.search(marks))
+    if to == "in" and not folder_meant:
+        return ()
+    if folder_meant or to.startswith(("in", "under")):
         folder = found.folder("dest")
         targets = tuple(_joined(folder, source) for source in sources)
     else:
@@ -7441,12 +7446,12 @@ TRAILER = Shape(r"""(?:^|(?<=[^\s,.;!?]))(?:[,.;!?]\s*|\s+|\s*[-\u2013\u2014]\s*
     will you|ok|okay|(?:please )?(?:do not|don't) (?:change|modify|touch|edit|add|do|write|include|
     alter|create|say) (?:anything|any (?:other|more) \w+|the rest|other files)(?: else| more)?|
     (?:make )?no other changes|(?:leave|keep) (?:everything|the rest|all)(?: else)? (?:unchanged|
-    as (?:it )?is|alone|untouched|the same)|(?:then )?(?:let me know|tell me|say so)(?: (?:when|
-    once|that|if))?(?: (?:it's|it is|you're|you are|that's))?(?: (?:done|finished|ready|it worked|
-    complete))|us(?:e|ing) {tools}|\(?(?:without|with no|no) (?:a |any )?(?:trailing |final |
-    ending )?(?:newline|line break)\)?|exactly (?:as|like) (?:is|written|shown|that)|verbatim|
-    i'll do the rest|(?:no|without) (?:any )?explanations?(?: needed| necessary)?|don't (?:explain|
-    ask)(?: it| me)?(?: anything)?|just do it|do it now|only that|it's urgent|
+    as (?:it )?is|alone|untouched|the same)|(?:then )?let me know|(?:then )?(?:let me know|tell me|
+    say so)(?: (?:when|once|that|if))?(?: (?:it's|it is|you're|you are|that's))?(?: (?:done|
+    finished|ready|it worked|complete))|us(?:e|ing) {tools}|\(?(?:without|with no|no) (?:a |any )?
+    (?:trailing |final |ending )?(?:newline|line break)\)?|exactly (?:as|like) (?:is|written|shown|
+    that)|verbatim|i'll do the rest|(?:no|without) (?:any )?explanations?(?: needed| necessary)?|
+    don't (?:explain|ask)(?: it| me)?(?: anything)?|just do it|do it now|only that|it's urgent|
     (?:here|from this (?:folder|directory)|in (?:the|this|my|our) (?:(?:current|working|project|
     root) )?(?:folder|directory|project|repo|dir|root))(?!\s*\?))\s*[.!?]*\Z""")
 FINAL_NEWLINE = Shape(r""",? (?:with|followed by|and|ending (?:with|in)|plus) an? (?:trailing |
