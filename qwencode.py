@@ -6711,15 +6711,18 @@ listing     (?:(?:all|the|of|every|any|a|list|me|us|out|existing|current) )*(?:(
       directory contents|files?names|what(?:'s| is)|(?:what|which) files(?: and folders)?(?: are)?)
       (?:,? (?:and|or|&) (?:sub)?(?:folders?|directories|files))?)
       (?: that are| located| contained| stored| there are| there| we have)?
+# What may be asked for.
 verbs       create|make|write|build|generate|implement|add|scaffold|set ?up|develop|code|put|save|
       update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|
       convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|overwrite|
       organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|clean|port|migrate|
       adjust|improve|increase|decrease|enable|disable|switch|swap|include|extend|simplify|finish|
       complete|document|annotate|format|sort|tidy|call it|name it|give (?!me|us)
+# Words that stand for something else: no text, name or argument is meant by them.
 function    an|the|some|my|your|our|their|his|her|this|that|these|those|it|its|them|any|all|every|
       each|both|more|another|other|you|me|us|in|on|at|to|of|for|with|from|by|and|or|if|is|are|as|
       here|there|which|what|where|how|why|like|using|everything|something|anything|nothing
+# Words that describe a text or name a property rather than being what is written.
 describing  a|{function}|new|today|current|random|several|few|many|lots?|good|better|proper|basic|
       simple|sample|default|sane|sensible|appropriate|missing|different|one|two|three|four|five|ten|
       first|last|text|words?|contents?|lines?|code|data|info|summary|list|table|story|poem|haiku|
@@ -6734,6 +6737,7 @@ describing  a|{function}|new|today|current|random|several|few|many|lots?|good|be
       typos?|comments?|bullets?|imports?
 sure        sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|
       finally|so|and|also|no problem|absolutely|got it|understood|yes
+# What shows that a fence is not the file named before it.
 elsewhere   looks? like|before|currently|outputs?|error|snippet|parts?|excerpt|lines?|section|
       should|would|could|might|not|don't|if|unless|once|adding|from
 will        I'll|I will|I'm going to|I am going to|let me|let's|allow me to
@@ -6860,12 +6864,12 @@ class Shape(Pattern):
         super().__init__(source, flags)
 
     def __getattr__(self, name: str) -> Any:
-        self.source = LINE_BREAK.sub("", self.source)
-        slots = dict(table_rows(SLOTS))
-        while SLOT_NAME.search(self.source):
-            self.source = SLOT_NAME.sub(
-                lambda slot: LINE_BREAK.sub("", slots[slot[1]]), self.source)
-        self.source = self.source.replace(" ?", r"\s*").replace(" ", r"\s+")
+        slots, source = dict(table_rows(SLOTS)), self.source
+        while SLOT_NAME.search(source):
+            source = SLOT_NAME.sub(lambda slot: slots[slot[1]], source)
+        source = LINE_BREAK.sub("", source)
+        # Set at once: another thread may be writing the same shape out.
+        self.source = source.replace(" ?", r"\s*").replace(" ", r"\s+")
         return super().__getattr__(name)
 
 
@@ -7427,8 +7431,8 @@ LEAD = Shape(r"""\s*(?:(?:please|pls|plz|kindly|hi|hey|hello|hi there|hey there|
     i(?:'d| would) (?:like|love) (?:for )?(?:you )?to\s+|
     i(?:'d| would) appreciate it if you (?:could|would)\s+|i (?:want|need) (?:you )?to\s+|
     we need to\s+|you should\s+|go ahead and\s+|let's\s+|let us\s+|help me(?: to)?\s+|your (?:task|
-    job) is to\s+|(?:the )?task:\s*|(?:i have a )?(?:(?:small|quick|simple) )?(?:task|request|
-    favou?r|one)(?: for you)?[.:,!]\s+|using {tools},\s+|use {tools} (?:and|to)\s+|
+    job) is to\s+|(?:the )?task:\s*|(?:i have a |(?:i have a )?(?:small|quick|simple) )
+    (?:task|request|favou?r|one)(?: for you)?[.:,!]\s+|using {tools},\s+|use {tools} (?:and|to)\s+|
     could i ask you to\s+|(?:let me|(?:can|could|may) i)\s+(?=(?:see|view|look at|
     have a look)\b))""")
 # A fence and then what to do with it; the rules want the text last.

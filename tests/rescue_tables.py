@@ -2131,3 +2131,4 @@ QUESTIONS += [("what is in `my file.txt`?", "Let me open the file and see.", rea
               ("what's in notes.txt?", "Let me open the file see.", read("notes.txt"))]
 NOT_ASKED += ["check `ls /`", "In notes.txt, add a line saying", "copy a.txt in the clipboard",
               "Please add a line with the text what's written in notes.txt?"]
+NOT_ASKED += ["One: delete a.txt", "Request: delete a.txt"]
