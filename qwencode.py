@@ -6087,107 +6087,77 @@ WORKING_DIRECTORY = Pattern(
     r"(?:working directory|cwd)(?: is)?:?[ \t]+`?(/[^\n`]{0,1000})", re.IGNORECASE)
 
 
-def own_text(text: str) -> Tuple[str, bool]:
-    """Return what the user typed and whether injected text stood on both sides of it."""
-    kept = INJECTED.sub("\n", text)
-    start = text.lstrip()
-    if STRAY_ELEMENT_END.search(kept) or start.startswith(INJECTED_STARTS):
-        return "", False
-    own = INJECTED_MARK.sub("", kept).strip()
-    return own, start.startswith("<") and text.rstrip().endswith(">") and kept != text
-
-
 def own_texts(message: Message) -> List[str]:
     """Return the user's own texts of one message, oldest first.
 
     A text between two injected ones counts only where the message has no other: a
     reminder's content may hold the words that seem to end it.
     """
-    if message.role != "user":
-        return []
-    found = [own_text(block.text) for block in message.blocks if isinstance(block, Text)]
-    return ([own for own, enclosed in found if own and not enclosed]
-            or [own for own, enclosed in found if own])
+    own: List[str] = []
+    enclosed: List[str] = []
+    for block in message.blocks:
+        if message.role != "user" or not isinstance(block, Text):
+            continue
+        text, kept = block.text.strip(), INJECTED.sub("\n", block.text)
+        words = INJECTED_MARK.sub("", kept).strip()
+        if words and not STRAY_ELEMENT_END.search(kept) and not text.startswith(INJECTED_STARTS):
+            between = text.startswith("<") and text.endswith(">") and kept != block.text
+            (enclosed if between else own).append(words)
+    return own or enclosed
 
 
-def own_words(message: Message) -> str:
-    """Return the user's own words of a message, without what the client put in."""
-    return "\n".join(own_texts(message))
-
-
-def _newest_turn(turns: Sequence[Message]) -> List[Message]:
-    """Return the messages since the last answer, newest first."""
-    newest: List[Message] = []
-    for message in reversed(turns):
-        if message.role == "assistant":
-            break
-        newest.append(message)
-    return newest
-
-
-def _request_of(turns: Sequence[Message]) -> str:
+def _request_of(newest: Sequence[Message]) -> str:
     """Return what the newest turn asks for in the user's words; "" when nothing is asked."""
-    newest = _newest_turn(turns)
     texts = [block.text.lstrip() for message in newest if message.role == "user"
              for block in message.blocks if isinstance(block, Text)]
     if any(text.startswith(BACKGROUND_STARTS) for text in texts):
         return ""
-    for message in newest:
+    for message in reversed(newest):
         own = own_texts(message)
-        if own:
-            return own[-1]
-        if any(isinstance(block, ToolResult) for block in message.blocks):
-            break
+        if own or any(isinstance(block, ToolResult) for block in message.blocks):
+            return own[-1] if own else ""
     return ""
 
 
 def _notices(turns: Sequence[Message]) -> List[str]:
     """Return what the client itself said: system messages and reminders."""
-    found: List[str] = []
+    found = []
     for message in turns:
-        for block in message.blocks:
-            if isinstance(block, Text):
-                if message.role == "system":
-                    found.append(block.text)
-                elif message.role == "user":
-                    found += [match.group() for match in INJECTED.finditer(block.text)]
+        texts = [block.text for block in message.blocks if isinstance(block, Text)]
+        if message.role == "system":
+            found += texts
+        elif message.role == "user":
+            found += [match.group() for text in texts for match in INJECTED.finditer(text)]
     return found
 
 
 lowered = lru_cache(maxsize=8)(str.lower)  # the client says the same in every turn
 
 
-def _plan_mode(notices: Sequence[str]) -> bool:
-    """Tell whether plan mode was announced and not ended since."""
-    planning = False
-    for notice in notices:
-        if "plan mode" in lowered(notice):  # a tenth of what the pattern's search costs
-            for match in PLAN_MODE.finditer(notice):
-                planning = match.group("off") is None
-    return planning
+def _announced(notices: Sequence[str], pattern: Pattern, *words: str) -> List[re.Match[str]]:
+    """Return a pattern's matches; looking for a word of it first costs a tenth of its search."""
+    return [match for notice in notices for lower in (lowered(notice),)
+            if any(word in lower for word in words) for match in pattern.finditer(notice)]
 
 
 def working_directory(notices: Sequence[str]) -> str:
     """Return the announced working directory; "" when none or more than one is named."""
-    naming = [notice for notice in notices
-              for lower in (lowered(notice),) if "working directory" in lower or "cwd" in lower]
-    found = {match.group(1).strip().rstrip("/.") for notice in naming
-             for match in WORKING_DIRECTORY.finditer(notice)}
+    found = {match[1].strip().rstrip("/.") for match in _announced(
+        notices, WORKING_DIRECTORY, "working directory", "cwd")}
     return found.pop() if len(found) == 1 else ""
 
 
-def _served(turns: Sequence[Message], request: str) -> bool:
+def _served(earlier: Sequence[Message], request: str) -> bool:
     """Tell whether the same words were asked before and a tool call succeeded after them."""
-    asked, failed = False, set()
-    calls: List[str] = []
-    for message in turns[:len(turns) - len(_newest_turn(turns))]:
+    asked, calls = False, set()
+    for message in earlier:
         asked = asked or request in own_texts(message)
         for block in message.blocks:
             if asked and isinstance(block, ToolUse):
-                calls.append(block.id)
+                calls.add(block.id)
             elif isinstance(block, ToolResult) and block.is_error:
-                failed.add(block.id)
-    return any(call not in failed for call in calls)
+                calls.discard(block.id)
+    return bool(calls)
 
 
 # ------------------------------ quotes and fences ------------------------------
@@ -6195,7 +6165,9 @@ def _served(turns: Sequence[Message], request: str) -> bool:
 # a private-use area; so no rule ever matches words inside them.
 
 QUOTE_BASE, FENCE_BASE = 0xE000, 0xF000
+MAX_MASKED = 0x800  # quotes or fences of one text: what the smaller area holds
 PRIVATE_USE = Pattern("[\ue000-\uf8ff]")
+ONE_FENCE = Pattern("[\uf000-\uf8ff]")
 OPENING = Pattern("`+|(?<![\\w\\\\\"'])[\"']|[\u201c\u201e\u00ab]|(?<!\\w)\u2018")
 CLOSING = {
     '"': Pattern(r'(?<!\\)"(?=[\s.,;:!?)\]}*\u2026]|\Z)'),
@@ -6205,18 +6177,18 @@ CLOSING = {
     "\u201e": Pattern("[\u201c\u201d]"),
     "\u00ab": Pattern("\u00bb"),
 }
-# Code quoted in its own kind of quotes, "print("x")", ends only before a space.
-CLOSING_TIGHT = {
-    **CLOSING,
-    '"': Pattern(r'(?<!\\)"(?=\s|[.!?]?\Z)'),
-    "'": Pattern(r"(?<!\\)'(?=\s|[.!?]?\Z)"),
-}
+BRACKET = Pattern(r"[(\[{]")
 UNPAIRED = Pattern("[\"`\u201c\u201d\u00ab\u00bb]")
-CODE_SIGN = Pattern(r"[\[\](){}]|\"|(?<!\w)'|'(?!\w)")
-FENCE_IN_LINE = Pattern(r"(.*\S)[ \t]+(`{3,})([\w+-]*)[ \t]*\r?")
+FENCE_LINE = Pattern(r"(?P<before>)(?P<indent>[ \t]*)(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)")
+FENCE_IN_LINE = Pattern(
+    r"(?P<before>.*\S)(?P<indent>)[ \t]+(?P<mark>`{3,})(?P<info>[\w+-]*)[ \t]*\r?")
+# What stands after a closing fence in its line: "``` in a.txt" goes on with the request.
+AFTER_FENCE = Pattern(r"\s*| .*\S .*\S.*")
+MARKDOWN = Pattern(r"\s*(?:md|markdown|mdx)\s*", re.IGNORECASE)
 BLOCK_AFTER_COLON = Pattern(
     r"([^\n]{0,300}\b(?:following|this|these|contents?|text|lines?|exactly)\b[^\n]{0,100}:)"
     r"[ \t]*\r?\n([\s\S]*)", re.IGNORECASE)
+BLANK_LINE = Pattern(r"\n[^\S\n]*\n")
 SECOND_WISH = Pattern(
     r"\s*(?:then|also|and|after|finally|please|next|now|once|do not|don't|make sure|thanks|"
     r"can you|could you)\b", re.IGNORECASE)
@@ -6237,133 +6209,70 @@ class Masked(NamedTuple):
     quotes: Tuple[str, ...]
     fences: Tuple[Fence, ...]
 
-    def value(self, char: str) -> str:
-        """Return what a private-use character stands for."""
-        code = ord(char)
-        if code >= FENCE_BASE:
-            return self.fences[code - FENCE_BASE].text
-        return self.quotes[code - QUOTE_BASE]
+    def fence(self, char: str) -> Fence:
+        """Return the fenced block that a character stands for."""
+        return self.fences[ord(char) - FENCE_BASE]
+
+    def value(self, token: str) -> str:
+        """Return what a private-use character stands for; any other token as it is."""
+        if not PRIVATE_USE.fullmatch(token):
+            return token
+        return self.fence(token).text if token >= chr(FENCE_BASE) else self.quotes[
+            ord(token) - QUOTE_BASE]
 
 
-class FenceLine(NamedTuple):
-    """A line that may open or close a fence: its indent, its mark and the rest."""
-
-    indent: int
-    mark: str
-    rest: str
-
-
-def _fence_line(line: str) -> Optional[FenceLine]:
-    body = line.lstrip(" \t")
-    mark = body[:len(body) - len(body.lstrip(body[:1]))] if body[:1] in ("`", "~") else ""
-    rest = body[len(mark):].rstrip()
-    if len(mark) < 3 or "`" in rest:
-        return None
-    return FenceLine(len(line) - len(body), mark, rest)
-
-
-def _dedent(line: str, indent: int) -> str:
-    """Take away the indent that the fence itself has, as CommonMark does."""
-    blank = len(line) - len(line.lstrip(" \t"))
-    return line[min(indent, blank):]
-
-
-class FenceReader:
-    """Splits a text into lines outside fences and the fences (CommonMark 4.5).
+def _split_fences(text: str) -> Tuple[str, Tuple[Fence, ...]]:
+    """Return the text with a character for each fence, and the fences (CommonMark 4.5).
 
     A markdown block may hold fences of its own; any other block with an opening
     fence inside is doubtful.
     """
-
-    def __init__(self) -> None:
-        self.lines: List[str] = []
-        self.fences: List[Fence] = []
-        self.open: Optional[FenceLine] = None
-        self.body: List[str] = []
-        self.depth, self.doubtful = 0, False
-
-    def feed(self, line: str) -> None:
-        """Take one line, without its line feed."""
-        mark = _fence_line(line)
-        if self.open is None:
-            self._outside(line, mark)
-        elif mark and mark.mark.startswith(self.open.mark):
-            self._inside(line, mark)
-        else:
-            self.body.append(_dedent(line, self.open.indent))
-
-    def _outside(self, line: str, mark: Optional[FenceLine]) -> None:
-        inline = FENCE_IN_LINE.fullmatch(line) if mark is None and line.count("```") == 1 else None
-        if mark:
-            self.open = mark
-        elif inline:
-            self.lines.append(inline.group(1))
-            self.open = FenceLine(0, inline.group(2), inline.group(3))
-        else:
-            self.lines.append(line)
-
-    def _inside(self, line: str, mark: FenceLine) -> None:
-        opened = self.open or mark
-        if mark.rest.startswith(" ") and " " in mark.rest.strip() and not self.depth:
-            self.close(True)
-            self.lines[-1] += mark.rest
-        elif mark.rest:
-            self.depth += 1
-            self.doubtful = self.doubtful or not _is_markdown(opened.rest)
-            self.body.append(_dedent(line, opened.indent))
-        elif self.depth:
-            self.depth -= 1
-            self.body.append(_dedent(line, opened.indent))
-        else:
-            self.close(True)
-
-    def close(self, ended: bool) -> None:
-        """End the open fence; ended says whether its closing line was there."""
-        if self.open is not None:
-            text = "".join(line + "\n" for line in self.body)
-            whole = ended and not self.doubtful and not self.depth
-            self.lines.append(chr(FENCE_BASE + len(self.fences)))
-            self.fences.append(Fence(self.open.rest.strip(), text, whole))
-        self.open, self.body, self.depth, self.doubtful = None, [], 0, False
-
-
-def _is_markdown(info: str) -> bool:
-    return info.strip().lower() in ("md", "markdown", "mdx")
-
-
-def _split_fences(text: str) -> Tuple[str, Tuple[Fence, ...]]:
-    """Return the text with a character for each fence, and the fences."""
-    reader = FenceReader()
+    lines = []
+    fences: List[Fence] = []
+    opened: Optional[re.Match[str]] = None
     for line in text.split("\n"):
-        reader.feed(line)
-    reader.close(False)
-    bare_later, fences = False, []
-    for fence in reversed(reader.fences):
-        # A bare ``` inside a markdown block ends it too early and opens another.
-        fences.append(fence._replace(whole=fence.whole and not (
-            bare_later and _is_markdown(fence.info))))
-        bare_later = bare_later or not fence.info
-    return "\n".join(reader.lines), tuple(reversed(fences))
+        mark = FENCE_LINE.fullmatch(line)
+        if opened is None:
+            opened = mark or (FENCE_IN_LINE.fullmatch(line) if line.count("```") == 1 else None)
+            before = opened["before"] if opened else line
+            lines += [before] if before or not opened else []
+            lines += [chr(FENCE_BASE + len(fences))] if opened else []
+            body, depth, whole = "", 0, True
+        elif mark and mark["mark"].startswith(opened["mark"]) and not depth and (
+                AFTER_FENCE.fullmatch(mark["info"])):
+            lines[-1] += mark["info"].rstrip()
+            fences.append(Fence(opened["info"].strip(), body, whole))
+            opened = None
+        else:
+            if mark and mark["mark"].startswith(opened["mark"]):
+                depth += 1 if mark["info"].strip() else -1
+                whole = whole and MARKDOWN.fullmatch(opened["info"]) is not None
+            # The indent that the fence itself has is taken away, as in CommonMark.
+            indent = len(opened["indent"])
+            body += line[:indent].lstrip(" \t") + line[indent:] + "\n"
+    if opened is not None:
+        fences.append(Fence(opened["info"].strip(), body, False))
+    # A bare ``` inside a markdown block ends it too early and opens another.
+    bare = max((index for index, fence in enumerate(fences) if not fence.info), default=0)
+    return "\n".join(lines), tuple(
+        fence._replace(whole=False) if index < bare and MARKDOWN.fullmatch(fence.info) else fence
+        for index, fence in enumerate(fences))
 
 
 def _unquote(opening: str, content: str) -> str:
-    """Return a quote's content: only the quote's own sign may be escaped in it.
-
-    A backslash and n stay two characters: contents are taken as they are written.
-    """
+    """Return a quote's content: only the quote's own sign may be escaped in it."""
     if opening in "\"'":
         return content.replace("\\" + opening, opening)
     if opening == "\u00ab":
         return content.strip(" \u00a0\u202f")
-    if opening.startswith("``") and "`" in content and content[:1] == content[-1:] == " ":
-        return content[1:-1]
-    return content
+    spaced = opening.startswith("``") and "`" in content and content[:1] == content[-1:] == " "
+    return content[1:-1] if spaced else content
 
 
-def _mask_quotes(body: str, closings: Mapping[str, Pattern], one_line: bool) -> Masked:
+def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[str, ...]]:
     """Replace quotes by characters; an opening sign without its closing one stays."""
     quotes: List[str] = []
-    pieces: List[str] = []
+    pieces = []
     dead: Dict[str, int] = {}
     position = 0
     for match in OPENING.finditer(body):
@@ -6372,73 +6281,63 @@ def _mask_quotes(body: str, closings: Mapping[str, Pattern], one_line: bool) -> 
             continue
         line_end = body.find("\n", start) if one_line else -1
         stop = len(body) if line_end < 0 else line_end
-        closing = closings.get(opening) or Pattern(f"(?<!`){opening}(?!`)")
-        end = closing.search(body, start, stop)
-        if end is None:
-            dead[opening] = stop
+        closing = CLOSING.get(opening) or Pattern(f"(?<!`){opening}(?!`)")
+        ends = (end for end in closing.finditer(body, start, stop)
+                for inside in (body[start:end.start()],) if not balanced
+                or sum(map(inside.count, "([{")) == sum(map(inside.count, ")]}")))
+        end = next(ends, None)
+        # Where a quote in which a sign of its kind opens again ends is in doubt but for code.
+        if end is None or (not (balanced and BRACKET.search(body, start, end.start())) and any(
+                sign.group() == opening for sign in OPENING.finditer(body, start, end.start()))):
+            dead[opening] = end.end() if end else stop
             continue
         pieces += [body[position:match.start()], chr(QUOTE_BASE + len(quotes))]
         quotes.append(_unquote(opening, body[start:end.start()]))
         position = end.end()
-    masked = "".join([*pieces, body[position:]]).replace("\u2019", "'")
-    return Masked(masked, tuple(quotes), ())
+    return "".join([*pieces, body[position:]]).replace("\u2019", "'"), tuple(quotes)
 
 
-def _mask(text: str, closings: Mapping[str, Pattern], one_line: bool = False) -> Optional[Masked]:
-    """Mask fences and quotes; None when the text cannot be masked safely."""
-    if PRIVATE_USE.search(text):
-        return None
+def _mask(text: str, one_line: bool = False, balanced: bool = False) -> Optional[Masked]:
+    """Mask fences and quotes; None when the text cannot be masked safely.
+
+    With one_line a quote ends in its line, with balanced only where its brackets are closed.
+    """
     body, fences = _split_fences(text)
-    masked = _mask_quotes(body, closings, one_line)
-    if len(masked.quotes) >= FENCE_BASE - QUOTE_BASE or len(fences) > 0xF8FF - FENCE_BASE:
+    masked, quotes = _mask_quotes(body, one_line, balanced)
+    if PRIVATE_USE.search(text) or max(len(quotes), len(fences)) > MAX_MASKED:
         return None
-    return masked._replace(fences=fences)
+    return Masked(masked, quotes, fences)
 
 
 def _mask_block(text: str) -> Optional[Masked]:
     """Read all lines after a first line that ends with a colon as one quote."""
     match = BLOCK_AFTER_COLON.fullmatch(text)
-    if match is None or "```" in text or not match.group(2).strip():
+    if match is None or "```" in text or not match[2].strip():
         return None
-    lines = text.rstrip().split("\n")
-    gap = max(index for index, line in enumerate(["", *lines]) if not line.strip())
-    masked = _mask(match.group(1), CLOSING)
-    if masked is None or (gap and SECOND_WISH.match(lines[gap])):
+    last_part = BLANK_LINE.split(text.rstrip())[-1]
+    masked = _mask(match[1])
+    if masked is None or (last_part != text.rstrip() and SECOND_WISH.match(last_part)):
         return None
     return masked._replace(text=masked.text + "\n" + chr(QUOTE_BASE + len(masked.quotes)),
-                           quotes=(*masked.quotes, match.group(2).lstrip("\r\n")))
+                           quotes=(*masked.quotes, match[2].lstrip("\r\n")))
 
 
 def _readings(words: str) -> Iterator[Masked]:
     """Yield the ways in which the quotes of a request can be read, likeliest first."""
-    likeliest = _mask(words, CLOSING)
-    for masked in (likeliest, _mask_block(words)):
-        if masked is not None:
-            yield masked
-    masked = _mask(words, CLOSING_TIGHT)
-    if masked not in (None, likeliest) and all(map(_quotes_in_brackets, masked.quotes)):
-        yield masked
-
-
-def _quotes_in_brackets(text: str) -> bool:
-    """Tell whether quotes inside a quote belong to code: print("x"), {"a": 1}."""
-    depth = 0
-    for sign in CODE_SIGN.findall(text):
-        if sign in "\"'" and not depth:
-            return False
-        depth += (sign in "([{") - (sign in ")]}")
-    return True
+    yield from filter(None, (_mask(words), _mask_block(words)))
+    # Code quoted in its own kind of quotes: "print("x")".
+    if len(words) <= 4 * MAX_REQUEST_CHARS:
+        yield from filter(None, (_mask(words, balanced=True),))
 
 
 # ------------------------------ paths ------------------------------
 
-CONTROL_CODES = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-# Files that steer a shell, a login or the client itself, wherever they lie.
-PROTECTED = frozenset((
-    ".git", ".ssh", ".gnupg", ".aws", ".kube", ".claude", ".netrc", ".profile", ".bashrc",
-    ".bash_profile", ".bash_login", ".bash_logout", ".zshrc", ".zshenv", ".zprofile", ".zlogin",
-    ".gitconfig", ".config",
-))
+# What no path may hold: control codes, a way up, a scheme, and files that steer
+# a shell, a login or the client itself, wherever they lie.
+UNSAFE_PATH = Pattern(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029]|\\s/|://|\\.\\.\\\\|(?:\\A|/)(?:\\.\\.|\\.(?:git|ssh|"
+    "gnupg|aws|kube|claude|netrc|profile|bashrc|bash_profile|bash_login|bash_logout|zshrc|"
+    "zshenv|zprofile|zlogin|gitconfig|config))(?:/|\\Z)", re.IGNORECASE)
 FILE_NAME = Pattern(
     r"(?:.*/)?(?:[^/]*\.(?=[\w+-]*[^\W\d_])[\w+-]{1,16}|Makefile|Dockerfile|Containerfile|"
     r"LICEN[SC]E|README|CHANGELOG|NOTICE|AUTHORS|CONTRIBUTING|TO[D]O|Procfile|Gemfile|Rakefile|"
@@ -6446,10 +6345,10 @@ FILE_NAME = Pattern(
 # Products whose names look like files.
 NOT_FILES = Pattern(r"(?:(?:node|vue|next|react|express|three|d3|nuxt|socket|angular|ember)"
                     r"\.(?:js|io)|asp\.net|e\.g|i\.e|\w+\.(?:com|org|net|io|dev))", re.IGNORECASE)
-BARE_PATH = Pattern(r"[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+")
-NAMED = Pattern(r"\b(?:called|named|files?|(?:sub)?(?:folders?|dir|directory|directories))\b",
-                re.IGNORECASE)
+# Parts of a path that say nothing: "./", "//" and a slash at the end.
+PATH_NOISE = Pattern(r"(?:\A|(?<=/))(?:\.?/)+|/\.?\Z")
 MAX_PATH_CHARS = 1000
+MAX_NAME_BYTES = 255
 
 
 class Scope(NamedTuple):
@@ -6463,145 +6362,282 @@ class Scope(NamedTuple):
     told: bool = False
 
 
+def _is_file_name(raw: str) -> bool:
+    return FILE_NAME.fullmatch(raw) is not None and not NOT_FILES.fullmatch(raw)
+
+
 def _safe_path(raw: str, scope: Scope) -> str:
     """Return a path inside the project in its plain form, or ""."""
     path = raw.strip()
     inside = bool(scope.cwd) and path.startswith(scope.cwd + "/")
-    parts = [part for part in path[len(scope.cwd) if inside else 0:].split("/")
-             if part not in ("", ".")]
-    home = scope.home_ok and path.startswith("~/") and len(parts) > 1 and parts[1][:1] != "."
-    bad = (not path or len(path) > MAX_PATH_CHARS or CONTROL_CODES.search(path) is not None
-           or ".." in parts or not PROTECTED.isdisjoint(part.lower() for part in parts)
-           or any(len(part.encode("utf-8", "replace")) > 255 for part in parts)
-           or (path.startswith("/") and not inside) or (path.startswith("~") and not home)
-           or path[1:2] == ":" or path.startswith("\\") or "://" in path or "..\\" in path)
-    return "" if bad else (scope.cwd + "/" if inside else "") + "/".join(parts or ["."])
+    rest = path[len(scope.cwd):] if inside else path
+    plain = PATH_NOISE.sub("", rest) or "."
+    home = scope.home_ok and path.startswith("~/") and plain[2:3] not in ("", ".")
+    if (not path or len(path) > MAX_PATH_CHARS or UNSAFE_PATH.search(rest) or path[1:2] == ":"
+            or (path.startswith(("/", "\\")) and not inside) or (path.startswith("~") and not home)
+            or max(map(len, plain.encode("utf-8", "replace").split(b"/"))) > MAX_NAME_BYTES):
+        return ""
+    return f"{scope.cwd}/{plain}" if inside else plain
 
 
 # ------------------------------ the table ------------------------------
-# In a shape a space stands for white space, a space and ? for
-# white space or none, and {name} is a row of SLOTS.
+# In a shape a space stands for white space, a space and ? for white space or none,
+# and {name} is a row of SLOTS. An indented line goes on with the row above it.
 
-SLOTS: Dict[str, str] = {
-    "q": "[\ue000-\uf8ff]",
-    "token": r"(?:[\ue000-\uf8ff]|[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+)",
-    "fill": r"(?:(?:the|a|an|my|our|this|that|new|existing|local|single|text|plain|plain-text|"
-              r"python|javascript|typescript|markdown|json|yaml|csv|html|css|shell|config|"
-            r"following|file[,:]|in (?:this|the (?:current|project|working|root)) (?:directory|"
-            r"folder|project)|"
-              r"configuration|source|log|file|document|script|filename|path|at) )*"
-            r"(?:(?:called|named) )?",
-    "folderfill": r"(?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|"
-                  r"folder|"
-                    r"directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|"
-                    r"directories|structure|called|named|at|path|for me|with the name) )*",
-    "filenoun": r"(?: (?:file|document|script)(?:'s)?)?"
-                r"(?:,? in (?:this|the current) (?:folder|directory|project))?",
-    "foldernoun": r"(?: (?:folder|directory|dir|subfolder|subdirectory)s?)?",
-    "file": r"(?P<file_marks>{fill})(?P<file>(?:(?<=called\s)|(?<=named\s))"
-              r"(?:[\w-]+ ){1,4}[\w-]+\.[\w-]+|{token}){filenoun}",
-    "dest": r"(?P<dest_marks>{fill})(?P<dest>{token}){filenoun}",
-    "folder": r"(?P<folder_marks>{folderfill})(?P<folder>{token})(?P<folder_noun>{foldernoun})",
-    "files": r"(?P<files_marks>(?:(?:the|both|two|three|these|following|files|documents) )*{fill})"
-             r"(?P<files>{token}"
-               r"(?:(?:,? and |, ?)(?:the )?(?:file )?{token}){0,9}){filenoun}",
-    "folders": r"(?P<folders_marks>{folderfill})(?P<folders>{token}"
-                 r"(?:(?:,? and |, ?)(?:the )?(?:folder |directory )?{token}){0,9})"
-                 r"(?P<folders_noun>{foldernoun})",
-    "say": r"(?: ?(?:(?:saying|that (?:says|reads|contains|is)|which (?:says|reads)|containing|"
-             r"with|reading|consisting of|as|being)\b)?(?: (?:just|only|exactly))?"
-             r"(?: the (?:exact |literal |following )?(?:text|words?|string|contents?))?:?)",
-    "noun": r"(?:(?:(?:the|this|these|a|an|its|another|one more) )?(?:(?:following|exact|literal|"
-            r"exactly|new|"
-              r"single|only|just|plain|simple|short|extra|additional|final|last|entire|full|"
-              r"two|three) )*(?P<line>(?:lines?|row|entry|item|bullet(?: point)?|list item|"
-              r"import|record)\b)?(?:text|strings?|words?|phrase|sentence|contents?|characters?|"
-              r"letters?|value|number|snippet|content|data|paragraph|message|"
-            r"(?:python |javascript |html |css |shell )?code|json|yaml|html|csv|xml|sql|markdown)?"
-              r"(?: of text)?{say} )?",
-    "text": r"(?:(?:{noun}|(?:exactly|just|only) )(?P<text>{q})"
-            r"(?P<lf>,? (?:followed by|and|plus) an? (?:trailing |final )?(?:newline|line break))?|"
-            r"(?:(?:the|a) )?"
-              r"(?:(?:exact|literal|new|single) )*(?:text|string|words?|phrase|sentence|number|"
-              r"(?P<bare_line>line)|exactly)(?: saying| that (?:says|reads)| containing)?:? "
-              r"(?P<bare>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?)|"
-              r"(?P<loose>[^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?))",
-    "quoted": r"(?:{noun}(?P<text>{q}))",
-    "this": r"(?:(?:this|the|these|that|a|an|following|new|next|exact|single|below|it) )*"
-              r"(?:this|these|that|it|above|below|following|text|(?P<line>lines?)|contents?|code|"
-              r"block|"
-              r"snippet|section|string|row|data|entry|entries|paragraph)?(?: below)?",
-    "later": r"(?:[:,.]|,? (?:the )?(?:text|lines?|contents?|string|words?)[:,]?|"
-               r"(?: as follows| exactly| verbatim)?:)? (?P<text>{q})",
-    "with": r"(?:,? ?(?:with|containing|that (?:contains|says|reads|has)|which (?:contains|says|"
-              r"reads|has)|whose (?:only )?contents? (?:is|are|should be|must be)|having|holding|"
-              r"saying|"
-              r"and its contents? (?:should be|is|are|must be)|"
-              r"with (?:its|the|exactly the|the exact) contents? (?:set to|being))"
-              r"(?: only| just| exactly| precisely)?(?: (?:this|the following|these))?:?)",
-    "force": r"(?:,? (?:and )?overwrit(?:e|ing)(?: (?:it|the file|any existing \w+|whatever is "
-             r"there))?(?: if (?:it|one) (?:already )?exists)?)",
-    "inside": r"(?: (?:in|inside|into|within) it| inside| as (?:its|the) (?:only )?contents?| "
-                r"as (?:its|the) text)?",
-    "of": r"(?:(?:the )?(?:entire|whole|full|complete|current|existing|all(?: of)?)? ?"
-            r"(?:the )?(?:file )?(?:contents?|text|everything)(?: of| in| inside| from) )",
-    "in": r"(?:(?:everywhere |throughout |anywhere )?(?:in|inside|within|of|from|throughout|"
-            r"across|inside of))",
-    "each": r"(?:(?:all|every|each|any)(?: of)? )?(?:the )?(?:(?:occurrences?|instances?|"
-              r"appearances?|mentions?) of )?(?:the )?(?:exact |literal |old |existing )?",
-    "what": r"(?:(?P<old_line>line)|(?P<old_noun>text|strings?|words?|phrase|sentence|substring|"
-              r"characters?|value|part))?(?: (?:saying|that says))?",
-    "old": r"{each}(?:{what} )?(?P<old>{q}|[^\s\ue000-\uf8ff]+)",
-    "new": r"(?:the |a )?(?:new |exact |literal )?(?:line |text |string |word |phrase |value |"
-             r"sentence )?(?P<new>{q}|(?:an? )?(?:the )?empty(?: string)?|nothing|"
-             r"[^\s,\ue000-\uf8ff]+)",
-    "block": r"(?:(?:this|the|following|code|block|text|snippet|section|part|that):? )*",
-    "anchor": r"(?:the )?(?:exact |literal |existing )?(?:(?P<anchor_line>line)|text|string|"
-                r"word|phrase|sentence)?(?: (?:that (?:says|reads)|which says|saying))? ?"
-                r"(?P<anchor>{q})",
-    "where": r"(?:right |immediately |directly |just )?(?P<where>after|before|above|below|under|"
-               r"underneath|beneath|in front of|behind|following|preceding)",
-    "create": r"(?:create|make|generate|set up|start|add|produce|touch|initialize|initialise|build)"
-                r"(?: me| us)?",
-    "add": r"(?:add|put|write|insert|place|append|include|paste)",
-    "end": r"(?:the )?(?:very |new )?(?:end|(?P<line>last line))(?: of)?",
-    "top": r"(?:the )?(?:very )?(?:(?P<top>top)|beginning|start|head)(?: of)?",
-    "bottom": r"(?:the )?(?:very )?(?P<bottom>bottom)(?: of)?",
-    "newline": r"(?P<own_line>,? (?:on|as|in) (?:a|its own|a separate)(?: new)?(?: separate)?"
-                 r" line(?: of its own)?(?: at the end)?| after a (?:newline|line break))",
-    "look": r"(?:(?:read through|go through|read|show|display|print|cat|open|view|output|dump|see|"
-            r"look at|"
-              r"take a look at|have a look at|check out|look (?:inside|into|in)|inspect)"
-              r"(?: out| up)?(?: me| us)?(?: out)?)",
-    "tail": r"(?P<tail>(?:(?:,|\.)? (?:and|then|so|to|for|in|first)|\. (?:what|tell|how))\b"
-            r"[^\ue000-\uf8ff]*)?",
-    "here": r"(?P<here>(?:in |inside |of |from )?(?:this|the|my|our)(?: (?:current|working|"
-              r"project|root|present|project's root))* (?:folder|directory|dir|project|repo|"
-              r"repository|workspace)|here)",
-    "listing": r"(?:(?:all|the|of|every|any|a|list|me|us|out|existing|current) )*(?:(?:files?|"
-               r"folders?|"
-                 r"directories|subfolders|subdirectories|contents?|entries|items|everything|"
-                 r"directory|directory contents|files?names|what(?:'s| is)|"
-               r"(?:what|which) files(?: and folders)?(?: are)?)"
-                 r"(?:,? (?:and|or|&) (?:sub)?(?:folders?|directories|files))?)"
-                 r"(?: that are| located| contained| stored| there are| there| we have)?",
-}
-
-
+SLOTS = r"""
+q           [\ue000-\uf8ff]
+fence       (?P<text>[\uf000-\uf8ff])
+token       (?:[\ue000-\uf8ff]|[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+)
+fill        (?:(?:the|a|an|my|our|this|that|new|existing|local|single|text|plain|plain-text|python|
+      javascript|typescript|markdown|json|yaml|csv|html|css|shell|config|following|file[,:]|
+      in (?:this|the (?:current|project|working|root)) (?:directory|folder|project)|configuration|
+      source|log|file|document|script|filename|path|at) )*(?:(?:called|named) )?
+folderfill  (?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|folder|
+      directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|directories|structure|
+      called|named|at|path|for me|with the name|-p) )*
+filenoun    (?: (?:file|document|script)(?:'s)?)?(?:,? in (?:this|the current) (?:folder|directory|
+      project))?
+foldernoun  (?: (?:folder|directory|dir|subfolder|subdirectory)s?)?
+file        (?P<file_marks>{fill})(?P<file>(?:(?<=called\s)|(?<=named\s))(?:[\w-]+ )
+      {1,4}[\w-]+\.[\w-]+|{token}){filenoun}
+files       (?P<files_marks>(?:(?:the|both|two|three|these|following|files|documents) )*{fill})
+      (?P<files>{token}(?:(?:,? and |, ?)(?:the )?(?:file )?{token}){0,9}){filenoun}
+dest        (?P<dest_marks>{folderfill}{fill})(?P<dest>{token})(?P<dest_noun>{foldernoun}){filenoun}
+folder      (?P<folder_marks>{folderfill})(?P<folder>{token})(?P<folder_noun>{foldernoun})
+folders     (?P<folders_marks>{folderfill})(?P<folders>{token}(?:(?:,? and |, ?)(?:the )?(?:folder |
+      directory )?{token}){0,9})(?P<folders_noun>{foldernoun})
+infolder    (?:,? (?:in|inside|under|within|inside of) (?!this ){folder})?
+only        (?: (?:only|just|exactly|precisely))?
+say         (?: ?(?:(?:saying|that (?:says|reads|contains|is)|which (?:says|reads)|containing|with|
+      reading|consisting of|as|being)\b)?{only}(?: the (?:exact |literal |following )?
+      (?:text|words?|string|contents?))?:?)
+noun        (?:(?:(?:the|this|these|a|an|its|another|one more) )?(?:(?:following|exact|literal|
+      exactly|new|single|only|just|plain|simple|short|extra|additional|final|last|entire|full|two|
+      three) )*(?P<line>(?:lines?|row|entry|item|bullet(?: point)?|list item|import|record)\b)?
+      (?:text|strings?|words?|phrase|sentence|contents?|characters?|letters?|value|number|snippet|
+      content|data|paragraph|message|(?:python |javascript |html |css |shell )?code|json|yaml|html|
+      csv|xml|sql|markdown)?(?: of text)?{say} )?
+quoted      (?:{noun}(?P<text>{q}))
+words       [^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?
+text        (?:(?:{noun}|(?:exactly|just|only) )(?P<text>{q})|(?:(?:the|a) )?(?:(?:exact|literal|
+      new|single) )*(?:text|string|words?|phrase|sentence|number|(?P<bare_line>line)|exactly)
+      (?: saying| that (?:says|reads)| containing)?:? (?P<bare>{words})|(?P<loose>{words}))
+this        (?:(?:this|the|these|that|a|an|one|another|more|following|new|next|exact|single|final|
+      last|below|it) )*(?:this|these|that|it|above|below|following|text|(?P<line>lines?)|contents?|
+      code|block|snippet|section|string|row|data|entry|entries|paragraph)?(?: below)?
+with        (?:[.;,]?(?: and)? ?(?:(?:fill it )?with|having|holding|(?:contain|say)ing|(?:so )?
+      (?:that|which|it)(?: it)? (?:(?:should|must|needs to|has to|shall|will) (?:contain|say|have|
+      read|hold|include)|contains|says|reads|has)|(?:with )?(?:whose|its|the|exactly the|the exact)
+      (?: only| file)? (?:contents?|text)(?: of the file)? (?:should be|must be|to be|is|are|set to|
+      being)){only}(?: (?:this|the following|these))?:?)
+force       (?P<force>,? (?:and )?overwrit(?:e|ing)(?: (?:it|the file|any existing \w+|
+      whatever is there))?(?: if (?:it|one) (?:already )?exists)?)?
+init        (?: (?:in|inside|into|within|to)(?: it| (?:the|this|that) file)| inside| as (?:its|
+      the) (?:only )?(?:contents?|text))
+of          (?:(?:the )?(?:entire|whole|full|complete|current|existing|all(?: of)?)? ?(?:the )?
+      (?:file )?(?:contents?|text|everything)(?: of| in| inside| from) |(?:the )?(?:whole|entire|
+      full|complete) (?=file ))
+in          (?:(?:everywhere |throughout |anywhere )?(?:in|inside|within|of|from|throughout|across|
+      inside of))
+old         (?:(?:all|every|each|any)(?: of)? )?(?:the |this )?(?:(?:occurrences?|instances?|
+      appearances?|mentions?) of )?(?:(?:the|this|exact|literal|old|existing|following) )*
+      (?:(?:(?P<old_line>line)|(?P<old_noun>text|strings?|words?|phrase|sentence|substring|
+      characters?|value|part|code|block|snippet|section))(?: (?:saying|that says))?:? )?(?P<old>{q}|
+      [^\s\ue000-\uf8ff]+)
+new         (?:the |this |a )?(?:(?:new|exact|literal|following) )*(?:(?:line|text|string|word|
+      phrase|value|sentence|code|block|snippet|section):? )?(?P<new>{q}|(?:an? )?
+      (?:the )?empty(?: string)?|nothing|[^\s,\ue000-\uf8ff]+)
+anchor      (?:the )?(?:exact |literal |existing )?(?:(?P<anchor_line>line)|text|string|word|phrase|
+      sentence)?(?: (?:that (?:says|reads)|which says|saying))? ?(?P<anchor>{q})
+where       (?:right |immediately |directly |just )?(?P<where>after|before|above|below|under|
+      underneath|beneath|in front of|behind|following|preceding)
+create      (?:create|make|generate|set up|start|add|produce|touch|initialize|initialise|build)
+      (?: me| us)?
+add         (?:add|put|write|insert|place|append|include|paste|save|store)
+swap        (?:(?:find|search) ?(?:and|/) ?replace|replace|substitute|update|change|convert|turn|
+      correct|fix)
+spot        (?:the )?(?:very |new )?(?P<spot>end|last line|bottom|top|beginning|start|head)
+      (?: of| in)?
+ownline     (?P<own_line>,? (?:on|as|in) (?:a|its own|a separate)(?: new)?
+      (?: separate)? line(?: of its own)?(?: at the end)?| after a (?:newline|line break))?
+look        (?:(?:read through|go through|read|show|display|print|cat|open|view|output|dump|see|
+      look at|take a look at|have a look at|check out|look (?:inside|into|in)|inspect)(?: out| up)?
+      (?: me| us)?(?: out)?)
+lists       (?:list|show|display|print|give|enumerate|see|check|look at|explore|examine|view|
+      inspect)
+tail        (?P<tail>(?:(?:,|\.)? (?:and|then|so|to|for|in|first)|\. (?:what|tell|
+      how))\b[^\ue000-\uf8ff]*)?
+here        (?P<here>(?:in |inside |of |from )?(?:(?:this|the|my|our)(?: (?:current|working|project|
+      root|present|project's root))*|current|working|project) (?:folder|directory|dir|project|repo|
+      repository|workspace)|here)
+listing     (?:(?:all|the|of|every|any|a|list|me|us|out|existing|current) )*(?:(?:files?|folders?|
+      directories|subfolders|subdirectories|contents?|entries|items|everything|directory|
+      directory contents|files?names|what(?:'s| is)|(?:what|which) files(?: and folders)?(?: are)?)
+      (?:,? (?:and|or|&) (?:sub)?(?:folders?|directories|files))?)
+      (?: that are| located| contained| stored| there are| there| we have)?
+# What may be asked for.
+verbs       create|make|write|build|generate|implement|add|scaffold|set ?up|develop|code|put|save|
+      update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|
+      convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|overwrite|
+      organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|clean|port|migrate|
+      adjust|improve|increase|decrease|enable|disable|switch|swap|include|extend|simplify|finish|
+      complete|document|annotate|format|sort|tidy|call it|name it|give (?!me|us)
+# Words that stand for something else: no text, name or argument is meant by them.
+function    an|the|some|my|your|our|their|his|her|this|that|these|those|it|its|them|any|all|every|
+      each|both|more|another|other|you|me|us|in|on|at|to|of|for|with|from|by|and|or|if|is|are|as|
+      here|there|which|what|where|how|why|like|using|everything|something|anything|nothing
+# Words that describe a text or name a property rather than being what is written.
+describing  a|{function}|new|today|current|random|several|few|many|lots?|good|better|proper|basic|
+      simple|sample|default|sane|sensible|appropriate|missing|different|one|two|three|four|five|ten|
+      first|last|text|words?|contents?|lines?|code|data|info|summary|list|table|story|poem|haiku|
+      essay|joke|quotes?|description|script|program|function|class|method|module|test|note|entry|
+      licen[sc]e|dates?|time|timestamp|(?:file)?names?|title|config|json|yaml|html|csv|xml|markdown|
+      lorem|ipsum|output|result|readme|support|usage|help|boilerplate|whitespace|tabs?|spaces?|
+      newlines?|commas?|semicolons?|empty|error|debug|logging|hex|base64|sql|api|auth|async|type|
+      version|dependency|feedback|status|state|priority|colou?r|port|author|language|theme|mode|
+      level|size|width|height|format|timeout|host|user|username|password|url|path|header|footer|
+      headings?|font|background|label|value|year|month|day|email|address|phone|price|amount|
+      quantity|count|limit|numbers?|order|owner|case|style|tone|indent\w*|tense|spelling|grammar|
+      typos?|comments?|bullets?|imports?
+sure        sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|
+      finally|so|and|also|no problem|absolutely|got it|understood|yes
+# What shows that a fence is not the file named before it.
+elsewhere   looks? like|before|currently|outputs?|error|snippet|parts?|excerpt|lines?|section|
+      should|would|could|might|not|don't|if|unless|once|adding|from
+will        I'll|I will|I'm going to|I am going to|let me|let's|allow me to
+tools       (?:the |your )?(?:bash|shell|write|file|edit)? ?tools?
+useless     (?:no longer (?:needed|used|necessary|(?:need|use) (?:it|them))|(?:need|use|
+      want)s? (?:it|them)(?: any ?more)?|obsolete|outdated|unused|misspell?ed|misspelt|misleading|
+      deprecated|useless|stale|out of date|garbage|junk)
+"""
+# Two orders in which a request may be told, "in a.txt, add 'x'" and "add to a.txt: 'x'",
+# are brought into the one of the rules.
+PLACE_FIRST = r"""(?P<place>(?:in|inside|within|into|from|to|at|after|before|above|below|under|
+    underneath|beneath) .{1,200}?),? (?:please )?(?P<order>(?:{add}|prepend|{swap}|swap|remove|
+    delete|erase)(?=:|\s)[\s\S]*)"""
+TEXT_LAST = r"""(?P<verb>{add}|prepend)(?: {this})?(?P<place> (?:to|at|on|in|into|onto|as|
+    {where}) .{1,200}?)?(?:[:,.]|,? (?:the )?(?:text|(?P<late_line>lines?)|contents?|string|
+    words?)[:,]?|(?: as follows| exactly| verbatim)?:|{say}| and (?:write|put))? (?P<text>{q})"""
+# The kind of operation that a request of each shape asks for.
+RULES = r"""
+append   (?:append|add) {text} (?:to|into|in|onto|at) {file}{ownline}
+append   (?:append|add) {text}{ownline} (?:to|into|in|onto|at) {file}
+append   {add} {text}{ownline} (?:to|at|on|in|into|onto|as) {spot} {file}
+append   {add} {text} (?:to|at|on|in|into|onto|as) {spot} {file}{ownline}
+append   {add} {text} (?:to|in|into) {file},? (?:to|at|on) {spot}{ownline}
+append   append {file} with {quoted}
+prepend  prepend {text} (?:to|at|in|onto) (?:{spot} )?{file}
+create   {create} {file}{infolder}{with} {text}{init}?{force}
+create   {create} {file}{with} {quoted}{infolder}
+create   {create} (?:an?|the)(?: new)?(?: \w+)? file with (?:the )?(?:file ?)?name {file},? (?:and|
+      with) (?:with )?{quoted}
+create   {create} {file}(?:[:,.]| with)? (?:{this}:? )?{fence}
+create   {create} {file},? and {add} {text}{init}
+create   {create} (?:a|the) (?:new )?(?:text |python |json )?file{with} {quoted},? (?:and )?
+      (?:(?:name|call|save) it(?: as)? |at |saved as )?{file}
+create   (?:save|put|store|place) {text} (?:to|into|in|inside|as) {file}
+empty    {create} (?:(?:an?|the|two|three|some) )?(?:new,? )?(?:empty|blank)(?: new)?
+      (?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}{infolder}
+empty    {create} {files},? (?:as an empty file|with no contents?|that is empty|empty|
+      (?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)
+empty    touch {files}
+named    {create} (?:a|the)(?: new)?(?: text)? file (?:called|named)? ?{files}{infolder}
+write    write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}{force}
+write    (?:write|overwrite|rewrite|fill) {of}?{file}{with} {text}
+write    (?:write|overwrite|rewrite) {of}?{file}(?:[:,.]| with)? (?:{this}:? )?{fence}
+write    (?:overwrite|set|replace|change|update) {of}{file} (?:with|to|by|to be){only}:? {text}
+write    (?:set|replace|overwrite|change|update) {file}(?:'s)? contents? (?:to|with|by) {text}
+write    (?:make|update|change) {file} (?:to |so (?:that )?it )?(?:contains?|says?|reads?|
+      ha(?:ve|s)){only} {text}
+write    (?:i|we) (?:want|need|would like) {file} to (?:contain|say|read|hold) (?:only|just|
+      exactly) {text}
+clear    (?:erase|delete|remove|wipe)(?: out)? {of}{file}
+clear    (?:empty|clear|truncate|blank)(?: out)? {of}?{file}
+rename   (?:rename|(?:change|update) (?:the )?(?:file ?)?name of) {files} (?:to|as|into|->|=>|
+      so (?:that )?it(?:'s| is)(?: now)?) (?:be )?{dest}
+rename   (?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {files} to {dest}
+rename   rename (?P<files_marks>(?:the )?(?:folder|directory|dir) (?:called |named )?)
+      (?P<files>{token}) (?:to|as|into) (?:be )?{dest}
+rename   give {files} the (?:new )?name {dest}
+remove   (?:remove|delete|erase|strip|drop) {old} {in} {file}
+replace  {swap} {old} (?:with|by|to|into):? {new} {in} {file}
+replace  {swap} {old} {in} {file} (?:with|by|to|into):? {new}
+replace  (?:swap|exchange) (?:out )?{old} (?:for|with) {new} {in} {file}
+replace  substitute {new} for {old} {in} {file}
+replace  (?:find|search for|look for|locate) {old} {in} {file},? and (?:replace|change|swap) (?:it|
+      them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}
+insert   {add} {text}{ownline},? {where} {anchor},? (?:in|inside|of|within|to|into) {file}
+insert   {add} {text}{ownline} (?:in|into|to|inside) {file},? {where} {anchor}
+move     move {files} (?P<to>in|into|inside(?: of)?|under|(?:over )?to|as) {dest}
+move     mv {files} {dest}
+copy     (?:copy|duplicate) {files} (?P<to>in|into|inside(?: of)?|under|(?:over )?to|as) {dest}
+copy     (?:make|create) a copy of {files},? (?:called|named|as|at|and (?:call|name) it) {dest}
+copy     cp {files} {dest}
+delete   (?:delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}
+delete   (?:delete|remove|rmdir) (?P<files_marks>the empty (?:folder|directory))
+      (?: called| named)? (?P<files>{token})
+mkdir    {create} {folders}(?:,? (?:in|inside|under|within|inside of) (?:the )?(?:folder |
+      directory )?(?P<parent>{token})(?: folder| directory)?)?
+read     {look} (?:(?:the|all(?: the| of the)?|entire|full|whole|complete|current) )*
+      (?:(?:contents?|text|lines|source|code) (?:of|in|from|inside) |what(?:'s| is) (?:in|
+      inside(?: of)?|written in) )?{files}{tail}
+read     (?:tell|give|get|fetch)(?: me)? (?:what(?:'s| is) (?:in|inside(?: of)?)|the (?:full )?
+      (?:contents?|text) (?:of|in)) {files}{tail}
+list     {lists} {listing}(?: {here}| (?:in|inside|of|under|within|from|at) {folder})?{tail}
+list     (?:ls|dir)(?: (?:{here}|{folder}){tail})?
+folder   (?:list|show|display|view|open|look at|see)(?: me)? (?:{here}|{folder}){tail}
+run      (?:run|execute|issue|invoke)(?: (?:the|this|a|following|shell|bash|terminal|command|
+      this command))*:? (?P<command>{q})(?: command)?(?: (?:in|on|from) (?:the|my|a|
+      this) (?:terminal|shell|console|project|repo|folder|directory))?(?: here)?{tail}
+run      (?P<typed>(?:git (?:status|log|diff|show|branch|remote|blame)|ls|pwd|tree)
+      (?: [\w./=:@+,%^-]+){0,12})
+run      (?:run|execute)(?: (?:the|command|following|shell|bash))*:? (?P<typed>[a-z][\w-]*
+      (?: [\w./=:@+,%^-]+){0,12}?)(?: command)?(?: (?:in|on) (?:the|my|a) (?:terminal|shell|
+      console))?{tail}
+"""
+# Questions that only the file or folder can answer; the model must say that it looks.
+QUESTIONS = r"""
+read    what(?:'?s| is| are)(?: currently| written)?(?: the)?(?: current)?
+      (?: contents?| text)? (?:in|inside(?: of)?|of|(?:written|contained|
+      stored) in) {files}(?: right now| now| currently)?
+list    (?:what|which) (?:{listing}|files? and folders?|files? do (?:I|we) have|kind of files) ?
+      (?:are |is |exist |do (?:I|we) have |live |exists )?(?:there )?(?:are )?(?:{here}|
+      (?:in|inside|under|within) {folder})
+folder  what(?:'?s| is| are)(?: there| all)?(?: the (?:contents|files))?
+      (?: of| in| inside)? (?:{here}|(?:in )?{folder})
+folder  (?:what|which)(?: files)? (?:does|do) (?:{here}|{folder}) (?:contain|have|hold)
+"""
+ROW = Pattern(r"^(\w+) +(.*(?:\n +.*)*)", re.MULTILINE)
+LINE_BREAK = Pattern(r"\n\s*")
 SLOT_NAME = Pattern(r"\{([a-z]+)\}")
-WORD = Pattern(r"[a-z]+")
-GROUP = Pattern(r"\(\?P<(\w+)>")
+# What stands before the first space outside brackets, which are at most four deep.
+FIRST_PART = Pattern(r"\A((?:[^ ()]|\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\))*)")
+WORD = Pattern(r"[A-Za-z]+")
 
 
-@lru_cache(maxsize=256)
-def _shape(template: str) -> Pattern:
-    """Write a template out as a pattern; slots may hold slots."""
-    seen: Dict[str, int] = {}
-    written = template
-    while SLOT_NAME.search(written):
-        written = SLOT_NAME.sub(lambda slot: SLOTS[slot.group(1)], written)
-    spaced = written.replace(" ?", r"\s*").replace(" ", r"\s+")
-    return Pattern(GROUP.sub(lambda group: _numbered(group, seen), spaced), re.IGNORECASE)
+@lru_cache(maxsize=8)
+def table_rows(table: str) -> Tuple[Tuple[str, str], ...]:
+    """Return the name and the shape of each row of a table."""
+    return tuple((row[1], row[2]) for row in ROW.finditer(table))
+
+
+class Shape(Pattern):
+    """A pattern written as in the tables; case does not matter."""
+
+    def __init__(self, source: str, flags: int = re.IGNORECASE) -> None:
+        super().__init__(source, flags)
+
+    def __getattr__(self, name: str) -> Any:
+        slots, source = dict(table_rows(SLOTS)), self.source
+        while SLOT_NAME.search(source):
+            source = SLOT_NAME.sub(lambda slot: slots[slot[1]], source)
+        source = LINE_BREAK.sub("", source)
+        # Set at once: another thread may be writing the same shape out.
+        self.source = source.replace(" ?", r"\s*").replace(" ", r"\s+")
+        return super().__getattr__(name)
+
+
+_shape = lru_cache(maxsize=256)(Shape)
 
 
 @lru_cache(maxsize=256)
@@ -6610,261 +6646,79 @@ def _first_words(template: str) -> FrozenSet[str]:
 
     They spare most patterns their compilation, 10 ms each.
     """
-    written = SLOT_NAME.sub(lambda slot: SLOTS[slot.group(1)], template)
-    depth = end = 0
-    while end < len(written) and (depth or written[end] != " "):
-        depth += {"(": 1, ")": -1}.get(written[end], 0)
-        end += 1
-    return frozenset(WORD.findall(written[:end].lower()))
+    slots = dict(table_rows(SLOTS))
+    written = SLOT_NAME.sub(lambda slot: slots[slot[1]], template)
+    return frozenset(word.lower() for word in WORD.findall(FIRST_PART.split(written)[1]))
 
 
-def _numbered(group: re.Match[str], seen: Dict[str, int]) -> str:
-    """Number the second and later groups of one name: a pattern may not repeat it."""
-    name = group.group(1)
-    seen[name] = seen.get(name, 0) + 1
-    return f"(?P<{name}{seen[name] if seen[name] > 1 else ''}>"
+def _fits(shape: str, core: str) -> Optional[re.Match[str]]:
+    first = WORD.match(core)
+    if first is None or first.group().lower() not in _first_words(shape):
+        return None
+    return _shape(shape).fullmatch(core)
 
 
-class Rule(NamedTuple):
-    """The kind of operation that a request of this shape asks for."""
-
-    kind: str
-    shape: str
-
-
-RULES: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
-    ("append", "append {text} (?:to|into|in|onto|at) (?:{end} )?{file}{newline}?"),
-    ("append", "{add} {text}{newline} (?:to|in|at) (?:(?:{end}|the bottom of) )?{file}"),
-    ("append", "append (?:{this} )?(?:to|into) (?:{end} )?{file}{later}"),
-    ("append", "append (?:to )?{file} with {quoted}"),
-    ("append", "{add} {text} (?:to|at|on|onto|as) {end} {file}{newline}?"),
-    ("append", "{add} {text} (?:to|in|into) {file},? (?:at|on) (?:the )?(?:very )?end"),
-    ("append", "{add} (?:{this} )?(?:to|at) {end} {file}{later}"),
-    ("append", "(?:in|to|at) (?:{end} )?{file},? (?:append|add)(?: {this})?:? {quoted}"
-               "(?: (?:to|at) the (?:very )?end)?{newline}?"),
-    ("append_line", "{add} {text} (?:to|at|on) {bottom} {file}"),
-    ("append_line", "{add} (?:{this} )?(?:to|at) {bottom} {file}{later}"),
-    ("append_line", "(?:in|to) {file},? {add} {quoted} (?:to|at) (?:the )?bottom"),
-    ("append_line", "(?:append|add) (?:a|one|another|one more)(?: new| single| final| last)* line"
-                    " (?:to|in|at) (?:(?:{end}|the bottom of) )?{file}"
-                    "(?:{say}| and (?:write|put)|:)? (?P<text>{q})"),
-    ("append", "add {text} (?:to|into) {file}{newline}?"),
-    ("append", "add {this} (?:to) {file}{later}"),
-    ("prepend", "(?:prepend) {text} (?:to|at|in|onto) (?:{top} )?{file}"),
-    ("prepend", "{add} {text} (?:to|at|on|in|onto) {top} {file}"),
-    ("prepend", "{add} {text} (?:to|in|into) {file},? at {top}"),
-    ("prepend", "{add} (?:{this} )?(?:to|at) {top} {file}{later}"),
-    ("prepend", "prepend (?:{this} )?(?:to|at) (?:{top} )?{file}{later}"),
-    ("prepend", "(?:in|to|at) {file},? (?:{add}|prepend) {quoted} (?:to|at) {top}"),
-    ("prepend", "at {top} {file},? {add} {quoted}"),
-    ("create", "{create} {file}{with} (?:{text}){inside}"),
-    ("create", "{create} (?:an?|the)(?: new)?(?: \\w+)? file with (?:the )?(?:file ?)?name"
-               " {file},? (?:and|with) (?:with )?{quoted}"),
-    ("create", "{create} {file},? and fill it with {text}"),
-    ("write", "{create} {file}{with} {quoted}{force}"),
-    ("create", "{create} {file},? (?:in|inside|under|within) {folder}{with} {text}"),
-    ("create", "{create} {file}{with} {quoted},? (?:in|inside|under|within) {folder}"),
-    ("create", "{create} {file}(?:[:,.]| with)? (?:{this}:? )?(?P<text>[\uf000-\uf8ff])"),
-    ("create", "{create} {file}[.;,]? (?:and )?(?:it|which|that) (?:should|must|needs to|has to|"
-               "shall|will) (?:contain|say|have|read|hold|include)(?: only| just| exactly)?:? "
-               "{text}"),
-    ("create", "{create} {file},? and (?:put|write|add|insert|place|store|save) {text}"
-               " (?:in|into|to|inside)(?: it| (?:the|this|that) file)"),
-    ("create", "{create} {file}(?:[.;,]|,? and)? (?:its|the)(?: file)? (?:contents?|text)"
-               "(?: of the file)? (?:should be|is|must be|are|to be)(?: exactly)?:? {text}"),
-    ("create", "{create} (?:a|the) (?:new )?(?:text |python |json )?file{with} {quoted}"
-               ",? (?:and )?(?:called|named|(?:name|call|save) it(?: as)?|at|saved as) {dest}"),
-    ("create", "(?:save|put|store|place) {text} (?:to|into|in|inside|as) {file}"),
-    ("create", "(?:save|put|store) (?:{this} )?(?:to|into|in|as) {file}{later}"),
-    ("empty", "{create} (?:(?:an?|the|two|three|some) )?(?:new,? )?(?:empty|blank)"
-              "(?: new)?(?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}"),
-    ("empty", "{create} {file},? (?:as an empty file|with no contents?|that is empty|empty|"
-              "(?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)"),
-    ("empty", "touch {files}"),
-    ("named", "{create} (?:a|the)(?: new)?(?: text)? file (?:called|named)? ?{file}"),
-    ("write", "write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}{force}?"),
-    ("write", "write (?:{this} )?(?:to|into) {file}{later}"),
-    ("write", "(?:write|overwrite|rewrite|fill) {of}?{file}{with} {text}"),
-    ("write", "(?:write|overwrite|rewrite) {of}?{file}(?:[:,.]| with)? (?:{this}:? )?"
-              "(?P<text>[\uf000-\uf8ff])"),
-    ("write", "(?:overwrite|rewrite) {of}?{file} so (?:that )?it (?:contains|says|reads|has)"
-              "(?: only| just| exactly)? {text}"),
-    ("write", "(?:overwrite|set|replace|change|update) {of}{file} (?:with|to|by|to be)"
-              "(?: be)?(?: exactly)? {text}"),
-    ("write", "(?:overwrite|set|replace|change) {of}{file}(?: with| to)?(?: {this})?{later}"),
-    ("write", "(?:replace|overwrite) (?:the )?(?:whole|entire|full|complete) file {file}{with} "
-              "{text}"),
-    ("write", "(?:set|replace|overwrite|change|update) {file}(?:'s)? contents? (?:to|with|by) "
-              "{text}"),
-    ("write", "set the file {file} to {quoted}"),
-    ("write", "(?:make|update|change) {file} (?:to |so (?:that )?it )?"
-              "(?:contains?|says?|reads?|ha(?:ve|s))(?: only| just| exactly)* {text}"),
-    ("write", "(?:i|we) (?:want|need|would like) {file} to (?:contain|say|read|hold)"
-              " (?:only|just|exactly) {text}"),
-    ("clear", "(?:erase|delete|remove|wipe)(?: out)? {of}{file}"),
-    ("clear", "(?:empty|clear|truncate|blank)(?: out)? {of}?{file}"),
-    ("rename", "(?:change|update) (?:the )?(?:file ?)?name of {file} (?:to|into) {dest}"),
-    ("rename", "(?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {file} to {dest}"),
-    ("remove", "(?:remove|delete|erase|strip|drop) {old} {in} {file}"),
-    ("remove", "(?:in|from) {file},? (?:remove|delete|erase) {old}"),
-    ("replace", "(?:replace|substitute|update|change|convert) {old} (?:with|by) {new} {in} {file}"),
-    ("replace", "(?:change|turn|update|convert|correct|fix) {old} (?:to|into) {new} {in} {file}"),
-    ("replace", "(?:swap|exchange) (?:out )?{old} (?:for|with) {new} {in} {file}"),
-    ("replace", "substitute {new} for {old} {in} {file}"),
-    ("replace", "(?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into):?"
-                " {block}(?P<new>{q}) {in} {file}"),
-    ("replace", "(?:in|inside) {file},? (?:replace|change) {block}(?P<old>{q}) (?:with|by|to|into)"
-                ":? {block}(?P<new>{q})"),
-    ("replace", "(?:in|inside|within) {file},? (?:replace|change|substitute|swap|update) {old}"
-                " (?:with|by|to|into|for) {new}(?: everywhere| throughout)?"),
-    ("replace", "(?:replace|change|update) {old} {in} {file} (?:with|by|to|into) {new}"),
-    ("replace", "(?:find and replace|search and replace|find/replace) {old} (?:with|by) {new}"
-                " {in} {file}"),
-    ("replace", "(?:find|search for|look for|locate) {old} {in} {file},? and (?:replace|change|"
-                "swap) (?:it|them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}"),
-    ("replace", "search {file} for {old} and (?:replace|change) (?:it|them) (?:with|to) {new}"),
-    ("insert", "{add} {text}{newline}?,? {where} {anchor},?"
-               " (?:in|inside|of|within|to|into) {file}"),
-    ("insert", "in {file},? {where} {anchor},? {add} {text}"),
-    ("insert", "{where} {anchor},? (?:in|of|inside) {file},? {add} {text}"),
-    ("insert", "{add} (?:{this} )?{where} {anchor} (?:in|of|inside) {file}{later}"),
-    ("insert", "(?:in|inside|to|into) {file},? {add} {text},? {where} {anchor}"),
-    ("insert", "{add} {text} (?:in|into|to|inside) {file},? {where} {anchor}"),
-    ("rename", "rename {file} (?:to|as|into|->|=>) (?:be )?{dest}"),
-    ("rename", "rename (?P<file_marks>(?:the )?(?:folder|directory|dir) (?:called |named )?)"
-               "(?P<file>{token}) (?:to|as|into) (?:be )?(?:the )?(?P<dest>{token})"),
-    ("rename", "rename {file} so (?:that )?it(?:'s| is) (?:now )?(?:called|named) {dest}"),
-    ("rename", "mv {file} {dest}"),
-    ("copy", "cp {file} {dest}"),
-    ("rename", "give {file} the (?:new )?name {dest}"),
-    ("rename", "move {file} (?:to|as|over to) {dest}"),
-    ("into", "move {file} (?:in|into|inside|to|under|over to|inside of) {folder}"),
-    ("into", "move {files} (?:in|into|inside|to|under) {folder}"),
-    ("copy", "(?:copy|duplicate) {file} (?:to|as|into|over to) {dest}"),
-    ("copy", "(?:make|create) a copy of {file},? (?:called|named|as|at|and (?:call|name) it) "
-             "{dest}"),
-    ("copyinto", "copy {file} (?:in|into|inside|to|under) {folder}"),
-    ("delete", "(?:delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}"),
-    ("delete", "(?:delete|remove|rmdir) (?P<files_marks>the empty (?:folder|directory))"
-               "(?: called| named)? (?P<files>{token})"),
-    ("subfolder", "{create} {folder},? (?:in|inside|under|within|inside of) (?:the )?"
-                  "(?:folder |directory )?(?P<parent>{token})(?: folder| directory)?"),
-    ("mkdir", "(?:{create}|mkdir)(?: -p)? {folders}"),
-    ("read", "{look} (?:(?:the|all(?: the| of the)?|entire|full|whole|complete|current) )*"
-             "(?:(?:contents?|text|lines|source|code) (?:of|in|from|inside) |"
-             "what(?:'s| is) (?:in|inside|written in) )?{files}{tail}"),
-    ("read", "(?:tell|give|get|fetch)(?: me)? "
-             "(?:what(?:'s| is) (?:in|inside)|the (?:full )?(?:contents?|text)"
-             " (?:of|in)) {files}{tail}"),
-    ("list", "(?:list|show|display|print|give|enumerate|see|check|look at|explore|view) "
-             "{listing}(?: {here})?{tail}"),
-    ("list", "(?:list|show|display|print|give|enumerate|see|ls|check|look at|explore|examine|"
-             "view|inspect) {listing} (?:in|inside|of|under|"
-             "within|from|at) {folder}{tail}"),
-    ("list", "(?:show|display|view|open|look at|see)(?: me)? (?P<folder_marks>(?:the )?)"
-             "(?P<folder>{token})(?P<folder_noun> (?:folder|directory)){tail}"),
-    ("list", "(?:ls|dir|list)(?: (?:{here}|{folder}){tail})?"),
-    ("list", "(?:tell|show) me what(?:'s| is) (?:in|inside) (?:{here}|{folder})"),
-    ("run", "(?:run|execute|issue|invoke)(?: (?:the|this|a|following|shell|bash|terminal|command|"
-            "this command))*:? (?P<command>{q})(?: command)?(?: (?:in|on|from) (?:the|my|a|this)"
-            " (?:terminal|shell|console|project|repo|folder|directory))?(?: here)?{tail}"),
-    ("run", "(?P<typed>(?:git (?:status|log|diff|show|branch|remote|blame)|ls|pwd|tree)"
-            r"(?: [\w./=:@+,%^-]+){0,12})"),
-    ("run", "(?:run|execute)(?: (?:the|command|following|shell|bash))*:? "
-            r"(?P<typed>[a-z][\w-]*(?: [\w./=:@+,%^-]+){0,12}?)"
-            "(?: command)?(?: (?:in|on) (?:the|my|a) (?:terminal|shell|console))?{tail}"),
-))
-
-# Questions that only the file or folder can answer; the model must say that it looks.
-QUESTIONS: Tuple[Rule, ...] = tuple(Rule(*row) for row in (
-    ("read", "(?:what(?:'?s| is| are)|do you know what(?:'?s| is)|can you (?:see|tell me|check) "
-             "what(?:'?s| is))(?: currently| written)?(?: the)?(?: current)?(?: contents?| text)? "
-             "(?:in|inside|of|written in|inside of|contained in|stored in) {files}"
-             "(?: right now| now| currently)?"),
-    ("read", "what (?:does|do) {files} (?:contain|say|have in it|hold|include|look like)"
-             "(?: inside| right now)?"),
-    ("list", "(?:what|which) (?:{listing}|files? and folders?|files? do (?:I|we) have|"
-             "kind of files) ?(?:are |is |exist |do (?:I|we) have |live |exists )?"
-             "(?:there )?(?:are )?(?:{here}|(?:in|inside|under|within) {folder})"),
-    ("list", "what(?:'?s| is)(?: there)?(?: in| inside)? (?:{here}|(?:in )?{folder})"),
-    ("list", "what(?:'s| are)(?: all)? the (?:contents|files)(?: of| in| inside) "
-             "(?:{here}|{folder})"),
-    ("list", "(?:what|which) files (?:does|do) (?:{here}|{folder}) (?:contain|have|hold)"),
-    ("list", "what (?:does|do) (?:{here}|{folder}) (?:contain|hold|have in it)"),
-))
+def _ordered(core: str) -> str:
+    """Return a request in the order of the rules: verb, text, place."""
+    fronted = _fits(PLACE_FIRST, core)
+    order, place = (fronted["order"], " " + fronted["place"]) if fronted else (core, "")
+    late = _fits(TEXT_LAST, order)
+    if late is not None:
+        line = " the line" if late["line"] or late["late_line"] else ""
+        order = f"{late.group('verb')}{line} {late.group('text')}{late.group('place') or ''}"
+    return order + place
 
 
 # ------------------------------ from a match to operations ------------------------------
 
 MAX_REQUEST_CHARS = 500
 LONG_GAP = Pattern(r"\s{9}")
-# Words by which an unquoted text is a description, a second wish or a condition.
-NOT_LITERAL = Pattern(
-    r"(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|required|"
-    r"appropriate|suitable|described|mentioned|similar|of|in|on|from|about|"
-    r"for|that|which|describing|explaining|based|below|above|following|"
-    r"as|to|is|it|representing|version|representation|[\w-]+ of)\b|"
-    r".*(?:\b(?:then|if|unless|otherwise|don't|do not|and also|as well as|instead of|except|"
-    r"when|because|so that|whichever|whatever|times|twice|repeated|uppercase|lowercase|reversed|"
-    r"backwards|translated|encoded|(?:in|into) (?:all |upper|lower|french|german|spanish|italian|"
-    r"chinese|japanese|python|json|yaml|html|markdown|bold|caps|reverse|each|every)|"
-    r"on (?:each|every|separate))\b|\band (?:a|an|another|the|then|put|write|add|"
-    r"append|create|delete|remove|rename|move|save|run|show|read|tell|make|replace|insert)\b|"
-    r"[.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*(?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|"
-    r"html|css|sh|cfg|ini|csv|log)\b", re.IGNORECASE | re.DOTALL)
-# What describes a text rather than being one; only words outside this may go unquoted.
-NOT_LOOSE = Pattern(
-    r"(?:.*\s)?(?:an?|the|some|my|your|our|their|his|her|this|that|these|those|it|its|any|all|"
-    r"every|each|more|another|other|new|today|current|random|several|few|many|lots?|good|better|"
-    r"proper|basic|simple|sample|default|sane|sensible|appropriate|missing|different|what|how|why|"
-    r"one|two|three|four|five|ten|first|last|something|anything|everything|nothing|text|content|"
-    r"line|code|data|info|summary|list|table|story|poem|haiku|essay|joke|quote|script|program|"
-    r"function|class|method|module|test|note|entry|header|footer|licen[sc]e|date|time|timestamp|"
-    r"name|title|config|json|yaml|html|csv|xml|markdown|lorem|ipsum|output|result|readme|support|"
-    r"documentation|description|usage|help|boilerplate|whitespace|newline|error|debug|hex|base64|"
-    r"sql|api|auth|async|type|version|dependency|and|or|with|by|in|on|of|feedback|progress|"
-    r"\w+(?:s|tion|ing|ment|ness|"
-    r"ity|ance|ence))(?:'s|\s|[,.]|\Z)|.*'s\b", re.IGNORECASE | re.DOTALL)
+NOT_WORDS = Shape("(?:{describing})")
+NOT_LOOSE = Shape(r"""(?:.*\s)?(?:{describing}|\w+(?:s|tion|ing|ment|ness|ity|ance|ence))
+    (?:'s|\s|[,.]|\Z)|.*'s\b""", re.IGNORECASE | re.DOTALL)
+# What makes an unquoted text a description, a second wish or a condition.
+NOT_LITERAL = Shape(r"""(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|
+    required|appropriate|suitable|described|mentioned|similar|of|in|on|from|about|for|that|which|
+    describing|explaining|based|below|above|following|as|to|is|it|representing|saying|containing|
+    with (?:the|an?)|version|representation|[\w-]+ of)\b|.*(?:\b(?:then|if|unless|otherwise|don't|
+    do not|and also|as well as|instead of|except|when|because|so that|whichever|whatever|times|
+    twice|repeated|uppercase|lowercase|reversed|backwards|translated|encoded|(?:in|into) (?:all |
+    upper|lower|french|german|spanish|italian|chinese|japanese|python|json|yaml|html|markdown|bold|
+    caps|reverse|each|every)|on (?:each|every|separate)|(?:before|after|above|below|under|
+    underneath|beneath) (?:the|line|every|each)|(?:at|to|on) the (?:end|top|bottom|start|beginning|
+    first|last))\b|\band (?:a|an|another|the|then|run|show|read|tell|{verbs})\b|
+    [.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*(?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|html|
+    css|sh|cfg|ini|csv|log)\b""", re.IGNORECASE | re.DOTALL)
+NOT_A_NAME = Shape(r"""(?:{function}|folders?|director(?:y|ies)|files?|project|repo|structure|
+    called|named|inside|under|listing|tree|layout|hierarchy|browser|watcher|scanner|walker|picker|
+    names|paths|containing|clipboard|trash|current|working|hidden|separate|common|shared|dedicated|
+    suitable|proper|different|similar|second|third|random|(?:recursive|complete|entire|permanent|
+    immediate|safe|manual|proper|correct|direct|total|full|individual|automatical)ly|%\w+%.*)""")
+PROSE_ARGUMENT = Shape(r"(?:a|{function}|over|against|bugs?|files?|folders?)")
 PROSE_FILE = Pattern(r".*\.(?:txt|md|log|text|rst|markdown)", re.IGNORECASE)
 IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
 # Files in which text without a named place would break the structure.
 STRUCTURED_FILE = Pattern(r".*\.(?:json|html?|xml|svg|ipynb|vue|jsx|tsx)", re.IGNORECASE)
-END_NAMED = Pattern(r"\bend\b", re.IGNORECASE)
 DIRECT_QUOTE = Pattern("\\w+\\s+[\ue000-\uefff]")
 LITERAL_WORD = Pattern(r"[\w=./:+@#%-]+(?:\(\))?")
-# Words that mean characters or code rather than themselves in "replace X with Y".
-NOT_WORDS = Pattern(
-    r"(?:tabs?|spaces?|newlines?|commas?|semicolons?|quotes?|whitespace|everything|it|them|this|"
-    r"that|all|contents?|lines?|text|words?|nothing|empty|something|status|state|priority|title|"
-    r"version|name|colou?r|port|date|author|language|theme|mode|level|size|width|height|default|"
-    r"format|timeout|host|user|username|password|url|path|type|licen[sc]e|description|header|"
-    r"heading|font|background|label|value|year|month|day|email|address|phone|price|amount|"
-    r"quantity|count|limit|number|order|owner|case|style|tone|indent\w*|numbers?|names?|dates?|"
-    r"tense|spelling|grammar|typos?|debug|logging|comments?|headings?|bullets?|imports?)",
-    re.IGNORECASE)
+ARTICLE = Pattern(r"\b(?:the|an?)\s+\Z", re.IGNORECASE)
 EMPTY_WORD = Pattern(r"(?:an? |the )?empty(?: string)?|nothing", re.IGNORECASE)
 # "read X and ..." may go on with what the user wants to know, not with a second action.
-INFORMATION = Pattern(
-    r"[,.]?\s*(?:(?:and|then|so)\s+)*(?:(?:please|briefly|you|can|could|I|to|we|me)\s+)*"
-    r"(?:summari[sz]e|explain|tell|describe|show me|give me|list|count|report|say|answer|"
-    r"analy[sz]e|identify|let me know|find|see|look|point|outline|what|how|know|understand|"
-    r"check|me|us|in full|first|i want|for me|here|the|this)\b.*", re.IGNORECASE | re.DOTALL)
-VERB_AFTER = Pattern(
-    r"(?:\b(?:and|then|also)|[,;.])\s+(?:(?:then|also|please|and)\s+)*(?:create|write|append|"
-    r"replace|delete|remove|rename|move|insert|add|save|change|update|edit|modify|fix|run|execute|"
-    r"put|make|overwrite|copy|commit|push|install|refactor|rewrite|set|apply|convert|correct|use|"
-    r"do|send|open|download|start|build|test|print to|store|clean|improve|implement)\b|"
-    r"\b(?:don't|do not|without|unless)\b", re.IGNORECASE)
-# Limits that a plain listing does not know.
-LIMITED = Pattern(r"\b(?:recursive\w*|sorted|largest|smallest|newest|modified|only|named|"
-                  r"containing|"
-                  r"ending|matching|that|which|if|subfolders|hidden|starting|by)\b", re.IGNORECASE)
-INSERT_KINDS = {"after": "insert_after", "below": "insert_after", "under": "insert_after",
-                "underneath": "insert_after", "beneath": "insert_after",
-                "behind": "insert_after", "following": "insert_after",
-                "before": "insert_before", "above": "insert_before",
-                "in front of": "insert_before", "preceding": "insert_before"}
+INFORMATION = Shape(r"""[,.]?\s*(?:(?:and|then|so)\s+)*(?:(?:please|briefly|you|can|could|I|to|we|
+    me)\s+)*(?:summari[sz]e|explain|tell|describe|show me|give me|list|count|report|say|answer|
+    analy[sz]e|identify|let me know|find|see|look|point|outline|what|how|know|understand|check|me|
+    us|in full|first|i want|for me|here|the|this)\b.*""", re.IGNORECASE | re.DOTALL)
+VERB_AFTER = Shape(r"""(?:\b(?:and|then|also)|[,;.])\s+(?:(?:then|also|please|and)\s+)*(?:{verbs}|
+    run|execute|commit|push|install|apply|use|do|send|open|download|test|print to|store)\b|
+    \b(?:don't|do not|without|unless)\b""")
+# Where a text goes; any other spot is the top.
+SPOT_KINDS = {"": "append", "end": "append", "last line": "append_line", "bottom": "append_line"}
+BEFORE = ("before", "above", "in front of", "preceding")
 ON_OWN_LINES = ("above", "below", "under", "underneath", "beneath")
+NAMED = Shape(r"\b(?:called|named|file|(?:sub)?(?:folders?|dir|directory|directories))\b")
+FOLDER_NOUN = Shape(r"""\b(?:folders?|dir|director(?:y|ies)|sub-?(?:folders?|director(?:y|
+    ies)))\b""")
+LISTED = Pattern(r"\A(?:list|ls|dir)\b|\bfiles?\b", re.IGNORECASE)
 PATH_SEPARATOR = Pattern(r"\s*,\s*and\s+|\s*,\s*|\s+and\s+")
 PATH_FILLER = Pattern(r"(?:the\s+)?(?:(?:file|folder|directory)\s+)?", re.IGNORECASE)
 
@@ -6879,14 +6733,13 @@ class Rescue(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A request freed of courtesy: what is left, its end mark, what was taken off.
+    """A request freed of courtesy: what is left, and an end mark that says more than an end.
 
     newline asks for a final line feed; cut says that words were taken off the end.
     """
 
     core: str
-    ending: str
-    polite: bool = False
+    ending: str = ""
     newline: bool = False
     cut: bool = False
 
@@ -6905,216 +6758,164 @@ class Reading(NamedTuple):
 
     def group(self, name: str) -> str:
         """Return a group's text; "" where the shape has none or it is unused."""
-        groups = self.match.groupdict()
-        return groups.get(name) or groups.get(name + "2") or groups.get(name + "3") or ""
+        return self.match.groupdict().get(name) or ""
 
     def value(self, name: str) -> Optional[str]:
         """Return the quoted text of a group; None where it is not one quote."""
         token = self.group(name)
         return self.masked.value(token) if PRIVATE_USE.fullmatch(token) else None
 
+    def marks(self, name: str) -> str:
+        """Return the words around a path that tell what it is: "the file ... called"."""
+        return self.group(name + "_marks") + " " + self.group(name + "_noun")
 
-def _one_path(found: Reading, token: str, marks: str, folder: bool) -> str:
-    """Return the safe path of a token, or "" when it is none."""
-    quoted = PRIVATE_USE.fullmatch(token) is not None
-    raw = found.masked.value(token) if quoted else token.rstrip(".")
-    if quoted and ord(token) >= FENCE_BASE:
-        return ""
-    named = NAMED.search(marks) is not None
-    fits = FILE_NAME.fullmatch(raw) is not None or named or (folder and raw.endswith("/"))
-    if raw.endswith("/") and not folder:
-        fits = False
-    if not quoted and (NOT_FILES.fullmatch(raw) or NOT_A_NAME.fullmatch(raw)):
-        fits = False
-    return _safe_path(raw, found.scope) if fits else ""
+    def one_path(self, token: str, marks: str, folder: bool) -> str:
+        """Return the safe path of a token, or "" when it is none."""
+        raw = self.masked.value(token.rstrip("."))
+        meant = PRIVATE_USE.match(token) or not (
+            NOT_FILES.fullmatch(raw) or NOT_A_NAME.fullmatch(raw))
+        named = FILE_NAME.fullmatch(raw) or NAMED.search(marks) or raw.endswith("/")
+        if not meant or not named or ONE_FENCE.match(token) or (raw.endswith("/") and not folder):
+            return ""
+        return _safe_path(raw, self.scope)
 
+    def paths(self, name: str = "files", folder: bool = False) -> Tuple[str, ...]:
+        """Return every path of a list such as "a, b and c"; () when one is none."""
+        tokens = [PATH_FILLER.sub("", token, count=1) if " " in token else token
+                  for token in PATH_SEPARATOR.split(self.group(name))]
+        paths = tuple(self.one_path(token, self.marks(name), folder) for token in tokens)
+        if self.group("folder"):
+            parent = self.folder("folder", self.marks("folder"))
+            paths = tuple(f"{parent}/{path}" if parent and path[:1] not in ("", "/", "~") else ""
+                          for path in paths)
+        return paths if all(paths) else ()
 
-def _path(found: Reading, name: str = "file", folder: bool = False) -> str:
-    marks = found.group(name + "_marks") + " " + found.group(name + "_noun")
-    return _one_path(found, found.group(name), marks, folder)
+    def folder(self, name: str, marks: str = "folder") -> str:
+        """Return the path of a group that holds a folder, or ""."""
+        path = self.one_path(self.group(name), marks, True)
+        return "" if "." in path.rsplit("/", 1)[-1][1:] else path
 
-
-def _paths(found: Reading, name: str, folder: bool = False) -> Tuple[str, ...]:
-    """Return every path of a list such as "a, b and c"; () when one is none."""
-    tokens = [PATH_FILLER.sub("", token, count=1) if " " in token else token
-              for token in PATH_SEPARATOR.split(found.group(name))]
-    marks = found.group(name + "_marks") + " " + found.group(name + "_noun")
-    paths = tuple(_one_path(found, token, marks, folder) for token in tokens)
-    return paths if all(paths) else ()
+    def path(self) -> str:
+        """Return the path of the one file that a request names, or ""."""
+        paths = self.paths("file")
+        return paths[0] if len(paths) == 1 else ""
 
 
 def _text(found: Reading) -> Optional[str]:
     """Return the literal text that a request gives; None where it only describes one."""
-    quoted = found.value("text")
+    quoted, feed = found.value("text"), "\n" if found.asked.newline else ""
     if quoted is not None:
-        return quoted + ("\n" if found.group("lf") else "")
-    loose = found.group("loose")
-    bare = found.group("bare") or loose
+        return quoted + feed
+    bare = found.group("bare") or found.group("loose")
     if found.match.string.endswith(bare):
-        ending = found.asked.ending
-        bare += "" if ending == "." or (found.asked.polite and ending == "?") else ending
-        if found.asked.cut or found.asked.newline:
-            return None
-    if UNPAIRED.search(bare) or "\n" in bare or NOT_LITERAL.match(bare) or not bare:
+        bare = "" if found.asked.cut else bare + found.asked.ending
+    if not bare or "\n" in bare or UNPAIRED.search(bare) or NOT_LITERAL.match(bare):
         return None
-    if loose and (found.scope.told or not _is_loose(found, bare)):
-        return None
-    return bare
-
-
-def _is_loose(found: Reading, text: str) -> bool:
-    """Tell whether unmarked, unquoted words can only be meant literally."""
-    name = found.group("file")
-    if IGNORE_FILE.fullmatch(name):
-        return LITERAL_WORD.fullmatch(text) is not None or text.startswith("*.")
-    return (PROSE_FILE.fullmatch(name) is not None and len(text.split()) <= 4
-            and NOT_LOOSE.match(text) is None)
-
-
-def _is_file_itself(found: Reading, text: str) -> bool:
-    """Tell whether a text such as in "append 'b.txt' to a.txt" may mean the file's content."""
-    return (DIRECT_QUOTE.match(found.match.string) is not None and " " not in text
-            and FILE_NAME.fullmatch(text) is not None and not NOT_FILES.fullmatch(text)
-            and not IGNORE_FILE.fullmatch(found.group("file")))
+    if found.group("bare"):
+        return bare + feed
+    # Without even "the text" before them words can be meant literally in few files only.
+    pattern = bare.startswith("*.") or LITERAL_WORD.fullmatch(bare)
+    prose = len(bare.split()) <= 4 and not NOT_LOOSE.match(bare)
+    meant = (IGNORE_FILE.fullmatch(found.group("file")) and pattern) or (
+        PROSE_FILE.fullmatch(found.group("file")) and prose)
+    return bare + feed if meant and not found.scope.told else None
 
 
 def _add_text(found: Reading, kind: str) -> Ops:
-    path, text = _path(found), _text(found)
-    if not path or text is None:
+    """Create, write, append to or prepend to one file."""
+    path, text = found.path(), _text(found)
+    spot = " ".join(found.group("spot").lower().split())
+    ignores = IGNORE_FILE.fullmatch(path) is not None
+    # "append 'b.txt' to a.txt" may mean the other file's content.
+    if text is None or (DIRECT_QUOTE.match(found.asked.core) and _is_file_name(text)
+                        and " " not in text and not ignores):
         return ()
-    line = found.group("line") or found.group("bare_line") or found.group("own_line")
-    if IGNORE_FILE.fullmatch(path) and kind == "append" and found.group("loose"):
-        line = line or "line"
-    if _is_file_itself(found, text):
+    line = (found.group("line") or found.group("bare_line") or found.group("own_line")
+            or (found.group("loose") and ignores))
+    if kind == "append":
+        kind = SPOT_KINDS.get(spot, "prepend")
+        if not spot and found.match.string[:4].lower() == "add " and (
+                STRUCTURED_FILE.fullmatch(path) or (found.scope.told and not line)):
+            return ()
+        kind = "append_line" if kind == "append" and line else kind
+    if kind == "append_line" or (kind == "prepend" and (line or spot == "top")):
+        text = text if text.endswith("\n") else text + "\n"
+    if not path or not (text or kind in ("create", "write")):
         return ()
-    vague = found.match.string[:4].lower() == "add " and STRUCTURED_FILE.fullmatch(path)
-    if kind == "append" and vague and not END_NAMED.search(found.match.string):
-        return ()
-    if kind == "append_line" or (kind == "append" and line):
-        return (FileOp("append_line", path, text if text.endswith("\n") else text + "\n"),)
-    if kind == "prepend" and (line or found.group("top")) and not text.endswith("\n"):
-        text += "\n"
-    return (FileOp(kind, path, text),) if text or kind in ("create", "write") else ()
-
-
-def _create(found: Reading, kind: str) -> Ops:
-    if found.group("dest"):
-        path, text = _path(found, "dest"), found.value("text")
-        return (FileOp("create", path, text),) if path and text is not None else ()
-    made = _add_text(found, kind)
-    if not made or not found.group("folder"):
-        return made
-    folder = _path(found, "folder", folder=True)
-    op = made[0]._replace(path=f"{folder}/{made[0].path}")
-    return (op,) if folder and made[0].path[0] not in "/~" else ()
-
-
-def _empty(found: Reading, _kind: str) -> Ops:
-    paths = _paths(found, "files") if found.group("files") else (_path(found),)
-    return tuple(FileOp("create", path) for path in paths) if all(paths) else ()
-
-
-def _clear(found: Reading, _kind: str) -> Ops:
-    path = _path(found)
-    return (FileOp("write", path),) if path else ()
+    return (FileOp("write" if found.group("force") else kind, path, text),)
 
 
 def _word(found: Reading, name: str) -> Optional[str]:
     """Return the old or new text of a replacement: quoted, or one plain word."""
-    quoted = found.value(name)
-    if quoted is not None:
-        return quoted
-    word = found.group(name)
+    word, noun = found.group(name), found.group("old_noun")
+    if PRIVATE_USE.fullmatch(word):
+        return found.masked.value(word)
     if name == "new" and EMPTY_WORD.fullmatch(word):
         return ""
-    before = found.match.string[:found.match.start("old")].lower().split()[-1:]
-    if name == "old" and before in (["the"], ["a"], ["an"]) and not found.group("old_noun"):
-        return None
-    plain = PROSE_FILE.fullmatch(found.group("file")) is not None or found.group("old_noun")
+    described = name == "old" and not noun and (
+        not found.group("new") or ARTICLE.search(found.match.string, 0, found.match.start("old")))
+    plain = noun or PROSE_FILE.fullmatch(found.group("file"))
     fits = plain and LITERAL_WORD.fullmatch(word) and not NOT_WORDS.fullmatch(word)
-    return word if fits else None
+    return word if fits and not described else None
 
 
 def _replace(found: Reading, kind: str) -> Ops:
-    path, old = _path(found), _word(found, "old")
+    path, old = found.path(), _word(found, "old")
     new = "" if kind == "remove" else _word(found, "new")
-    bare_removal = kind == "remove" and found.value("old") is None and not found.group("old_noun")
-    if not path or not old or new is None or old == new or bare_removal:
+    if not path or not old or new is None or old == new:
         return ()
-    if found.group("old_line") and found.value("old") is None:
+    if not found.group("old_line"):
+        return (FileOp("replace", path, new, old),)
+    if found.value("old") is None:
         return ()
-    if found.group("old_line"):
-        return (FileOp("replace_line", path, new.rstrip("\n"), old.rstrip("\n")),)
-    return (FileOp("replace", path, new, old),)
+    return (FileOp("replace_line", path, new.rstrip("\n"), old.rstrip("\n")),)
 
 
 def _insert(found: Reading, _kind: str) -> Ops:
-    path, text, anchor = _path(found), _text(found), found.value("anchor")
+    path, text, anchor = found.path(), _text(found), found.value("anchor")
     if not path or not text or not anchor or found.group("loose"):
         return ()
     where = " ".join(found.group("where").lower().split())
-    own_line = found.group("line") or found.group("own_line") or found.group("bare_line")
-    if found.group("anchor_line") or own_line or where in ON_OWN_LINES:
-        return (FileOp(INSERT_KINDS[where] + "_line", path, text.rstrip("\n"),
-                       anchor.rstrip("\n")),)
-    return (FileOp(INSERT_KINDS[where], path, text, anchor),)
+    kind = "insert_before" if where in BEFORE else "insert_after"
+    if (found.group("anchor_line") or found.group("line") or found.group("own_line")
+            or found.group("bare_line") or where in ON_OWN_LINES):
+        return (FileOp(kind + "_line", path, text.rstrip("\n"), anchor.rstrip("\n")),)
+    return (FileOp(kind, path, text, anchor),)
 
 
 def _move(found: Reading, kind: str) -> Ops:
-    marks = found.group("file_marks").lower()
-    path = _path(found, folder=kind == "rename")
-    raw = found.masked.value(found.group("dest")) if found.value("dest") else found.group("dest")
-    if raw.endswith("/"):
-        dest = _joined(_one_path(found, found.group("dest"), "", True), path)
-    else:
-        dest = _one_path(found, found.group("dest"), marks + found.group("dest_marks"), False)
-    renamed = found.match.string.lower().startswith(("rename", "change", "give"))
-    if renamed and "/" in path and dest and "/" not in dest:
+    """Rename one path, or move or copy paths to a new name or into a folder."""
+    sources = found.paths(folder=kind == "rename")
+    raw, marks = found.masked.value(found.group("dest")), found.marks("dest")
+    to = found.group("to").lower()
+    folder_meant = raw.endswith("/") or (kind != "rename" and FOLDER_NOUN.search(marks))
+    if to == "in" and not folder_meant:
         return ()
-    return (FileOp(kind, path, other=dest),) if path and dest and path != dest else ()
+    if folder_meant or to.startswith(("in", "under")):
+        folder = found.folder("dest")
+        targets = tuple(_joined(folder, source) for source in sources)
+    else:
+        marks += found.marks("files") if kind == "rename" else ""
+        targets = (found.one_path(found.group("dest"), marks, False),)
+    pairs = tuple(zip(sources, targets))
+    # "rename src/a.txt to b.txt" leaves open whether the folder changes, too.
+    unclear = kind == "rename" and "/" in "".join(sources) and "/" not in "".join(targets)
+    if unclear or len(sources) != len(targets) or not all(new and old != new for old, new in pairs):
+        return ()
+    return tuple(FileOp("copy" if kind == "copy" else "rename", old, other=new)
+                 for old, new in pairs)
 
 
 def _joined(folder: str, path: str) -> str:
     return f"{folder}/{path.rsplit('/', 1)[-1]}" if folder and path else ""
 
 
-def _into(found: Reading, kind: str) -> Ops:
-    """Move or copy into a folder, which is named as one or stands after "into"."""
-    name = "files" if found.group("files") else "file"
-    paths = _paths(found, "files") if name == "files" else (_path(found),)
-    word = " ".join(found.match.string[found.match.end(name):].lower().split())
-    into = word.startswith(("into ", "inside ", "under ", "file into ", "file inside "))
-    folder = _one_path(found, found.group("folder"), "folder " if into else
-                       found.group("folder_marks") + found.group("folder_noun"), True)
-    if not folder or "." in folder.rsplit("/", 1)[-1][1:] or not all(paths):
-        return ()
-    ops = tuple(FileOp("copy" if kind == "copyinto" else "rename", path,
-                       other=_joined(folder, path)) for path in paths)
-    return () if any(op.path == op.other for op in ops) else ops
-
-
-def _delete(found: Reading, _kind: str) -> Ops:
-    return tuple(FileOp("delete", path) for path in _paths(found, "files"))
-
-
-def _subfolder(found: Reading, _kind: str) -> Ops:
-    marks = found.group("folder_marks") + found.group("folder_noun")
-    if not FOLDER_NOUN.search(marks):
-        return ()
-    parent = _one_path(found, found.group("parent"), "folder", True)
-    folder = _one_path(found, found.group("folder"), marks, True)
-    return (FileOp("mkdir", f"{parent}/{folder}"),) if parent and folder else ()
-
-
 def _mkdir(found: Reading, _kind: str) -> Ops:
-    marks = found.group("folders_marks") + found.group("folders_noun")
-    named = FOLDER_NOUN.search(marks) or found.match.string[:5].lower() == "mkdir"
-    if not named:
+    paths = found.paths("folders", folder=True)
+    parent = found.folder("parent")
+    if not FOLDER_NOUN.search(found.marks("folders")) or (found.group("parent") and not parent):
         return ()
-    paths = _paths(found, "folders", True) or ()
-    if not paths and found.match.string[:5].lower() == "mkdir":
-        paths = (_one_path(found, found.group("folders"), "folder", True),)
-    return tuple(FileOp("mkdir", path) for path in paths) if all(paths) else ()
+    return tuple(FileOp("mkdir", f"{parent}/{path}" if parent else path) for path in paths)
 
 
 def _tail_is_harmless(found: Reading) -> bool:
@@ -7123,31 +6924,28 @@ def _tail_is_harmless(found: Reading) -> bool:
         INFORMATION.fullmatch(tail) is not None and not VERB_AFTER.search(tail))
 
 
-def _read(found: Reading, _kind: str) -> Ops:
+def _each_path(found: Reading, kind: str) -> Ops:
+    """Do one thing to each path: create it empty, clear, delete or read it."""
+    kind = {"empty": "create", "named": "create", "clear": "write"}.get(kind, kind)
+    paths = found.paths("files" if found.group("files") else "file")
     if not _tail_is_harmless(found):
         return ()
-    return tuple(FileOp("read", path) for path in _paths(found, "files"))
+    return tuple(FileOp(kind, path) for path in paths)
 
 
-def _list(found: Reading, _kind: str) -> Ops:
+def _list(found: Reading, kind: str) -> Ops:
+    """List a folder: one that is called so, or for kind "list" what is no file."""
     folder = found.group("folder")
-    if not _tail_is_harmless(found) or LIMITED.search(found.group("tail").split(" and ")[0]):
-        return ()
-    if not folder or HERE.fullmatch(folder):
-        return (FileOp("list", "."),)
-    marks = found.group("folder_marks") + found.group("folder_noun")
-    raw = found.value("folder") or folder
-    noun = FOLDER_NOUN.search(marks) is not None or raw.endswith("/")
-    before = found.match.string[:found.match.start("folder")].lower()
-    file = FILE_NAME.fullmatch(raw) is not None and not raw.startswith(".") and not noun
-    sure = noun or "file" in before or before.startswith(("ls", "dir", "list the contents",
-                                                          "list contents"))
-    path = _one_path(found, folder, "folder", True) if sure and not file else ""
-    return (FileOp("list", path),) if path else ()
+    raw = found.masked.value(folder)
+    noun = FOLDER_NOUN.search(found.marks("folder")) or raw.endswith("/")
+    listed = kind == "list" and LISTED.search(found.match.string)
+    fits = noun or (listed and not FILE_NAME.fullmatch(raw.lstrip(".")))
+    path = found.one_path(folder, "folder", True) if folder and fits else "" if folder else "."
+    return (FileOp("list", path),) if path and _tail_is_harmless(found) else ()
 
 
 # Commands that say something without an argument.
-ALONE = ("ls", "pwd", "date", "whoami", "uname", "tree", "df", "du")
+ALONE = (("ls",), ("pwd",), ("date",), ("whoami",), ("uname",), ("tree",), ("df",), ("du",))
 
 
 def _run(found: Reading, _kind: str) -> Ops:
@@ -7155,42 +6953,40 @@ def _run(found: Reading, _kind: str) -> Ops:
     if line is None and tail.startswith(("to ", "for ", "in ")) and not tail.startswith("for me"):
         return ()
     words = _read_only(line if line is not None else found.group("typed"), line is None)
-    if len(words) == 1 and words[0] not in ALONE:
+    if (len(words) < 2 and words[:1] not in ALONE) or not _tail_is_harmless(found):
         return ()
-    return (FileOp("run", words=words),) if words and _tail_is_harmless(found) else ()
+    return (FileOp("run", words=words),)
 
 
-FOLDER_NOUN = Pattern(r"\b(?:folders?|dir|director(?:y|ies)|sub-?(?:folders?|director(?:y|ies)))\b",
-                      re.IGNORECASE)
-HERE = Pattern(r"(?:here|\.|\./|this|it)", re.IGNORECASE)
-NOT_A_NAME = Pattern(
-    r"(?:the|an|it|this|that|them|these|those|all|any|every|each|some|my|your|our|me|you|in|on|"
-    r"at|to|of|for|with|from|by|and|or|if|is|are|here|there|folder|folders|directory|directories|"
-    r"file|files|project|repo|everything|something|anything|nothing|which|where|what|structure|"
-    r"called|named|for|like|using|inside|under|listing|tree|layout|hierarchy|browser|"
-    r"watcher|scanner|walker|picker|names|paths|hidden|separate|common|shared|dedicated|suitable|"
-    r"proper|different|similar|second|third|random|%\w+%.*)", re.IGNORECASE)
 BUILDERS: Dict[str, Callable[[Reading, str], Ops]] = {
-    "append": _add_text, "append_line": _add_text, "prepend": _add_text, "write": _add_text,
-    "create": _create, "empty": _empty, "named": _empty, "clear": _clear, "remove": _replace,
-    "replace": _replace, "insert": _insert, "rename": _move, "copy": _move, "into": _into,
-    "copyinto": _into, "delete": _delete, "subfolder": _subfolder, "mkdir": _mkdir,
-    "read": _read, "list": _list, "run": _run,
+    "append": _add_text, "prepend": _add_text, "write": _add_text, "create": _add_text,
+    "empty": _each_path, "named": _each_path, "clear": _each_path, "delete": _each_path,
+    "read": _each_path,
+    "remove": _replace, "replace": _replace, "insert": _insert,
+    "rename": _move, "move": _move, "copy": _move, "mkdir": _mkdir, "list": _list, "folder": _list,
+    "run": _run,
 }
 
 
 # ------------------------------ scaffolds and commands ------------------------------
 
+# One word, sign or here-document of a script. What bash would expand, substitute, pipe,
+# test or loop over is none of them.
 SHELL_TOKEN = Pattern(
-    r"(?P<gap>(?:[ \t]|\\\r?\n)+)|(?P<end>\r?\n|;(?![;&])|&&)|(?P<redirect>>>?(?![&|>]))|"
-    r"(?P<here><<-?[ \t]*(?:'(?P<raw>\w+)'|\"(?P<raw2>\w+)\"|(?P<tag>\w+)))|"
-    r"'(?P<single>[^']*)'|\"(?P<double>(?:[^\"\\$`]|\\.)*)\"|\\(?P<escaped>[^\r\n])|"
-    r"(?P<comment>(?<![^\s;])#[^\n]*)|(?P<brace>\{[\w./,@+-]*,[\w./,@+-]*\})|"
-    r"(?P<plain>[^\s$`&;|<>(){}*?\[\]~!#\"'\\]+|(?<=[^\s;&])[#~])", re.DOTALL)
+    r"(?P<gap>(?:[ \t]|\\\r?\n)+|(?<![^\s;])#[^\n]*)|(?P<end>\r?\n|;(?![;&])|&&)|"
+    r"(?P<redirect>(?<![^\s;&])>>?(?![&|>]))|"
+    r"(?P<here>(?<![^\s;&])<<(?P<tabs>-?)[ \t]*(?P<raw>['\"]?)(?P<tag>\w+)(?P=raw))|"
+    r"(?P<word>(?:'[^']*'|\"(?:[^\"\\$`]|\\.)*\"|\\[^\r\n]|\{[\w./,@+-]*,[\w./,@+-]*\}|"
+    r"[^\s$`&;|<>(){}*?\[\]~!#\"'\\]+|(?<=[^\s;&])[#~])+)", re.DOTALL)
+SHELL_PART = Pattern(
+    r"'(?P<single>[^']*)'|\"(?P<double>(?:[^\"\\]|\\.)*)\"|\\(?P<escaped>.)|\{(?P<brace>[^}]*)\}|"
+    r"(?P<plain>[^'\"\\{]+)", re.DOTALL)
 DOUBLE_ESCAPE = Pattern(r"\\([\\\"$`]|\n)")
+LEADING_TABS = Pattern(r"^\t+", re.MULTILINE)
 SUBSTITUTION = Pattern(r"[$`\\]")
-PRINTF_PART = Pattern(r"%(?P<conversion>[s%])|\\(?P<escape>[nt\\\"'])|(?P<plain>[^%\\]+)")
-PRINTF_ESCAPES = {"n": "\n", "t": "\t"}
+PRINTF_FORMAT = Pattern(r"(?:%[s%]|\\[nt\\\"']|[^%\\])*")
+PRINTF_ESCAPE = Pattern(r"\\(.)")
+PRINTF_SIGNS = {"n": "\n", "t": "\t"}
 MAX_SCRIPT_WORDS = 200
 SHELL_INFO = ("bash", "sh", "shell", "zsh", "console", "terminal")
 
@@ -7198,200 +6994,133 @@ SHELL_INFO = ("bash", "sh", "shell", "zsh", "console", "terminal")
 class ScriptLine(NamedTuple):
     """One command of a script: its words, its redirect and its here-document."""
 
-    words: Tuple[str, ...]
-    mode: str
-    target: str
-    here: Optional[str]
+    words: Tuple[str, ...] = ()
+    mode: str = ""
+    target: Optional[str] = None
+    here: Optional[str] = None
 
 
-class ScriptReader:
-    """Reads a script of plain commands into words, as bash would.
-
-    Anything that bash would expand, substitute, pipe, test or loop over makes the
-    whole script unreadable. Only brace lists of plain names are expanded.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text, self.position, self.readable = text, 0, True
-        self.commands: List[ScriptLine] = []
-        self.words: List[str] = []
-        self.parts: List[Tuple[str, ...]] = []
-        self.mode, self.target, self.wants_target = "", "", False
-        self.here: Optional[str] = None
-        self.pending: Optional[re.Match[str]] = None
-
-    def read(self) -> Tuple[ScriptLine, ...]:
-        """Return the commands; () when the script is not a plain one."""
-        while self.readable and self.position < len(self.text):
-            match = SHELL_TOKEN.match(self.text, self.position)
-            if match is None:
-                return ()
-            self.position = match.end()
-            self._take(match)
-        self._end_command()
-        return tuple(self.commands) if self.readable and self.pending is None else ()
-
-    def _take(self, match: re.Match[str]) -> None:
-        kind, text = match.lastgroup, match.group(match.lastgroup or 0)
-        if kind in ("gap", "comment"):
-            self._end_word()
-        elif kind == "end":
-            self._end_line(text)
-        elif kind == "redirect":
-            self.readable = not self.mode and not self.parts and self.readable
-            self.mode, self.wants_target = text, True
-        elif kind == "here":
-            self.readable = self.pending is None and not self.parts and self.readable
-            self.pending = match
-        elif kind == "brace":
-            self.parts.append(tuple(text[1:-1].split(",")))
-        else:
-            self.parts.append((DOUBLE_ESCAPE.sub(
-                lambda escape: escape.group(1).strip("\n"), text) if kind == "double" else text,))
-
-    def _end_word(self) -> None:
-        if not self.parts:
-            return
-        words = [""]
-        for part in self.parts:
-            words = [word + choice for word in words for choice in part][:MAX_SCRIPT_WORDS + 1]
-        self.parts = []
-        if self.wants_target:
-            self.readable = len(words) == 1 and self.readable
-            self.target, self.wants_target = words[0], False
-        else:
-            self.words += words
-        self.readable = self.readable and len(self.words) <= MAX_SCRIPT_WORDS
-
-    def _end_line(self, text: str) -> None:
-        self._end_word()
-        if self.pending is not None:
-            self.readable = text.endswith("\n") and self.readable
-            self._read_here(self.pending)
-        self._end_command()
-
-    def _read_here(self, opening: re.Match[str]) -> None:
-        """Take the lines up to the here-document's tag."""
-        self.pending = None
-        tag = opening.group("raw") or opening.group("raw2") or opening.group("tag")
-        tabs = opening.group().startswith("<<-")
-        lines: List[str] = []
-        while self.position < len(self.text):
-            end = self.text.find("\n", self.position)
-            end = len(self.text) if end < 0 else end
-            line, self.position = self.text[self.position:end], end + 1
-            line = line.lstrip("\t") if tabs else line
-            if line.rstrip("\r") == tag:
-                self.here = "".join(kept + "\n" for kept in lines)
-                break
+def _script_lines(text: str) -> List[ScriptLine]:
+    """Return the commands of a script, as bash would read them; [] when it is no plain one."""
+    text += "\n"
+    lines: List[ScriptLine] = []
+    line, position = ScriptLine(), 0
+    while position < len(text):
+        match = SHELL_TOKEN.match(text, position)
+        if match is None or max(len(line.words), len(lines)) > MAX_SCRIPT_WORDS:
+            return []
+        position, kind = match.end(), match.lastgroup
+        lacks_target = line.mode and line.target is None
+        if kind == "end" and line != ScriptLine():
+            if lacks_target or not line.words:
+                return []
             lines.append(line)
-        expands = opening.group("tag") is not None and self.here is not None
-        self.readable = (self.readable and self.here is not None
-                         and not (expands and SUBSTITUTION.search(self.here or "")))
-
-    def _end_command(self) -> None:
-        self._end_word()
-        if self.words:
-            self.commands.append(ScriptLine(tuple(self.words), self.mode, self.target, self.here))
-        elif self.mode or self.here is not None:
-            self.readable = False
-        self.readable = (self.readable and not self.wants_target
-                         and len(self.commands) <= MAX_SCRIPT_WORDS)
-        self.words, self.mode, self.target, self.here = [], "", "", None
-
-
-def _written(command: ScriptLine, text: str) -> Optional[Ops]:
-    """Return the write or append that a redirected output amounts to."""
-    if not command.mode:
-        return ()
-    return (FileOp("append" if command.mode == ">>" else "write", command.target, text),)
+            line = ScriptLine()
+        elif kind == "redirect":
+            if line.mode:
+                return []
+            line = line._replace(mode=match.group())
+        elif kind == "here":
+            document, text = _here_document(text, match)
+            if document is None or line.here is not None:
+                return []
+            line = line._replace(here=document)
+        elif kind == "word":
+            words = _shell_words(match.group())
+            if lacks_target and len(words) > 1:
+                return []
+            line = (line._replace(target=words[0]) if lacks_target
+                    else line._replace(words=(*line.words, *words)))
+    return lines
 
 
-def _echo(command: ScriptLine) -> Optional[Ops]:
-    words = command.words[1:]
-    newline = "" if words[:1] == ("-n",) else "\n"
+def _here_document(text: str, opening: re.Match[str]) -> Tuple[Optional[str], str]:
+    """Return the lines up to a here-document's tag, and the text without them."""
+    start = text.find("\n", opening.end()) + 1
+    tabs = "\t*" if opening["tabs"] else ""
+    end = Pattern(rf"^{tabs}{opening.group('tag')}\r?\n", re.MULTILINE).search(text, start)
+    if end is None:
+        return None, text
+    document = text[start:end.start()]
+    if tabs:
+        document = LEADING_TABS.sub("", document)
+    if not opening["raw"] and SUBSTITUTION.search(document):
+        return None, text
+    return document, text[:start] + text[end.end():]
+
+
+def _shell_words(token: str) -> List[str]:
+    """Return the words that one token stands for: brace lists of plain names are expanded."""
+    words = [""]
+    for part in SHELL_PART.finditer(token):
+        text = part.group(part.lastgroup or 0)
+        choices = text.split(",") if part.lastgroup == "brace" else [text]
+        if part.lastgroup == "double":
+            choices = [DOUBLE_ESCAPE.sub(lambda escape: escape[1].strip("\n"), text)]
+        words = [word + choice for word in words for choice in choices][:MAX_SCRIPT_WORDS + 1]
+    return words
+
+
+def _printed(line: ScriptLine) -> Optional[str]:
+    """Return what echo, printf or cat prints; None when in doubt."""
+    name, *words = line.words
+    if name == "cat":
+        return line.here if line.mode and words in ([], ["-"]) else None
+    if line.here is not None:
+        return None
+    if name == "printf":
+        return _formatted(words)
+    newline = "" if words[:1] == ["-n"] else "\n"
     text = " ".join(words if newline else words[1:])
-    if "\\" in text or text.startswith(("-n ", "-e", "-E")) or command.here is not None:
-        return None
-    return _written(command, text + newline)
+    return None if "\\" in text or text.startswith(("-n ", "-e", "-E")) else text + newline
 
 
-def _printf(command: ScriptLine) -> Optional[Ops]:
-    values = list(command.words[2:])
-    if len(command.words) < 2 or command.here is not None:
-        return None
-    parts, end = [], 0
-    for match in PRINTF_PART.finditer(command.words[1]):
-        if match.start() != end:
-            return None
-        parts.append(match)
-        end = match.end()
-    if end != len(command.words[1]):
-        return None
-    return _written(command, _formatted(parts, values))
-
-
-def _formatted(parts: Sequence[re.Match[str]], values: List[str]) -> str:
+def _formatted(words: Sequence[str]) -> Optional[str]:
     """Return what printf prints: the format is used again while values are left."""
-    written: List[str] = []
-    takes = any(part.group("conversion") == "s" for part in parts)
-    while True:
-        for part in parts:
-            if part.group("conversion") == "s":
-                written.append(values.pop(0) if values else "")
-            elif part.group("escape"):
-                written.append(PRINTF_ESCAPES.get(part.group("escape"), part.group("escape")))
-            else:
-                written.append(part.group("plain") or "%")
-        if not values or not takes:
-            return "".join(written)
-
-
-def _cat(command: ScriptLine) -> Optional[Ops]:
-    plain = command.words[1:] in ((), ("-",)) and command.mode
-    return _written(command, command.here) if plain and command.here is not None else None
-
-
-def _tee(command: ScriptLine) -> Optional[Ops]:
-    append = command.words[1:2] == ("-a",)
-    files = command.words[2:] if append else command.words[1:]
-    quiet = command.target in ("", "/dev/null")
-    if command.here is None or len(files) != 1 or not quiet:
+    if not words or not PRINTF_FORMAT.fullmatch(words[0]):
         return None
-    return (FileOp("append" if append else "write", files[0], command.here),)
+    form = PRINTF_ESCAPE.sub(lambda sign: PRINTF_SIGNS.get(sign[1], sign[1]), words[0])
+    values, size = [*words[1:]] or [""], form.replace("%%", "").count("%s")
+    if not size:
+        return form % ()
+    values += [""] * (-len(values) % size)
+    return "".join(form % tuple(values[at:at + size]) for at in range(0, len(values), size))
 
 
-def _made(kind: str, flags: Tuple[str, ...]) -> Callable[[ScriptLine], Optional[Ops]]:
-    def made(command: ScriptLine) -> Optional[Ops]:
-        names = [word for word in command.words[1:] if word not in flags]
-        if not names or command.mode or command.here is not None:
-            return None
-        return tuple(FileOp(kind, name) for name in names)
-    return made
-
-
-def _relocated(kind: str) -> Callable[[ScriptLine], Optional[Ops]]:
-    def relocated(command: ScriptLine) -> Optional[Ops]:
-        names = [word for word in command.words[1:] if word not in ("-n", "-v", "-i")]
-        if len(names) != 2 or command.mode or command.here is not None:
-            return None
-        return (FileOp(kind, names[0], other=names[1]),)
-    return relocated
-
-
-SCAFFOLDS: Dict[str, Callable[[ScriptLine], Optional[Ops]]] = {
-    "mkdir": _made("mkdir", ("-p", "-v", "-pv", "--parents")), "touch": _made("create", ()),
-    "echo": _echo, "printf": _printf, "cat": _cat, "tee": _tee,
-    "cp": _relocated("copy"), "mv": _relocated("rename"),
+# What a command makes of each name, and the flags that change nothing about it.
+SCAFFOLDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+    "mkdir": ("mkdir", ("-p", "-v", "-pv", "--parents")), "touch": ("create", ()),
+    "cp": ("copy", ("-n", "-v", "-i")), "mv": ("rename", ("-n", "-v", "-i")),
 }
+
+
+def _step(line: ScriptLine) -> Optional[Ops]:
+    """Return the operations of one command; None when it is no scaffold."""
+    name, *words = line.words
+    if name in ("echo", "printf", "cat"):
+        text, kind = _printed(line), "append" if line.mode == ">>" else "write"
+        if text is None:
+            return None
+        return (FileOp(kind, line.target or "", text),) if line.mode else ()
+    if name == "tee":
+        kind = "append" if words[:1] == ["-a"] else "write"
+        files = words[kind == "append":]
+        quiet = len(files) == 1 and line.target in (None, "/dev/null")
+        return (FileOp(kind, files[0], line.here),) if quiet and line.here is not None else None
+    kind, flags = SCAFFOLDS.get(name, ("", ()))
+    names = [word for word in words if word not in flags]
+    if not kind or not names or line.mode or line.here is not None:
+        return None
+    if kind in ("mkdir", "create"):
+        return tuple(FileOp(kind, path) for path in names)
+    return (FileOp(kind, names[0], other=names[1]),) if len(names) == 2 else None
 
 
 def _fold(ops: List[FileOp], op: FileOp, overwrite: bool) -> None:
     """Add an operation; what a script writes in several steps becomes one."""
     earlier = [index for index, other in enumerate(ops)
                if other.path == op.path and other.kind in ("create", "write")]
-    folder = any(other.kind == "mkdir" and other.path == op.other for other in ops)
-    if op.kind in ("copy", "rename") and folder:
+    if op.kind in ("copy", "rename") and FileOp("mkdir", op.other) in ops:
         ops.append(op._replace(other=_joined(op.other, op.path)))
     elif earlier and op.kind in ("write", "append"):
         old = ops[earlier[-1]]
@@ -7405,18 +7134,16 @@ def _fold(ops: List[FileOp], op: FileOp, overwrite: bool) -> None:
 def _scaffold_ops(script: str, scope: Scope, overwrite: bool) -> Ops:
     """Return what a scaffold script does as file operations; () when it is no scaffold."""
     ops: List[FileOp] = []
-    for command in ScriptReader(script).read():
-        step = SCAFFOLDS.get(command.words[0])
-        made = step(command) if step else None
+    for line in _script_lines(script):
+        made = _step(line)
         if made is None:
             return ()
         for op in made:
-            into = op.other.endswith("/")
             path, other = _safe_path(op.path, scope), _safe_path(op.other, scope)
             if not path or op.path.startswith("-") or (op.other and not other):
                 return ()
-            safe = op._replace(path=path, other=_joined(other, path) if into else other)
-            _fold(ops, safe, overwrite)
+            other = _joined(other, path) if op.other.endswith("/") else other
+            _fold(ops, op._replace(path=path, other=other), overwrite)
     return tuple(ops)
 
 
@@ -7437,157 +7164,107 @@ GIT_LOOKS = Pattern(
     r"stash list", re.DOTALL)
 VERSION_QUESTION = Pattern(r"(?:python3?|node|npm|git|ruby|go|java|gcc|cargo|rustc|pip3?) "
                            r"(?:--version|-V|version)")
-PROSE_ARGUMENT = Pattern(r"(?:in|on|the|for|to|of|and|or|all|my|it|with|from|over|against|this|"
-                         r"that|a|an|is|are|bugs?|me|everything|files?|folders?|"
-                         r"here)", re.IGNORECASE)
 
 
-def _read_only(line: str, typed: bool = False) -> Tuple[str, ...]:
+def _read_only(script: str, typed: bool = False) -> Tuple[str, ...]:
     """Return the words of one plain command that only reads; () for any other."""
-    commands = ScriptReader(line.strip()).read()
-    if len(commands) != 1 or commands[0].mode or commands[0].here is not None:
+    lines = _script_lines(script.strip())
+    if len(lines) != 1 or lines[0].mode or lines[0].here is not None:
         return ()
-    words = commands[0].words
-    if VERSION_QUESTION.fullmatch(" ".join(words)):
-        return words
-    refused = READ_ONLY.get(words[0])
-    looks = words[0] != "git" or GIT_LOOKS.fullmatch(" ".join(words[1:])) is not None
-    if refused is None or not looks or not all(
-            _harmless_argument(word, refused, typed) for word in words[1:]):
+    name, *words = lines[0].words
+    refused = READ_ONLY.get(name)
+    if VERSION_QUESTION.fullmatch(" ".join(lines[0].words)):
+        return lines[0].words
+    if refused is None or (name == "git" and not GIT_LOOKS.fullmatch(" ".join(words))):
         return ()
-    return words
-
-
-def _harmless_argument(word: str, refused: str, typed: bool) -> bool:
-    plain = word[word.find("=") + 1:] if word.startswith("--") else word
-    parts = plain.split("/")
-    return not (re.fullmatch(refused, word) or plain.startswith(("/", "~")) or ".." in parts
-                or not PROTECTED.isdisjoint(part.lower() for part in parts) or "://" in plain
-                or CONTROL_CODES.search(word) or (typed and PROSE_ARGUMENT.fullmatch(word)))
+    for word in words:
+        plain = word[word.find("=") + 1:] if word.startswith("--") else word
+        if (re.fullmatch(refused, word) or plain.startswith(("/", "~"))
+                or UNSAFE_PATH.search(plain) or (typed and PROSE_ARGUMENT.fullmatch(word))):
+            return ()
+    return lines[0].words
 
 
 # ------------------------------ asked for ------------------------------
 
 # Words of courtesy before a request; each alternative is taken off as often as it comes.
-LEAD = Pattern(
-    r"\s*(?:(?:please|pls|plz|kindly|hi|hey|hello|hi there|hey there|ok|okay|alright|great|"
-    r"thanks|thank you|perfect|good|cool|nice|now|next|then|so|also|and|well|first|finally|just|"
-    r"quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|awesome)(?:\s*[,.!:;-]+\s*|\s+)|"
-    r"(?:would|do) you mind\s+|(?:can|could|would|will) you(?:\s*,)?\s+(?:please,?\s+|kindly\s+|"
-    r"just\s+|now\s+|also\s+|"
-    r"quickly\s+|maybe\s+|possibly\s+)*|would you be so kind (?:as )?to\s+|"
-    r"i(?:'d| would) (?:like|love) (?:for )?(?:you )?to\s+|"
-    r"i(?:'d| would) appreciate it if you (?:could|would)\s+|be so kind (?:as )?to\s+|"
-    r"i (?:want|need) you to\s+|i (?:want|need) to\s+|we need to\s+|you should\s+|"
-    r"go ahead and\s+|let's\s+|let us\s+|help me(?: to)?\s+|your (?:task|job) is to\s+|"
-    r"(?:the )?task:\s*|i have a (?:small |quick |simple )?(?:task|request|favou?r)(?: for you)?"
-    r"[.:,!]\s*|(?:quick|small|simple) (?:task|request|one)[.:,!]\s*|"
-    r"using (?:the |your )?(?:bash|shell|write|file|edit)? ?tools?,\s+|use (?:the |your )?"
-    r"(?:bash|shell|write|file|edit)? ?tools? (?:and|to)\s+|could i ask you to\s+|"
-    r"(?:let me|(?:can|could|may) i)\s+(?=(?:see|view|look at|have a look)\b))", re.IGNORECASE)
+LEAD = Shape(r"""\s*(?:(?:please|pls|plz|kindly|hi|hey|hello|hi there|hey there|ok|okay|alright|
+    great|thanks|thank you|perfect|good|cool|nice|now|next|then|so|also|and|well|first|finally|just|
+    quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|awesome)(?:\s*[,.!:;-]+\s*|\s+)|
+    (?:would|do) you mind\s+|(?:can|could|would|will) you(?:\s*,)?\s+(?:(?:please|kindly|just|now|
+    also|quickly|maybe|possibly),?\s+)*|(?:would you )?be so kind (?:as )?to\s+|
+    i(?:'d| would) (?:like|love) (?:for )?(?:you )?to\s+|
+    i(?:'d| would) appreciate it if you (?:could|would)\s+|i (?:want|need) (?:you )?to\s+|
+    we need to\s+|you should\s+|go ahead and\s+|let's\s+|let us\s+|help me(?: to)?\s+|your (?:task|
+    job) is to\s+|(?:the )?task:\s*|(?:i have a |(?:i have a )?(?:small|quick|simple) )
+    (?:task|request|favou?r|one)(?: for you)?[.:,!]\s+|using {tools},\s+|use {tools} (?:and|to)\s+|
+    could i ask you to\s+|(?:let me|(?:can|could|may) i)\s+(?=(?:see|view|look at|
+    have a look)\b))""")
 # A fence and then what to do with it; the rules want the text last.
-SHOWN_FIRST = Pattern(r"([\uf000-\uf8ff])\s+([^\uf000-\uf8ff]*\b(?:this|above|"
-                      r"that)\b[^\uf000-\uf8ff]*)",
-                      re.IGNORECASE)
+SHOWN_FIRST = Shape(r"""([\uf000-\uf8ff])\s+([^\uf000-\uf8ff]*\b(?:this|above|
+    that)\b[^\uf000-\uf8ff]*)""")
 ASKED_WITH_FENCE = Pattern("\\?(\\s+[\uf000-\uf8ff])\\Z")
-PLEASE_INSIDE = Pattern(r"\A((?:in|inside|from|to|at) [^,]{1,80},)\s+please\s+", re.IGNORECASE)
-NEEDED = Pattern(r"(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|"
-                 r"empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)", re.IGNORECASE)
-POLITE_QUESTION = Pattern(r"\s*(?:\w+[,!.]?\s+){0,4}?(?:can|could|would|will|do) you\b|.*\bmind\b",
-                          re.IGNORECASE)
+NEEDED = Shape(r"""(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|
+    empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)""")
+POLITE_QUESTION = Shape(r"\s*(?:\w+[,!.]?\s+){0,4}?(?:can|could|would|will|do) you\b|.*\bmind\b")
 # What may follow a request without changing it.
-TRAILER = Pattern(
-    r"(?:^|(?<=[^\s,.;!?]))(?:[,.;!?]\s*|\s+|\s*[-\u2013\u2014]\s*)(?:and )?"
-    r"(?:please|pls|plz|thanks|thank you|thx|ty|cheers|"
-    r"thanks (?:a lot|so much|in advance|very much)|thank you (?:so|very) much|that's (?:it|all)|"
-    r"that is all|nothing else|nothing more|for me|now|right now|right away|asap|immediately|"
-    r"if you (?:can|could|please|don't mind|would)|when you (?:can|get a chance|have time)|"
-    r"would you|will you|ok|okay|"
-    r"(?:please )?(?:do not|don't) (?:change|modify|touch|edit|add|do|write|include|alter|create|"
-    r"say) (?:anything|any (?:other|more) \w+|the rest|other files)(?: else| more)?|"
-    r"(?:make )?no other changes|(?:leave|keep) (?:everything|the rest|all)(?: else)? "
-    r"(?:unchanged|as (?:it )?is|alone|untouched|the same)|(?:then )?(?:let me know|tell me|say so)"
-    r"(?: (?:when|once|that|if))?(?: (?:it's|it is|you're|you are|that's))?(?: (?:done|finished|"
-    r"ready|it worked|complete))|use (?:the |your )?(?:bash|shell|write|edit|file)? ?tools?|"
-    r"using (?:the |your )?(?:bash|shell|write|edit|file)? ?tools?|"
-    r"\(?(?:without|with no|no|and no) (?:a |any )?(?:trailing |final |ending )?"
-    r"(?:newline|line break)\)?|"
-    r"exactly (?:as|like) (?:is|written|shown|that)|verbatim|i'll do the rest|"
-    r"(?:no|without) (?:any )?explanations?(?: needed| necessary)?|(?:and )?don't explain(?: it| "
-    r"anything)?|just do it|do it now|only that|and nothing else|don't ask(?: me)?(?: anything)?|"
-    r"it's urgent|and (?:that's|that is) it)\s*[.!?]*\Z", re.IGNORECASE)
-PLACE = Pattern(r"\s+(?:here|from this (?:folder|directory)|in (?:the|this|my|our) "
-                r"(?:(?:current|working|project|root) )?"
-                r"(?:folder|directory|project|repo|dir|root))[.!]*\Z", re.IGNORECASE)
-LOOKS = Pattern(r"\s*(?:\w+,? ){0,4}?(?:what|which|list|show|display|print|ls|dir|tell|see|give)\b",
-                re.IGNORECASE)
-FINAL_NEWLINE = Pattern(
-    r",? (?:with|followed by|and|ending (?:with|in)|plus) a (?:trailing |final |single )?"
-    r"(?:newline|line break)(?: at the end| character)?\Z", re.IGNORECASE)
+TRAILER = Shape(r"""(?:^|(?<=[^\s,.;!?]))(?:[,.;!?]\s*|\s+|\s*[-\u2013\u2014]\s*)(?:and )?(?:please|
+    pls|plz|cheers|thx|ty|(?:thanks|thank you)(?: (?:a lot|(?:so|very) much|in advance))?|(?:that's|
+    that is) (?:it|all)|nothing (?:else|more)|for me|(?:right )?now|right away|asap|immediately|
+    if you (?:can|could|please|don't mind|would)|when you (?:can|get a chance|have time)|would you|
+    will you|ok|okay|(?:please )?(?:do not|don't) (?:change|modify|touch|edit|add|do|write|include|
+    alter|create|say) (?:anything|any (?:other|more) \w+|the rest|other files)(?: else| more)?|
+    (?:make )?no other changes|(?:leave|keep) (?:everything|the rest|all)(?: else)? (?:unchanged|
+    as (?:it )?is|alone|untouched|the same)|(?:then )?let me know|(?:then )?(?:let me know|tell me|
+    say so)(?: (?:when|once|that|if))?(?: (?:it's|it is|you're|you are|that's))?(?: (?:done|
+    finished|ready|it worked|complete))|us(?:e|ing) {tools}|\(?(?:without|with no|no) (?:a |any )?
+    (?:trailing |final |ending )?(?:newline|line break)\)?|exactly (?:as|like) (?:is|written|shown|
+    that)|verbatim|i'll do the rest|(?:no|without) (?:any )?explanations?(?: needed| necessary)?|
+    don't (?:explain|ask)(?: it| me)?(?: anything)?|just do it|do it now|only that|it's urgent|
+    (?:here|from this (?:folder|directory)|in (?:the|this|my|our) (?:(?:current|working|project|
+    root) )?(?:folder|directory|project|repo|dir|root))(?!\s*\?))\s*[.!?]*\Z""")
+FINAL_NEWLINE = Shape(r""",? (?:with|followed by|and|ending (?:with|in)|plus) an? (?:trailing |
+    final |single )?(?:newline|line break)(?: at the end| character)?(?=\Z| (?:to|in|into|at) )""")
 ENDING = Pattern(r"(?:(?<![\s/.])\.{1,3}[!?]{0,9}|(?<![!?])[!?]{1,9}\.{0,3}|\u2026|:)\Z")
 MAX_TRAILER_CHARS = 120
-BASES = (
-    "create", "make", "generate", "add", "append", "write", "insert", "place", "replace", "change",
-    "update", "rename", "move", "copy", "delete", "remove", "erase", "list", "show", "display",
-    "open", "view", "print", "save", "store", "clear", "empty", "overwrite", "prepend", "execute",
-    "touch", "duplicate", "inspect",
-)
-FORMS: Dict[str, str] = {
-    "whats": "what's", "putting": "put", "setting": "set", "wrote": "write",
-    "written": "write", "made": "make", "overwrote": "overwrite", "overwritten": "overwrite",
-    "reading": "read", "running": "run", "looking": "look", "copied": "copy", "swapped": "swap",
-    "shown": "show", "ran": "run", "examine": "view", "examining": "view", "check": "view",
-    "checking": "view",
-    **{base[:-1] + "ing" if base.endswith("e") else base + "ing": base for base in BASES},
-    **{base + ("d" if base.endswith("e") else "ed"): base for base in BASES},
+IRREGULAR = {
+    "whats": "what's", "wrote": "write", "written": "write", "made": "make", "shown": "show",
+    "overwrote": "overwrite", "overwritten": "overwrite", "copied": "copy", "ran": "run",
+    "examine": "view", "examining": "view", "check": "view", "checking": "view",
+    "mkdir": "create folder",
 }
-FIRST_WORD = Pattern(r"[A-Za-z]+")
+INFLECTION = Pattern(r"(?:e?d|ing)\Z")
+# A statement of why, before or after a request: "The port is wrong. Please change ...".
+# It must name a fault or a need, and be no order, question, condition or quoted speech.
+REASON_BEFORE = Shape(r"""\s*((?:(?:the|our|my|we|i|it|this|these|those|they|there|typo)\b|
+    (?:[\w']+ ){1,3}(?:is|are|has|needs?)\b)(?:[^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,100}?
+    (?:\b(?:{useless}|wrong|broken|missing|mistakes?|incorrect|confused|new|now|lacks?|
+    needs? (?:an?|the|some)|forgot|moved|changed|renamed|matters?|fails?)\b|(?<=typo))
+    (?:[^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,60})(?:[.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|can you\b|
+    could you\b)|,\s+(?=please\b)|(?:(?<=typo)|(?<=wrong)|(?<=mistake)):\s+)""")
+REASON_AFTER = Shape(r"""(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+
+    (?=(?:it|it's|we|i|nobody)\b))((?:because |since |as )?(?:it|it's|they|they're|we|i|nobody|
+    the name)\b[^.!?;:\n\uf000-\uf8ff]{0,60}\b{useless})[.!]*\s*\Z""")
+NO_REASON = Shape(r"""\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|writ\w+|wrote|reads?|request\w*|
+    suggest\w*|quot\w+|instruct\w*|recommend\w*|prompts?|messages?|logs?|outputs?|results?|e?mails?|
+    exercise|homework|quiz|plan\w*|rules?|tickets?|tutorial|article|page|book|lesson|game|joke|
+    kidding|examples?|would|could|should|must|might|maybe|perhaps|pretend\w*|imagin\w+|suppos\w+|
+    wonder\w*|guess|think|thoughts?|ideas?|opinion|(?:un)?sure|ways?|options?|tasks?|if|when|
+    whenever|unless|once|until|before|after|later|first|second|third|last|only|each|every|both|
+    except|lines?|how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|
+    touch)|careful|backup|tested|here(?:'s| is| are)|below|above|i (?:was|will|did)|i'll|you|he|she|
+    myself|already|allowed|please|(?:then|and|to|let me) (?:{verbs}|run))\b""")
 
 
 def _base_form(text: str) -> str:
-    match = FIRST_WORD.match(text)
-    base = FORMS.get(match.group().lower()) if match else None
-    return base + text[len(match.group()):] if match and base else text
-
-
-# A statement of why, before or after a request: "The port is wrong. Please change ...".
-# It must be a plain statement: no order, question, condition, quoted speech or limit.
-STATEMENT = (
-    r"(?:(?:the|our|my|we|i|it|this|these|those|they) |(?:[\w']+ ){0,6}?(?:is|are|was|were|has|"
-    r"have|had|needs?|needed|wants?|got|gets?|contains?|uses?|used|looks?|lacks?|deploy|ship|"
-    r"moved|changed|forgot|made|broke|breaks?|fails?|doesn't|don't|isn't|aren't|no longer|"
-    r"\w+'(?:s|m|re|ve)|matters?|ignores?|typo)\b)")
-REASON_BEFORE = Pattern(
-    r"\s*(" + STATEMENT + r"[^.!?;:\n\uf000-\uf8ff]{0,120}"
-    r"|typo[^.!?;:\n\uf000-\uf8ff]{0,60})"
-    r"(?:[.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|can you\b|could you\b)|,\s+(?=please\b)|"
-    r"(?<=typo):\s+|(?<=wrong):\s+|(?<=mistake):\s+)", re.IGNORECASE)
-REASON_AFTER = Pattern(
-    r"(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+(?=it's\b|we\b|i\b))"
-    r"((?:because |since |as )?(?:it|it's|they|they're|we|i|nobody|the name)\b"
-    r"[^.!?;:\n\uf000-\uf8ff]{0,60}\b(?:no longer (?:needed|used|necessary|(?:need|use) (?:it|them)"
-    r")|(?:need|use|uses|want) (?:it|them)(?: any ?more)?|obsolete|outdated|unused|misspelled|"
-    r"misspelt|misleading|deprecated|useless|stale|out of date|garbage|junk))[.!]*\s*\Z",
-    re.IGNORECASE)
-NO_REASON = Pattern(
-    r"\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|wr(?:ote|itten|ites)|reads?|request\w*|"
-    r"suggest\w*|"
-    r"quot\w+|follow\w*|instruct\w*|steps?|prompts?|messages?|logs?|outputs?|results?|e?mails?|"
-    r"phrase|translat\w*|tasks?|exercise|homework|quiz|commands?|plan\w*|would|could|"
-    r"should|must|might|maybe|perhaps|pretend\w*|imagin\w+|suppos\w+|hypothe\w+|wonder\w*|"
-    r"questions?|sure|unsure|undecided|if|when|whenever|unless|once|until|before|after|later|"
-    r"first|second|third|last|only|each|every|both|except|line \d+|lines|examples?|sentence|"
-    r"how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|touch)|"
-    r"careful|backup|tested|here(?:'s| is| are)|see|below|above|recommend\w*|advi[cs]e\w*|warn\w*|"
-    r"i(?: am|'m) (?!new\b|confused\b|done\b|stuck\b)\w+|i (?:was|will|did|think|guess)|i'll|you|"
-    r"he|she|rules?|polic(?:y|ies)|ticket|ways?|options?|myself|already|allowed|"
-    r"forbidden|thoughts?|ideas?|opinion|"
-    r"(?:has|have|contains?|got|shows?) (?:this|these|that|those)|"
-    r"joke|kidding|game|writing|tutorial|articles?|page|website|book|lesson|course|puzzle|"
-    r"(?<!need )(?<!needs )(?:this|these|that|those)(?=\s*\Z)|according|claims?|means?|called|"
-    r"please|(?:then|and|to|please|i'll|i will|you|let me) (?:" + "|".join((
-        "delete", "remove", "rename", "move", "create", "make", "write", "append", "add",
-        "replace", "change", "overwrite", "insert", "copy", "run")) + r"))\b", re.IGNORECASE)
+    """Return a text with its first word, a verb, as in an order: "renamed a" is "rename a"."""
+    match = WORD.match(text)
+    word = match.group().lower() if match else ""
+    stem = INFLECTION.sub("", word)
+    forms = (word, stem, stem + "e", stem[:-1]) if 2 < len(stem) < len(word) else ()
+    base = next((form for form in forms if any(
+        form in _first_words(shape) for _, shape in table_rows(RULES))), word)
+    return IRREGULAR.get(word, base) + text[len(word):]
 
 
 def _without_reason(text: str) -> str:
@@ -7595,14 +7272,12 @@ def _without_reason(text: str) -> str:
     core = text.strip()
     if len(core) > 4 * MAX_REQUEST_CHARS:
         return ""
-    for _ in range(2):
-        before = REASON_BEFORE.match(core)
-        if before is None or not _is_reason(before.group(1)):
-            break
+    before = REASON_BEFORE.match(core)
+    if before is not None and _is_reason(before[1]):
         core = core[before.end():]
     kept = _without_trailers(core)
     after = REASON_AFTER.search(kept, max(0, len(kept) - 2 * MAX_TRAILER_CHARS))
-    if after is not None and after.start() and _is_reason(after.group(1)):
+    if after is not None and after.start() and _is_reason(after[1]):
         core = kept[:after.start()] + "."
     return core if core != text.strip() else ""
 
@@ -7615,9 +7290,7 @@ def _is_reason(statement: str) -> bool:
 def _without_trailers(core: str) -> str:
     """Take off what follows a request without changing it."""
     for _ in range(6):
-        start = max(0, len(core) - MAX_TRAILER_CHARS)
-        match = TRAILER.search(core, start) or (
-            None if LOOKS.match(core) else PLACE.search(core, start))
+        match = TRAILER.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
         if match is None or match.start() == 0:
             break
         core = core[:match.start()]
@@ -7630,62 +7303,49 @@ def _freed(text: str) -> Asked:
     whole = text.strip()
     core = _without_trailers(whole)
     cut, end = core != whole, ENDING.search(core)
-    if end is not None:
-        core = core[:end.start()].rstrip()
-    polite = POLITE_QUESTION.match(core) is not None
+    ending = end.group() if end else ""
+    core = core[:len(core) - len(ending)].rstrip()
+    if ending == "." or (ending == "?" and POLITE_QUESTION.match(core)):
+        ending = ""
     for _ in range(8):
         lead = LEAD.match(core)
         if lead is None:
             break
         core = core[lead.end():]
     core = ASKED_WITH_FENCE.sub(r":\1", core)
-    shown = SHOWN_FIRST.fullmatch(core)
-    core = f"{shown.group(2)}: {shown.group(1)}" if shown else core
-    core = PLEASE_INSIDE.sub(r"\1 ", core, count=1)
-    core = NEEDED.sub("create ", core, count=1) if NEEDED.match(core) else core
+    core = SHOWN_FIRST.sub(r"\2: \1", core) if SHOWN_FIRST.fullmatch(core) else core
+    core = "create " + core[needed.end():] if (needed := NEEDED.match(core)) else core
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
-    core = core[:newline.start()] if newline else core
-    return Asked(_base_form(core.strip()), end.group() if end else "", polite,
-                 newline is not None, cut)
+    core = core[:newline.start()] + core[newline.end():] if newline else core
+    return Asked(_base_form(core.strip()), ending, newline is not None, cut or newline is not None)
 
 
-def _matched(rules: Sequence[Rule], masked: Masked, asked: Asked, scope: Scope) -> Tuple[str, Ops]:
+def _matched(rules: str, masked: Masked, asked: Asked, scope: Scope) -> Tuple[str, Ops]:
     """Return the kind of the first rule that reads the whole text, and its operations."""
     if len(asked.core) > MAX_REQUEST_CHARS or LONG_GAP.search(asked.core):
         return "", ()
-    first = FIRST_WORD.match(asked.core)
-    word = first.group().lower() if first else ""
-    for rule in rules:
-        if word not in _first_words(rule.shape):
-            continue
-        match = _shape(rule.shape).fullmatch(asked.core)
-        if match is None:
-            continue
-        found = Reading(match, masked, scope, asked)
-        ops = BUILDERS[rule.kind](found, rule.kind)
-        doubt = (asked.ending.startswith("?") and not asked.polite and not found.group("bare")
-                 and not _only_looks(ops))
-        if ops and not doubt and all(op.path or op.words for op in ops):
-            if asked.newline:
-                ops = tuple(op._replace(text=op.text + "\n") if op.text else op for op in ops)
-            return rule.kind, ops
+    core = _ordered(asked.core)
+    for kind, shape in table_rows(rules):
+        match = _fits(shape, core)
+        if match is not None:
+            found = Reading(match, masked, scope, asked)
+            ops = BUILDERS[kind](found, kind)
+            doubt = asked.ending.startswith("?") and not found.group("bare")
+            if ops and (not doubt or _only_looks(ops)):
+                return kind, ops
     return "", ()
 
 
 def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the user's words ask for by themselves."""
+    looks = SAYS_IT_LOOKS.search(answer.text, 0, MAX_LOOK_CHARS) is not None
     for masked in _readings(words):
-        asked = _freed(masked.text)
-        kind, ops = _matched(RULES, masked, asked, scope)
-        request = "" if ops else _without_reason(masked.text)
-        if request:
-            kind, ops = _matched(RULES, masked, _freed(request), scope)
-        if ops and not (kind == "named" and answer.fences):
-            return Rescue("asked:" + kind, ops)
-        if SAYS_IT_LOOKS.search(answer.text, 0, MAX_LOOK_CHARS):
-            kind, ops = _matched(QUESTIONS, masked, asked, scope)
-            if ops:
-                return Rescue("question:" + kind, ops)
+        for source, rules, text in (
+                ("asked:", RULES, masked.text), ("asked:", RULES, _without_reason(masked.text)),
+                ("question:", QUESTIONS, masked.text if looks else "")):
+            kind, ops = _matched(rules, masked, _freed(text), scope)
+            if ops and not (kind == "named" and answer.fences):
+                return Rescue(source + kind, ops)
     return None
 
 
@@ -7696,98 +7356,77 @@ def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
 MAX_LOOK_ANSWER_CHARS = 32_000
 # Characters of an answer in which the model may announce that it looks.
 MAX_LOOK_CHARS = 4_000
-SAYS_IT_LOOKS = Pattern(
-    r"\b(?:let me|let's|I'll|I will|I'm going to|I am going to|allow me to)\b[^.!?\n]{0,60}?\b"
-    r"(?:look|check|read|see|open|view|inspect|examine|list|find out|show|display|review|scan|"
-    r"explore|use|run|access|retrieve|get|fetch)\b|\b(?:checking|reading|looking|opening|listing|"
-    r"inspecting)\b[^.!?\n]{0,40}?(?:\bnow\b|\.\.\.|\u2026)|^\s*(?:checking|reading|looking|"
-    r"opening|listing)\b", re.IGNORECASE)
-DECLINED = Pattern(
-    r"\bI(?:'m| am) (?:sorry,? but|unable|not able|afraid|not allowed|not permitted|not sure|"
-    r"not going to)\b|\bI (?:can't|cannot|can not|couldn't|could not|won't|will not|don't have|"
-    r"do not have|shouldn't|should not|must decline|refuse|decline|need more|need to know|"
-    r"would need|need you to|would recommend against|don't recommend|would advise against|"
-    r"would suggest not|don't see|do not see|didn't)\b|\b(?:sorry, but|unfortunately|as an AI|"
-    r"not possible|isn't possible|impossible|unable to|no access)\b|"
-    r"\bplease (?:provide|specify|confirm|clarify|tell me|let me know (?:which|what|whether|if|"
-    r"how)|share|paste|upload|choose|select|be more specific|note that I (?:can't|cannot))\b|"
-    r"\blet me know (?:which|whether|what (?:you|to|content|name)|how you|if you(?:'d| would)? "
-    r"(?:like|want) (?:me )?to (?:proceed|continue|go ahead|do|make|create|apply|delete|"
-    r"overwrite))|\bbefore I (?:proceed|do|continue|can|make|delete)\b|\bonce you (?:confirm|"
-    r"approve|provide|tell)|\bif you (?:confirm|approve|agree)|"
-    r"\balready (?:exists?|contains?|has|been|there|in place|present|gone)\b|"
-    r"\bnothing to (?:do|change|add)\b|\bno changes? (?:(?:is|are|was|were) )?(?:needed|required|"
-    r"necessary)\b|"
-    r"\b(?:is|are|would be) (?:risky|dangerous|irreversible)\b", re.IGNORECASE)
-COURTESY = Pattern(r"anything else|something else|(?:need|want) (?:any )?(?:further|more)|"
-                   r"help (?:you )?with|any (?:other |more )?questions|how can I (?:help|assist)",
-                   re.IGNORECASE)
-VERBS = ("create|make|write|build|generate|implement|add|scaffold|set ?up|develop|code|put|save|"
-         "update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|"
-         "convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|"
-         "overwrite|organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|"
-         "clean|port|migrate|adjust|improve|increase|decrease|enable|disable|switch|swap|include|"
-         "extend|simplify|finish|complete|document|annotate|format|sort|tidy|call it|name it|"
-         "give (?!me|us)")
-ORDERS = Pattern("(?:" + VERBS + r"|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b", re.IGNORECASE)
-WANTS_CHANGE = Pattern(
-    r"(?:\A|[.!?;:,\n][^\S\n]*|\b(?:and|then|please|to|you|also|just|now|let's|us)\s+)(?:" + VERBS
-    + r")\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |advice|"
-    r"an? (?:explanation|overview|review|opinion|idea)|your|information|you to (?:explain|tell|"
-    r"review|describe)))", re.IGNORECASE)
-WANTS_ANSWER = Pattern(
-    r"(?:how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|should|can i|may i|"
-    r"could i|would it|explain|describe|tell me|review|compare|suggest|recommend|discuss|"
-    r"show me (?:how|an? (?:example|sample|snippet))|give me (?:an? (?:example|sample|snippet|"
-    r"tutorial|command|overview)|some|advice|the command)|teach|walk me|think|consider|outline|"
-    r"brainstorm|propose|plan|any|i wonder|i'm wondering|i am wondering|help me understand|"
-    r"understand|know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|"
-    r"i (?:want|need|would like|'d like) (?:help|to (?:know|understand|see|learn))|"
-    r"summari[sz]e|imagine|suppose|analy[sz]e|evaluate|critique|assess|look|read|check|find|"
-    r"print|display|search|count|list|show)\b", re.IGNORECASE)
-HOW_TO = Pattern(
-    r"\bhow to\b|\bhow (?:do|can|could|would|should|does) (?:i|you|we|one|someone|people)\b|"
-    r"\b(?:best|right|correct|proper) way to\b|\bwhat(?:'s| is) the (?:command|syntax)\b|"
-    r"\b(?:do not|don't|never|without|not)\s+(?:\w+\s+){0,2}?(?:creat\w+|writ\w+|chang\w+|edit\w*|"
-    r"modif\w+|touch\w*|run\w*|execut\w+|delet\w+|mak\w+|act|sav\w+|appl\w+|do|anything|files?)\b|"
-    r"\b(?:just|only)\s+(?:show|tell|explain|describe|suggest|print|give|answer)\b|"
-    r"\b(?:dry run|hypothetical\w*|suppose|imagine|in theory|what if|an example of|tutorial|"
-    r"in the chat|in chat|as text|paste it here|one-?liner)\b", re.IGNORECASE)
-CONDITION = Pattern(
-    r"(?:\A|[.,;!\n][^\S\n]*|\b(?:but|and|only)\s+)(?:if|unless|when|once|in case|provided|"
-    r"as soon as|whenever)\b|\bif (?:it|they|there|the file|not|needed|necessary|possible|you)\b|"
-    r"\bunless\b", re.IGNORECASE)
+# Sentences of one answer that are read; more are no plan but prose.
+MAX_SENTENCES = 40
+# Characters of a request in which its wishes are looked for.
+MAX_WISH_CHARS = 20_000
+SAYS_IT_LOOKS = Shape(r"""\b(?:{will})\b[^.!?\n]{0,60}?\b(?:look|check|read|see|open|view|inspect|
+    examine|list|find out|show|display|review|scan|explore|use|run|access|retrieve|get|fetch)\b|
+    \b(?:checking|reading|looking|opening|listing|inspecting)\b[^.!?\n]{0,40}?(?:\bnow\b|\.\.\.|
+    \u2026)|^\s*(?:checking|reading|looking|opening|listing)\b""")
+# The model refused, found nothing to do, or waits for an answer.
+DECLINED = Shape(r"""\bI(?:'m| am) (?:sorry,? but|unable|not \w+|afraid)\b|\bI (?:\w+n't|cannot|
+    \w+ not|must decline|refuse|decline|need more|need to know|would need|need you to|(?:would )?
+    (?:recommend|advise|suggest) (?:against|not))\b|\b(?:sorry, but|unfortunately|as an AI|
+    not possible|isn't possible|impossible|unable to|no access)\b|\bplease (?:provide|specify|
+    confirm|clarify|tell me|let me know (?:which|what|whether|if|how)|share|paste|upload|choose|
+    select|be more specific|note that I (?:can't|cannot))\b|\blet me know (?:which|whether|
+    what (?:you|to|content|name)|how you|if you(?:'d| would)? (?:like|want) (?:me )?to (?:proceed|
+    continue|go ahead|do|make|create|apply|delete|overwrite))|\bbefore I (?:proceed|do|continue|can|
+    make|delete)\b|\b(?:once|if) you (?:confirm|approve|agree|provide|tell)|\balready (?:exists?|
+    contains?|has|been|there|in place|present|gone)\b|\bnothing to (?:do|change|add)\b|
+    \bno changes? (?:(?:is|are|was|were) )?(?:needed|required|necessary)\b|\b(?:is|are|
+    would be) (?:risky|dangerous|irreversible)\b""")
+QUESTION = Pattern(r"(?:\A|(?<=[.!?\n]))[^.!?\n]*\?(?!\w)")
+COURTESY = Shape(r"""anything else|something else|(?:need|want) (?:any )?(?:further|more)|
+    help (?:you )?with|any (?:other |more )?questions|how can I (?:help|assist)""")
+ORDERS = Shape(r"(?:{verbs}|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b")
+WANTS_CHANGE = Shape(r"""(?:\A|[.!?;:,\n][^\S\n]*|\b(?:and|then|please|to|you|also|just|now|let's|
+    us)\s+)(?:{verbs})\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |
+    advice|an? (?:explanation|overview|review|opinion|idea)|your|information|you to (?:explain|tell|
+    review|describe)))""")
+WANTS_ANSWER = Shape(r"""(?:how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|
+    should|can i|may i|could i|would it|explain|describe|tell me|review|compare|suggest|recommend|
+    discuss|show me (?:how|an? (?:example|sample|snippet))|give me (?:an? (?:example|sample|snippet|
+    tutorial|command|overview)|some|advice|the command)|teach|walk me|think|consider|outline|
+    brainstorm|propose|plan|any|i wonder|i'm wondering|i am wondering|help me understand|understand|
+    know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|i (?:want|need|
+    would like|'d like) (?:help|to (?:know|understand|see|learn))|summari[sz]e|imagine|suppose|
+    analy[sz]e|evaluate|critique|assess|look|read|check|find|print|display|search|count|list|
+    show)\b""")
+HOW_TO = Shape(r"""\bhow to\b|\bhow (?:do|can|could|would|should|does) (?:i|you|we|one|someone|
+    people)\b|\b(?:best|right|correct|proper) way to\b|\bwhat(?:'s| is) the (?:command|syntax)\b|
+    \b(?:do not|don't|never|without|not)\s+(?:\w+\s+){0,2}?(?:creat\w+|writ\w+|chang\w+|edit\w*|
+    modif\w+|touch\w*|run\w*|execut\w+|delet\w+|mak\w+|act|sav\w+|appl\w+|do|anything|files?)\b|
+    \bno changes\b|\b(?:just|only)\s+(?:look|read|check|review|show|tell|explain|describe|suggest|
+    print|give|answer)\b|\b(?:dry run|hypothetical\w*|suppose|imagine|in theory|what if|
+    an example of|tutorial|in the chat|in chat|as text|paste it here|one-?liner)\b""")
+CONDITION = Shape(r"""(?:\A|[.,;!\n][^\S\n]*|\b(?:but|and|only)\s+)(?:if|unless|when|once|in case|
+    provided|as soon as|whenever)\b|\bif (?:it|they|there|the file|not|needed|necessary|possible|
+    you)\b|\bunless\b""")
 SHELL_WANTED = Pattern(
     r"\b(?:bash|shell|sh|zsh|terminal|install(?:ation)?|setup|deploy\w*|build)\s+(?:script|"
     r"commands?)\b|(?<!python )(?<!node )(?<!js )(?<!javascript )(?<!ruby )(?<!perl )(?<!php )"
     r"\bscripts?\b|\b(?:the|a|some|which|what) commands?\b|\bcommands? (?:to|for|that|i)\b|"
     r"\.(?:sh|bash)\b", re.IGNORECASE)
 # A description of several ways to do it is not one plan.
-ALTERNATIVES = Pattern(r"\b(?:option|alternative|approach|method|variant) (?:#?[12ab]|one|two)\b|"
-                       r"\balternatively\b|\bor,? you (?:can|could)\b|\btwo (?:ways|options)\b",
-                       re.IGNORECASE)
-EDITING = Pattern(
-    r"(?:fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|extend|"
-    r"add\b.*\b(?:to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|"
-    r"replace|rename|make)\b",
-    re.IGNORECASE)
-NEW_FILE = Pattern(r"\b(?:create|new|called|named|generate|scaffold)\b|\ba \S+ file\b",
-                   re.IGNORECASE)
-OVERWRITE = Pattern(r"\b(?:overwrite|rewrite|regenerate)\b|"
-                    r"\breplace the (?:whole |entire )?(?:contents?|file)\b", re.IGNORECASE)
-MODEL_SPEAKS = Pattern(
-    r"\s*(?:[-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?"
-    r"(?:(?:sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|"
-    r"finally|so|and|also|no problem|absolutely|got it|understood|yes|to [^,.\n]{1,60})"
-    r"[,.!:;]*\s+){0,3}(?:(?:I'll|I will|I'm going to|I am going to|I've|I have|I just|I|we'll|"
-    r"we will|let me|let's|allow me to|I need to)\s+(?:(?:now|just|also|then|first|next|go ahead "
-    r"and|proceed to|proceed and|successfully|quickly|start by|begin by|need to)\s+){0,3}|"
-    r"(?=(?:created|renamed|moved|deleted|removed|appended|added|replaced|inserted|wrote|copied|"
-    r"changed|reading|listing|checking|opening|renaming|creating|deleting|appending|replacing|"
-    r"moving|inserting)\b))", re.IGNORECASE)
+ALTERNATIVES = Shape(r"""\b(?:option|alternative|approach|method|variant) (?:#?[12ab]|one|two)\b|
+    \balternatively\b|\bor,? you (?:can|could)\b|\btwo (?:ways|options)\b""")
+EDITING = Shape(r"""(?:fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|
+    extend|add\b.*\b(?:to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|
+    replace|rename|make)\b""")
+NEW_FILE = Shape(r"\b(?:create|new|called|named|generate|scaffold)\b|\ba \S+ file\b")
+OVERWRITE = Shape(r"""\b(?:overwrite|rewrite|regenerate)\b|\breplace the (?:whole |entire )?
+    (?:contents?|file)\b""")
+ABOUT_PROJECT = Shape(r"""\b(?:project|repo|repository|code|codebase|files?|folder|directory|here|
+    bug|error|tests?|(?:fail|crash)\w*|(?:the|this|my|our) (?:\w+ )?(?:build|function|class|module|
+    app|server|script|program|config\w*|package|version))\b""")
+MODEL_SPEAKS = Shape(r"""\s*(?:[-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?(?:(?:{sure}|
+    to [^,.\n]{1,60})[,.!:;]*\s+){0,3}(?:(?:{will}|I've|I have|I just|I|we'll|we will|I need to)\s+
+    (?:(?:now|just|also|then|first|next|go ahead and|proceed to|proceed and|successfully|quickly|
+    start by|begin by|need to)\s+){0,3}|(?=(?:\w+(?:ed|ing)|wrote)\b))""")
 SENTENCE_STOP = Pattern(r"(?<=[.!?])\s+|\n+")
 FENCE_AFTER_COLON = Pattern("[:.][ \t\r\n]+(?=[\uf000-\uf8ff])")
-ONE_FENCE = Pattern("[\uf000-\uf8ff]")
 ELIDED = Pattern(
     r"^[ \t]*(?:(?:#|//|/\*+|<!--|--|;|%|\*|\{/\*|\"\"\")?[ \t]*(?:\[|\(|<|\{)?(?:\.{3}|\u2026)|"
     r"(?:#|//|/\*+|<!--|--|;|%|\{/\*)[^\n]{0,120}?(?:\bexisting\b|\brest of\b|\bunchanged\b|"
@@ -7796,37 +7435,26 @@ ELIDED = Pattern(
     r"content)\b|\bcode here\b|\bgoes here\b|\btruncated\b|\bsnip\b|\.{3}|\u2026)|"
     r"[\[(<](?:existing|rest|remaining|previous|unchanged|insert|your)\b)",
     re.IGNORECASE | re.MULTILINE)
-PLACEHOLDER = Pattern(r"(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(?:\.\w+)?)|"
-                      r".*(?:path/to/|/your[_-]).*", re.IGNORECASE)
-LABEL_WORD = Pattern(
-    r"\b(?:I'll|I will|let me|let's|I've|I have|I'm going to|here(?:'s| is| are)|below is|creat\w+|"
-    r"writ\w+|sav\w+|wrote|contents?|files?|contains|called|named|next|then|now|finally|"
-    r"following|also|"
-    r"and)\b",
-    re.IGNORECASE)
-NO_LABEL = Pattern(
-    r"\b(?:run|running|usage|use|using|output|outputs|prints?|example|install\w*|execut\w+|test it|"
-    r"looks? like|before|original|old|currently|current|would|could|should|might|append\w*|"
-    r"prepend\w*|insert\w*|updat\w+|modif\w+|chang\w+|replac\w+|edit\w*|remov\w+|delet\w+|fix\w*|"
-    r"snippet|part|section|function|method|excerpt|relevant|lines?|diff|error|imports?|see|"
-    r"add [^:]{0,60}\b(?:to|in)|adding|added|structure|verify|check|instead|not|don't|"
-    r"uses|used|how|why|similar|from|if|when|unless|exist\w*)\b",
-    re.IGNORECASE)
+PLACEHOLDER = Shape(r"""(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(?:\.\w+)?)|.*
+    (?:path/to/|/your[_-]).*""")
+LABEL_WORD = Shape(r"""\b(?:{will}|I've|I have|here(?:'s| is| are)|below is|creat\w+|writ\w+|sav\w+|
+    wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|and)\b""")
+# What shows that a fence is not the whole of the file that its label names.
+NO_LABEL = Shape(r"""\b(?:{elsewhere}|run|running|us(?:age|e|ed|es|ing)|prints?|example|install\w*|
+    execut\w+|test it|original|old|current|append\w*|prepend\w*|insert\w*|updat\w+|modif\w+|
+    chang\w+|replac\w+|edit\w*|remov\w+|delet\w+|fix\w*|function|method|relevant|diff|imports?|see|
+    add [^:]{0,60}\b(?:to|in)|adding|added|structure|verify|check|instead|how|why|similar|when|
+    exist\w*)\b""")
 WHOLE_FILE = Pattern(r"\b(?:complete|full|entire|whole)\b", re.IGNORECASE)
 FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGNORECASE)
-MAKES_FILE = Pattern(
-    r"\s*(?:(?:sure|certainly|okay|ok|great|of course|absolutely|first|next|then|now|done|finally)"
-    r"[,.!:]*\s+){0,3}(?:(?:I'll|I will|let me|I've|I have|I|I'm going to|let's|we'll)\s+)?"
-    r"(?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|"
-    r"here(?:'s| is)|(?:below|this) is)\b",
-    re.IGNORECASE)
+MAKES_FILE = Shape(r"""\s*(?:(?:{sure})[,.!:]*\s+){0,3}(?:(?:{will}|I've|I have|I|we'll)\s+)?
+    (?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|
+    here(?:'s| is)|(?:below|this) is)\b""")
 # "a test for app.py" is another file; "the code for app.py" is that one.
 FOR_FILE = Pattern(r"(?<!code )(?<!contents )(?<!content )(?<!source )(?<!implementation )"
                    r"(?<!file )(?<!script )\bfor(?: the| your)?\W{0,3}\Z", re.IGNORECASE)
-NOT_AFTER = Pattern(
-    r"\b(?:looks? like|before|currently|outputs?|error|snippet|parts?|excerpt|lines?|section|"
-    r"should|would|could|might|not|don't|changes?|updated?|if|unless|when you|with the following "
-    r"changes?|from)\b", re.IGNORECASE)
+# What a new file will do, "that prints ...", may be said after its name; this may not.
+NOT_AFTER = Shape(r"\b(?:{elsewhere}|updated?|when you|(?:with the following )?changes?)\b")
 HEADING = Pattern(r"\s*(?:#{1,6}\s|\*\*|\d{1,3}[.)]\s)")
 LABEL_NAMES = Pattern("[\ue000-\uefff]|\\w\\.\\w")
 LABEL_DECOR = Pattern(r"^[\s#>*-]*(?:\d{1,3}[.)]\s*)?|[\s*:#=-]+$")
@@ -7836,53 +7464,41 @@ COMMENT_PATH = Pattern(r"[ \t]*(?:#|//|--|;|%|/\*|<!--)[ \t]*(?:file(?:name)?:[ 
 INFO_PATH = Pattern(r"(?:[\w+-]+(?:[: ]|[: ]\s*(?:title|file|filename)=))?"
                     r"[\"']?([^\s\"'=:]+)[\"']?")
 NAME_IN_WORDS = Pattern("[^\\s,;:\"'`<>|()\u2018-\u201e]+")
-
-
-def _declined(text: str) -> bool:
-    """Tell whether the model refused, had nothing to do, or asked back."""
-    if DECLINED.search(text):
-        return True
-    mark = text.find("?")
-    while mark >= 0:
-        question = text[max(0, mark - 160):mark]
-        question = question[max(question.rfind(sign) for sign in ".!?\n") + 1:]
-        ends = mark + 1 == len(text) or not text[mark + 1].isalnum()
-        if ends and not COURTESY.search(question):
-            return True
-        mark = text.find("?", mark + 1)
-    return False
+RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tree|cat|bash|go run|"
+                   r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
 
 
 class Wishes(NamedTuple):
     """What the newest words allow the model's own description to do."""
 
     words: str
+    core: str
     change: bool
     look: bool
     overwrite: bool
-    shell: bool
-    edit: bool
 
 
 def _wishes(words: str) -> Wishes:
-    masked = _mask(words, CLOSING)
-    text = _freed(masked.text).core if masked else ""
-    text = text[:20_000]
-    how_to = not text or HOW_TO.search(text) is not None
-    change = (not how_to and WANTS_ANSWER.match(text) is None
+    masked = _mask(words)
+    text = _freed(masked.text).core[:MAX_WISH_CHARS] if masked else ""
+    look = bool(text) and HOW_TO.search(text) is None
+    change = (look and WANTS_ANSWER.match(text) is None
               and CONDITION.search(text) is None and WANTS_CHANGE.search(text) is not None)
-    return Wishes(words, change, not how_to, OVERWRITE.search(text) is not None,
-                  SHELL_WANTED.search(text) is not None,
-                  EDITING.match(text) is not None and NEW_FILE.search(text) is None)
+    return Wishes(words, text, change, look, OVERWRITE.search(text) is not None)
 
 
 def _names(words: str, path: str) -> bool:
     """Tell whether the user's words name a path, or its last part alone."""
-    base = path.rsplit("/", 1)[-1]
     if " " in path:
         return path in words
     named = {token.rstrip(".!?") for token in NAME_IN_WORDS.findall(words)}
-    return not named.isdisjoint((path, "./" + path, base))
+    return not named.isdisjoint((path, "./" + path, path.rsplit("/", 1)[-1]))
+
+
+def _named_files(text: str, masked: Masked) -> Dict[str, str]:
+    """Return the file names in a text by the tokens that hold them."""
+    found = {token: masked.value(token.rstrip(".")) for token in LABEL_PATH.findall(text)}
+    return {token: raw for token, raw in found.items() if _is_file_name(raw)}
 
 
 def _file_text(fence: Fence) -> bool:
@@ -7898,128 +7514,97 @@ def _is_shell(fence: Fence) -> bool:
 
 def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     """Return the one path that the line before a fence names as the file that follows."""
-    line = LABEL_DECOR.sub("", label.replace("**", ""))
-    tokens = {match.group(): masked.value(match.group()) if PRIVATE_USE.match(match.group())
-              else match.group().rstrip(".") for match in LABEL_PATH.finditer(line[:300])}
-    named = {token: raw for token, raw in tokens.items()
-             if FILE_NAME.fullmatch(raw) and not NOT_FILES.fullmatch(raw)
-             and not PLACEHOLDER.fullmatch(raw)}
+    line = LABEL_DECOR.sub("", label.replace("**", ""))[:300]
+    named = {token: raw for token, raw in _named_files(line, masked).items()
+             if not PLACEHOLDER.fullmatch(raw)}
     if len(set(named.values())) != 1:
         return ""
-    token, raw = next(iter(named.items()))
-    rest = FILE_WORD.sub("", line.replace(token, " "))
-    ends = label.rstrip().rstrip("*_").endswith(":") or not rest.strip("*_ ()#:.")
-    makes = MAKES_FILE.match(line[:line.find(token)]) is not None
-    introduces = makes or not rest.strip("*_ ()#:.") or LABEL_WORD.search(rest) is not None
-    # What a new file will do, "that prints ...", may be said after its name.
+    token, raw = named.popitem()
     before, after = line.split(token, 1)
-    unfit = WHOLE_FILE.search(rest) is None and (
+    rest = FILE_WORD.sub("", before + " " + after)
+    makes = MAKES_FILE.match(before) is not None
+    heading = not before.strip("`") and (
+        (after.strip("*_` ") or ":")[0] in "-:(\u2013\u2014" or len(rest.split()) <= 1)
+    announced = label.rstrip("*_ \r").endswith(":") and LABEL_WORD.search(rest)
+    other = not WHOLE_FILE.search(rest) and (
         NO_LABEL.search(before) or FOR_FILE.search(before)
         or (NOT_AFTER if makes else NO_LABEL).search(after))
-    heading = line.lstrip("`").startswith(token) and (
-        rest.strip("*_` ")[:1] in ("", "-", ":", "(", "\u2013", "\u2014") or len(rest.split()) <= 1)
-    if not (ends or heading or makes) or not (introduces or heading) or unfit:
-        return ""
-    return _safe_path(raw, scope)
+    fits = (makes or heading or announced or not rest.strip("*_ ()#:.")) and not other
+    return _safe_path(raw, scope) if fits else ""
 
 
 def _fence_path(fence: Fence, label: str, masked: Masked, scope: Scope) -> str:
     """Return the file that a fence is, by the line before it, its info or its first line."""
-    path = _label_path(label, masked, scope) if label else ""
-    if path:
-        return path
+    path = _label_path(label, masked, scope)
     first = COMMENT_PATH.fullmatch(fence.text.split("\n", 1)[0])
-    info = INFO_PATH.fullmatch(fence.info)
-    for found in (info, first):
-        raw = found.group(1) if found else ""
-        if FILE_NAME.fullmatch(raw) and not NOT_FILES.fullmatch(raw) and (
-                not label or not NO_LABEL.search(label)):
-            return _safe_path(raw, scope)
-    return ""
+    for found in (INFO_PATH.fullmatch(fence.info), first):
+        if not path and found and _is_file_name(found.group(1)) and not NO_LABEL.search(label):
+            path = _safe_path(found.group(1), scope)
+    return path
 
 
 def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return a file for each fence that the answer names as one, and what scaffolds do."""
+    edits = EDITING.match(wishes.core) and not NEW_FILE.search(wishes.core)
     found: Dict[str, FileOp] = {}
-    folders: List[FileOp] = []
+    folders = []
     label = heading = ""
     for line in masked.text.split("\n"):
-        mark = ONE_FENCE.fullmatch(line.strip())
-        if mark is None:
+        if not ONE_FENCE.fullmatch(line.strip()):
             label = line if line.strip() else label
             names = LABEL_NAMES.search(line) and (HEADING.match(line) or MAKES_FILE.match(line))
             heading = line if names else heading
             continue
-        fence = masked.fences[ord(mark.group()) - FENCE_BASE]
+        fence = masked.fence(line.strip())
         plain = not LABEL_NAMES.search(label) and not NO_LABEL.search(label)
         path = _fence_path(fence, label, masked, scope) or (
-            _fence_path(fence, heading, masked, scope) if plain and heading else "")
-        shell = _is_shell(fence) and not path.endswith((".sh", ".bash"))
-        if shell:
-            ops = _scaffold_ops(fence.text, scope, False)
-            folders += [op for op in ops if op.kind == "mkdir"]
+            _fence_path(fence, heading, masked, scope) if plain else "")
+        label = heading = ""
+        if _is_shell(fence) and not path.endswith((".sh", ".bash")):
+            folders += [op for op in _scaffold_ops(fence.text, scope, False) if op.kind == "mkdir"]
         elif path and (not _file_text(fence) or path in found
-                       or (wishes.edit and _names(wishes.words, path))):
+                       or (edits and _names(wishes.words, path))):
             return ()
         elif path:
             found[path] = FileOp("write" if wishes.overwrite else "create", path, fence.text)
-        label = heading = ""
     return (*folders, *found.values()) if found else ()
 
 
 def _scaffold(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return what the answer's shell blocks build; a later block that only runs is left."""
     ops: List[FileOp] = []
+    if SHELL_WANTED.search(wishes.core):
+        return ()
     for fence in masked.fences:
         if not _is_shell(fence) or not fence.whole:
             return ()
         made = _scaffold_ops(fence.text, scope, wishes.overwrite)
         if not made:
-            return tuple(ops) if ops and RUN_ONLY.match(fence.text) else ()
+            return tuple(ops) if RUN_ONLY.match(fence.text) else ()
         for op in made:
             _fold(ops, op, wishes.overwrite)
     return tuple(ops)
 
 
-RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tree|cat|bash|go run|"
-                   r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
-
-
-def _sentences(masked: Masked) -> List[str]:
-    """Return the sentences of an answer in which the model says what it does."""
-    text = FENCE_AFTER_COLON.sub(": ", masked.text.replace("**", ""))
-    found: List[str] = []
-    for sentence in SENTENCE_STOP.split(text):
-        lead = MODEL_SPEAKS.match(sentence)
-        if lead is not None and len(found) < MAX_SENTENCES:
-            found.append(sentence[lead.end():])
-    return found
-
-
 def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return the operations that the model's sentences describe exactly."""
     ops: List[FileOp] = []
-    for sentence in _sentences(masked):
-        if any(not _file_text(masked.fences[ord(mark) - FENCE_BASE])
-               for mark in ONE_FENCE.findall(sentence)):
+    text = FENCE_AFTER_COLON.sub(": ", masked.text.replace("**", ""))
+    said = [(lead, sentence) for sentence in SENTENCE_STOP.split(text)
+            for lead in (MODEL_SPEAKS.match(sentence),) if lead]
+    for lead, sentence in said[:MAX_SENTENCES]:
+        if not all(_file_text(masked.fence(mark)) for mark in ONE_FENCE.findall(sentence)):
             return ()
-        end = ENDING.search(sentence)
-        core = _base_form(sentence[:end.start()].rstrip() if end else sentence).strip()
-        kind, made = _matched(RULES, masked, Asked(core, ""), scope)
-        vague = (core.startswith("add ") and not END_NAMED.search(core)
-                 and any(op.kind == "append" for op in made))
-        if vague or kind in ("run", "named") or not all(_allowed(op, wishes) for op in made):
+        core = _base_form(ENDING.sub("", sentence[lead.end():]).strip())
+        kind, made = _matched(RULES, masked, Asked(core), scope)
+        if kind in ("run", "named") or not all(_allowed(op, wishes) for op in made):
             continue
-        ops += [op for op in (_unforced(op, wishes) for op in made) if op not in ops]
+        for op in made:
+            # The model may replace a whole file only where the user said so.
+            safe = op if op.kind != "write" or wishes.overwrite else op._replace(kind="create")
+            ops += [safe] if safe not in ops else []
     looks = [op for op in ops if op.kind in ("read", "list")]
-    if looks:
-        return tuple(looks) if ops[0] in looks else ()
-    return tuple(ops)
-
-
-def _unforced(op: FileOp, wishes: Wishes) -> FileOp:
-    """Let the model replace a whole file only where the user said so."""
-    return op._replace(kind="create") if op.kind == "write" and not wishes.overwrite else op
+    return tuple(looks or ops) if ops[:1] == (looks or ops)[:1] else ()
 
 
 def _allowed(op: FileOp, wishes: Wishes) -> bool:
@@ -8032,63 +7617,43 @@ def _allowed(op: FileOp, wishes: Wishes) -> bool:
     return wishes.change and (op.kind != "delete" or _names(wishes.words, op.path))
 
 
-def _looked_at(masked: Masked, words: str, scope: Scope) -> Ops:
+def _looked_at(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return a read of the one file that a question names, if the model says it looks."""
-    asked = _mask(words, CLOSING)
-    if asked is None or not SAYS_IT_LOOKS.search(masked.text, 0, MAX_LOOK_CHARS):
+    core, asked = wishes.core, _mask(wishes.words)
+    if (asked is None or not SAYS_IT_LOOKS.search(masked.text, 0, MAX_LOOK_CHARS)
+            or not WANTS_ANSWER.match(core) or CONDITION.search(core)
+            or len(core) > MAX_REQUEST_CHARS):
         return ()
-    core = _freed(asked.text).core
-    if not WANTS_ANSWER.match(core) or CONDITION.search(core) or len(core) > MAX_REQUEST_CHARS:
-        return ()
-    named = {raw for raw in (asked.value(token) if PRIVATE_USE.match(token) else token.rstrip(".")
-                             for token in LABEL_PATH.findall(core))
-             if FILE_NAME.fullmatch(raw) and not NOT_FILES.fullmatch(raw)}
+    named = set(_named_files(core, asked).values())
     path = _safe_path(named.pop(), scope) if len(named) == 1 else ""
     return (FileOp("read", path),) if path else ()
 
 
-def _requested_command(masked: Masked, words: str) -> Ops:
+def _requested_command(masked: Masked, wishes: Wishes, _scope: Scope) -> Ops:
     """Return the one read-only command in the answer that the user asked to be run."""
     fences = masked.fences
     if len(fences) != 1 or fences[0].info.lower() not in ("", *SHELL_INFO) or not fences[0].whole:
         return ()
-    command = _read_only(fences[0].text.replace("$ ", "", 1) if fences[0].text.startswith("$ ")
-                         else fences[0].text)
-    named = " ".join(command[:2] if command[:1] == ("git",) else command[:1])
-    wanted = named and re.search(rf"\b(?:run|execute|use)\b.{{0,40}}\b{re.escape(named)}\b", words)
+    command = _read_only(fences[0].text[2 * fences[0].text.startswith("$ "):])
+    named = re.escape(" ".join(command[:2] if command[:1] == ("git",) else command[:1]))
+    wanted = named and re.search(rf"\b(?:run|execute|use)\b.{{0,40}}\b{named}\b", wishes.words)
     return (FileOp("run", words=command),) if wanted else ()
 
 
-ABOUT_PROJECT = Pattern(r"\b(?:project|repo|repository|code|codebase|files?|folder|directory|here|"
-                        r"bug|error|tests?|(?:fail|crash)\w*|(?:the|this|my|our) (?:\w+ )?"
-                        r"(?:build|function|class|module|app|server|script|program|config\w*|"
-                        r"package|version))\b", re.IGNORECASE)
-# Sentences of one answer that are read; more are no plan but prose.
-MAX_SENTENCES = 40
+# ------------------------------ the whole ------------------------------
 
 
 def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the model described instead of calling a tool."""
     wishes = _wishes(words)
-    if ALTERNATIVES.search(masked.text):
-        return None
-    sources: List[Tuple[str, Callable[[], Ops]]] = []
-    if wishes.change:
-        sources.append(("files", lambda: _shown_files(masked, wishes, scope)))
-    if wishes.change and not wishes.shell:
-        sources.append(("scaffold", lambda: _scaffold(masked, wishes, scope)))
-    if wishes.change or wishes.look:
-        sources += [("described", lambda: _described(masked, wishes, scope)),
-                    ("look", lambda: _looked_at(masked, words, scope)),
-                    ("command", lambda: _requested_command(masked, words))]
-    for rule, source in sources:
-        ops = source()
+    for rule, find, wanted in (
+            ("files", _shown_files, wishes.change), ("scaffold", _scaffold, wishes.change),
+            ("described", _described, wishes.look), ("look", _looked_at, wishes.look),
+            ("command", _requested_command, wishes.look)):
+        ops = find(masked, wishes, scope) if wanted and not ALTERNATIVES.search(masked.text) else ()
         if ops:
             return Rescue("told:" + rule, ops)
     return None
-
-
-# ------------------------------ the whole ------------------------------
 
 
 def find_rescue(
@@ -8100,21 +7665,24 @@ def find_rescue(
     turn that ended normally and called no tool. home_ok lets the user's own words
     name a path below ~/. The caller knows whether a shell tool may be called.
     """
-    words, notices = _request_of(turns), _notices(turns)
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    newest = turns[answers[-1] + 1 if answers else 0:]
+    words, notices = _request_of(newest), _notices(turns)
     if len(answer) > MAX_LOOK_ANSWER_CHARS and not _wishes(words).change:
         return None
-    masked = _mask(PRIVATE_USE.sub(" ", answer), CLOSING, one_line=True)
-    if not words or not answer.strip() or masked is None or _plan_mode(notices):
-        return None
-    if _declined(masked.text):
+    masked = _mask(PRIVATE_USE.sub(" ", answer), one_line=True)
+    plans = _announced(notices, PLAN_MODE, "plan mode")
+    if (not words or not answer.strip() or masked is None or DECLINED.search(masked.text)
+            or any(not COURTESY.search(asked.group()) for asked in QUESTION.finditer(masked.text))
+            or (plans and not plans[-1]["off"])):
         return None
     cwd = working_directory(notices)
     rescue = _asked_for(words, masked, Scope(home_ok, cwd))
     if rescue is None and PRIVATE_USE.search(answer) is None:
         rescue = _told(words, masked, Scope(False, cwd, True))
-    if rescue is None or (_served(turns, _request_of(turns)) and not _only_looks(rescue.ops)):
-        return None
-    return rescue
+    served = rescue is not None and not _only_looks(rescue.ops) and _served(
+        turns[:len(turns) - len(newest)], words)
+    return None if served else rescue
 
 
 # ============================== 12. REPLIES ==============================

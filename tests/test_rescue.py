@@ -14,7 +14,7 @@ from qwencode import (
     ToolResult,
     ToolUse,
     find_rescue,
-    own_words,
+    own_texts,
 )
 
 
@@ -165,23 +165,23 @@ def test_only_new_words_of_the_user_count(turns, expected):
 
 
 OWN_WORDS = [
-    ([REMINDER], ""),
-    (["hello"], "hello"),
-    ([REMINDER, "hello", "there"], "hello\nthere"),
-    ([REMINDER + "\nhello"], "hello"),
-    (["hello\n" + REMINDER], "hello"),
-    (["<command-name>/x</command-name>\n<command-args></command-args>"], ""),
-    (["[SYSTEM NOTIFICATION - NOT USER INPUT]\nx"], ""),
+    ([REMINDER], []),
+    (["hello"], ["hello"]),
+    ([REMINDER, "hello", "there"], ["hello", "there"]),
+    ([REMINDER + "\nhello"], ["hello"]),
+    (["hello\n" + REMINDER], ["hello"]),
+    (["<command-name>/x</command-name>\n<command-args></command-args>"], []),
+    (["[SYSTEM NOTIFICATION - NOT USER INPUT]\nx"], []),
 ]
 
 
 @pytest.mark.parametrize(("texts", "expected"), OWN_WORDS)
 def test_own_words_leave_injected_texts_out(texts, expected):
-    assert own_words(user(*texts)) == expected
+    assert own_texts(user(*texts)) == expected
 
 
 def test_own_words_are_the_users_only():
-    assert own_words(said("hello")) == ""
+    assert own_texts(said("hello")) == []
 
 
 # ------------------------------ paths ------------------------------
@@ -268,5 +268,6 @@ def test_hostile_texts_take_linear_time(text):
 
 
 def test_every_kind_of_the_table_has_a_builder():
-    kinds = {rule.kind for rule in (*qwencode.RULES, *qwencode.QUESTIONS)}
+    kinds = {kind for table in (qwencode.RULES, qwencode.QUESTIONS)
+             for kind, _ in qwencode.table_rows(table)}
     assert kinds == set(qwencode.BUILDERS)
