@@ -5555,21 +5555,6 @@ class CannotCarryError(ValueError):
     """The operation does not fit into a command; the message says why."""
 
 
-class Exit(NamedTuple):
-    """The operation named in `verification failed: NAME`, and its exit code.
-
-    The code is used in style "coded"; "plain" ends with 1, because the analyser
-    refuses `exit` (contract/claude-code.md C2).
-    """
-
-    operation: str
-    code: int
-
-
-REPLACE_ABSENT = Exit("replace", 93)
-RENAME_KEPT = Exit("rename", 98)
-
-
 # ------------------------------ quoting ------------------------------
 
 # The analyser refuses a backslash before white space even inside quotes ("Contains
@@ -5614,10 +5599,10 @@ def parent_step(path: str) -> str:
 # ------------------------------ carrying content ------------------------------
 
 # What the analyser refuses even in a quoted heredoc, and so is hidden from it: a brace
-# with a quote after it ("expansion obfuscation"), "=" at the start of a word ("zsh =cmd"),
-# and what BACKSLASH_BEFORE is for. The CLI itself rejects control characters (C1).
-CONTROL = Pattern("[\x00-\x08\x0b-\x1f\x7f]")
-WORD_OF_EQUALS = Pattern(r"(?:^|\s)=[A-Za-z_]")
+# with a quote after it ("expansion obfuscation"), what BACKSLASH_BEFORE is for, and "="
+# at the start of a word ("zsh =cmd"). The CLI itself rejects control characters (C1).
+HIDDEN = Pattern(
+    "[\x00-\x08\x0b-\x1f\x7f]|\\{(?=[^{}]*['\"])|\\\\(?=[ \t\nu])|(?<!\\S)=(?=[A-Za-z_])")
 # Refused too ("Contains Unicode whitespace", control characters); as tr knows only
 # single bytes, a text with one of these is carried in base64.
 WIDE_REFUSED = Pattern("[\x80-\xa0\u1680\u2000-\u200b\u2028\u2029\u202f\u205f\u3000\ufeff]")
@@ -5630,24 +5615,13 @@ def octal(content: bytes) -> str:
     return "".join(f" {byte:03o}" for byte in content)
 
 
+def sha256(content: bytes) -> str:
+    return str(late("hashlib").sha256(content).hexdigest())
+
+
 def hidden_characters(text: str) -> str:
     """Return the characters of text that may not stand in a heredoc."""
-    hidden = set(CONTROL.findall(text))
-    parts = text.split("}")
-    parts[-1] += "'" if "{" in parts[-1] else ""  # the command goes on with quotes
-    for part in parts:
-        opened = part.partition("{")[2]
-        if "'" in opened or '"' in opened:
-            hidden.add("{")
-    if BACKSLASH_BEFORE.search(text + "\n"):
-        hidden.add("\\")
-    if WORD_OF_EQUALS.search(text):
-        hidden.add("=")
-    return "".join(sorted(hidden))
-
-
-def fits_heredoc(text: str) -> bool:
-    return not (hidden_characters(text) or WIDE_REFUSED.search(text))
+    return "".join(sorted(set(HIDDEN.findall(text + "\n'"))))  # the command goes on with quotes
 
 
 def heredoc(tool: str, target: str, text: str) -> str:
@@ -5655,17 +5629,16 @@ def heredoc(tool: str, target: str, text: str) -> str:
     lines, tag, number = set(text.split("\n")), "EOF", 1
     while tag in lines:
         tag, number = f"EOF_{number}", number + 1
-    return f"{tool} > {target} <<'{tag}'\n{text}{tag}"
+    return f"{tool} > {target} <<'{tag}'\n{text}{tag}\n"
 
 
-def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
+def from_base64(target: str, content: bytes, then: str = "") -> str:
     """Return lines that write bytes from base64; macOS up to 12 knows only -D."""
-    coded = f"{target}64"
-    ways = [f"base64 {flag} < {coded}{then} > {target}" for flag in ("-d", "-D")]
-    return [heredoc("cat", coded, base64.encodebytes(content).decode()), " || ".join(ways)]
+    return heredoc("cat", f"{target}64", base64.encodebytes(content).decode()) + (
+        f"base64 -d < {target}64{then} > {target} || base64 -D < {target}64{then} > {target}\n")
 
 
-def work_copy(text: str, target: str) -> List[str]:
+def work_copy(text: str, target: str) -> str:
     """Return lines that write the text to target, as readable as it can be.
 
     Hidden characters have stand-ins in the heredoc, which tr exchanges. Every heredoc
@@ -5678,60 +5651,59 @@ def work_copy(text: str, target: str) -> List[str]:
     body = text.translate(str.maketrans(hidden, free))
     tool = f"tr '{free}' '{octal(hidden.encode()).replace(' ', chr(92))}'" if hidden else "cat"
     if not text or text.endswith("\n"):
-        return [heredoc(tool, target, body)]
+        return heredoc(tool, target, body)
     size = f"head -c {len(text.encode())}"
     if not hidden:
-        return [heredoc(size, target, body + "\n")]
-    return [heredoc(tool, f"{target}line", body + "\n"), f"{size} {target}line > {target}"]
+        return heredoc(size, target, body + "\n")
+    return heredoc(tool, f"{target}line", body + "\n") + f"{size} {target}line > {target}\n"
 
 
-def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]:
+SUM_CHECK = ("printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null"
+             " && cp {source} {target}\n")
+OCTAL_CHECK = ("od -An -v -to1 {source} | tr -d ' \\n' | grep -qx '{digits}'"
+               " && cp {source} {target}\n")
+LENGTH_CHECK = "wc -c < {target} | grep -qx ' *{size}' || rm -f -- {target}\n"
+LINE_CHECK = """\
+cp {source} {target} && echo >> {target} && cmp {target} {target}line && cp {source} {target}
+"""
+PACKED_CHECK = """\
+printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null\
+ || printf '%s  %s\\n' {digest} {source} | shasum -a 256 -c > /dev/null && cp {source} {target}
+"""
+
+
+def proven_copy(text: str, source: str, target: str, by_hash: bool) -> str:
     """Return lines that make target only if source holds exactly the text.
 
     A heredoc read by another tool where one carries the text, with its length, since a
     full disk cuts both copies at one place; else its bytes in octal when they are few,
     which every system can check; else SHA-256, whose tool old versions of macOS lack.
     """
-    content = text.encode()
-    whole = f"wc -c < {target} | grep -qx ' *{len(content)}' || rm -f -- {target}"
-    if by_hash or (len(content) > MAX_OCTAL_BYTES and not fits_heredoc(text)):
-        digest = late("hashlib").sha256(content).hexdigest()
-        check = f"printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null"
-        return [f"{check} && cp {source} {target}"]
-    if not fits_heredoc(text):
-        digits = octal(content).replace(" ", "")
-        return [f"od -An -v -to1 {source} | tr -d ' \\n' | grep -qx '{digits}'"
-                f" && cp {source} {target}"]
-    if not text or text.endswith("\n"):
-        return [heredoc("tail -c +1", target, text), whole]
-    line = f"{target}line"
-    return [
-        heredoc("tail -c +1", line, text + "\n"),
-        f"cp {source} {target} && echo >> {target} && cmp {target} {line}"
-        f" && cp {source} {target}",
-        whole,
-    ]
+    content, second, check = text.encode(), "", LENGTH_CHECK
+    readable = not (hidden_characters(text) or WIDE_REFUSED.search(text))
+    if by_hash or (len(content) > MAX_OCTAL_BYTES and not readable):
+        check = SUM_CHECK
+    elif not readable:
+        check = OCTAL_CHECK
+    elif not text or text.endswith("\n"):
+        second = heredoc("tail -c +1", target, text)
+    else:
+        second, check = heredoc("tail -c +1", f"{target}line", text + "\n"), LINE_CHECK + check
+    return second + check.format(
+        source=source, target=target, size=len(content), digest=sha256(content),
+        digits=octal(content).replace(" ", "") if check is OCTAL_CHECK else "")
 
 
-def packed_copy(text: str, source: str, target: str) -> List[str]:
-    """Return lines for a content so long that it must be compressed."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    content = text.encode()
-    digest = late("hashlib").sha256(content).hexdigest()
-    sums = [f"printf '%s  %s\\n' {digest} {source} | {tool} -c > /dev/null"
-            for tool in ("sha256sum", "shasum -a 256")]
-    lines = from_base64(source, packer.compress(content) + packer.flush(), " | gzip -dc")
-    return [*lines, f"{sums[0]} || {sums[1]} && cp {source} {target}"]
-
-
-def carried(text: str, source: str, target: str, effort: int) -> List[str]:
+def carried(text: str, source: str, target: str, effort: int) -> str:
     """Return lines that make two independent files of the text.
 
     effort 0: readable, proven by a second copy. 1: proven by its hash. 2: compressed.
     """
-    if effort == 2:
-        return packed_copy(text, source, target)
-    return [*work_copy(text, source), *proven_copy(text, source, target, effort == 1)]
+    if effort < 2:
+        return work_copy(text, source) + proven_copy(text, source, target, effort == 1)
+    packer, content = zlib.compressobj(9, zlib.DEFLATED, 31), text.encode()
+    return from_base64(source, packer.compress(content) + packer.flush(), " | gzip -dc") + \
+        PACKED_CHECK.format(source=source, target=target, digest=sha256(content))
 
 
 # ------------------------------ steps ------------------------------
@@ -5740,11 +5712,11 @@ def carried(text: str, source: str, target: str, effort: int) -> List[str]:
 class Step(NamedTuple):
     """One operation on its way to become lines of Bash.
 
-    lines come first; whether the operation is done is the exit status of proof.
+    script comes first; whether the operation is done is the exit status of proof.
     done says so in words, "" for what only reads: its output speaks for itself.
     """
 
-    lines: List[str]
+    script: str
     proof: str
     done: str = ""
 
@@ -5764,134 +5736,129 @@ class Job(NamedTuple):
     max_read_bytes: int
 
     @property
-    def gate(self) -> str:
-        """What a step's conditions begin with, inside their brackets."""
-        return f"-e {self.after} && " if self.after else ""
+    def file(self) -> str:
+        """The operation's path as a word of Bash; raises CannotCarryError."""
+        return shell_path(usable_path(self.op.path))
+
+    def fill(self, template: str, **words: str) -> str:
+        """Put names into a template; {gate} begins the conditions within brackets."""
+        gate = f"-e {self.after} && " if self.after else ""
+        return template.format(base=self.base, gate=gate, **words)
 
 
-def ending(known: Exit, files: List[str], coded: bool) -> str:
+def ending(operation: str, code: int, files: List[str], coded: bool) -> str:
     """Return what a failed step ends with: tidy up, say so, be an error.
 
     The error is a keyword's: unlike false it cannot be replaced by a program, and the
-    CLI does not take its exit 1 for success as it does for `test` (C1).
+    CLI does not take its exit 1 for success as it does for `test` (C1). The code is
+    that of style "coded": the analyser refuses `exit` (contract/claude-code.md C2).
     """
-    tidy = ["rm -f -- " + " ".join(files)] if files else []
-    return "\n".join([*tidy, f"echo 'verification failed: {known.operation}' >&2",
-                      f"exit {known.code}" if coded else "[[ failed = done ]]"])
+    tidy = f"rm -f -- {' '.join(files)}\n" if files else ""
+    return f"{tidy}echo 'verification failed: {operation}' >&2\n" + (
+        f"exit {code}" if coded else "[[ failed = done ]]")
 
 
-def leave(job: Job, say: str, known: Exit, files: List[str]) -> str:
+def leave(job: Job, say: str, operation: str, code: int, *files: str) -> str:
     """Return what ends a command of style "coded" at once, with a code of its own."""
-    left = [*files, *([job.after] if job.after else [])]
-    return f"{{ {say}\n{ending(known, left, True)}; }}"
+    left = [*files, job.after] if job.after else [*files]
+    return f"{{ {say}\n{ending(operation, code, left, True)}; }}"
 
 
-def exists(path: str) -> str:
-    return f"-e {path} || -L {path}"
+PUT_NEW = """\
+if cmp -s {base}.check {base}.new && [[ {gate}-e {base}.check && ! -e {file} && ! -L {file} ]]\
+ && {folder}cp {base}.new {base}.copy
+then mv {base}.copy {file}"""
+PUT_OLD = """\
+if cmp -s {base}.check {base}.new && [[ {gate}-e {base}.check && -f {file} && ! -e {base}.old ]]\
+ && cmp {file} {base}.first && mv {base}.first {base}.old
+then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}"""
+FIRST = """\
+if [[ -e {file} || -L {file} ]]
+then cp {file} {base}.first
+else printf '' > {base}.first
+fi
+"""
+KEPT = "[[ -e {file} || -L {file} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2\n"
+# Two tools compare: where nothing was to be done, one broken tool must not be believed.
+SAME = ("[[ -e {base}.check ]] && cmp -s {base}.check {base}.new && cmp -s {base}.check {file}"
+        " && diff -q {base}.check {file}")
 
 
-def missing(path: str) -> str:
-    return f"! -e {path} && ! -L {path}"
-
-
-def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
+def commit(job: Job, script: str, done: str, new: bool, old: bool) -> Step:
     """Put .new in place once .check agrees with it, and compare again.
 
     new and old say whether the target may be missing, and whether it may exist; then
-    its content is noted as .first, from which lines may work. That copy becomes the
-    backup .old, which stays if it could not be put back, and is never overwritten.
+    its content is noted as .first, from which the script may work. That copy becomes
+    the backup .old, which stays if it could not be put back, and is never overwritten.
     """
-    path = usable_path(job.op.path)
-    file, base = shell_path(path), job.base
-    agree = f"cmp -s {base}.check {base}.new"
-    ready = f"{agree} && [[ {job.gate}-e {base}.check"
-    branches = []
-    if new:
-        branches.append(
-            f"if {ready} && {missing(file)} ]] && {parent_step(path)}cp {base}.new {base}.copy\n"
-            f"then mv {base}.copy {file}")
-    if old:
-        branches.append(
-            f"if {ready} && -f {file} && ! -e {base}.old ]]"
-            f" && cmp {file} {base}.first && mv {base}.first {base}.old\n"
-            f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}")
-        lines = [f"if [[ {exists(file)} ]]\nthen cp {file} {base}.first\n"
-                 f"else printf '' > {base}.first\nfi", *lines]
-    lines = [*lines, "\nel".join(branches) + "\nfi"]
-    if not old:
-        kept = shell_word(f"{job.op.path} holds something else, which is kept")
-        lines.append(f"[[ {exists(file)} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2")
-    # Two tools compare: where nothing was to be done, one broken tool must not be believed.
-    proof = (f"[[ -e {base}.check ]] && {agree} && cmp -s {base}.check {file}"
-             f" && diff -q {base}.check {file}")
-    return Step(lines, proof, f"{done} {job.op.path}")
+    kept = shell_word(f"{job.op.path} holds something else, which is kept")
+    put = "\nel".join([PUT_NEW] * new + [PUT_OLD] * old) + "\nfi\n" + ("" if old else KEPT)
+    words = {"file": job.file, "folder": parent_step(usable_path(job.op.path)), "kept": kept}
+    first = job.fill(FIRST, **words) if old else ""
+    return Step(first + script + job.fill(put, **words), job.fill(SAME, **words),
+                f"{done} {job.op.path}")
 
 
 def create_step(job: Job) -> Step:
-    lines = carried(job.op.text, f"{job.base}.new", f"{job.base}.check", job.effort)
+    script = carried(job.op.text, f"{job.base}.new", f"{job.base}.check", job.effort)
     overwrite = job.op.kind == "write"
-    return commit(job, lines, "written" if overwrite else "created", new=True, old=overwrite)
+    return commit(job, script, "written" if overwrite else "created", new=True, old=overwrite)
+
+
+# cat makes the new content, tail its proof. A file that cannot be written to the end
+# (full disk) is removed, so that two cut copies are never taken for equal ones.
+PREPEND = """\
+cat {base}.text {base}.first > {base}.new || rm -f -- {base}.new
+tail -c +1 {base}.twin > {base}.check && tail -c +1 {base}.first >> {base}.check\
+ || rm -f -- {base}.check
+"""
+APPEND = """\
+cat {base}.first {base}.text > {base}.new || rm -f -- {base}.new
+tail -c +1 {base}.first > {base}.check || rm -f -- {base}.check
+tail -c +1 {base}.twin >> {base}.check || rm -f -- {base}.check
+"""
+# cut ends every line with a newline; tail and cmp see whether the last one has it.
+APPEND_LINE = """\
+cut -b 1- {base}.first | cat - {base}.text > {base}.new || rm -f -- {base}.new
+tail -c +1 {base}.first > {base}.check || rm -f -- {base}.check
+tail -c 1 {base}.first > {base}.last
+echo > {base}.line
+[[ -s {base}.last ]] && ! cmp -s {base}.last {base}.line && echo >> {base}.check
+tail -c +1 {base}.twin >> {base}.check || rm -f -- {base}.check
+"""
 
 
 def join_step(job: Job) -> Step:
-    """Append or prepend: cat makes the new content, tail its proof.
-
-    A file that cannot be written to the end (full disk) is removed, so that two cut
-    copies are never taken for equal ones.
-    """
-    base = job.base
-    new, check, first = f"{base}.new", f"{base}.check", f"{base}.first"
-    lines = carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort)
-    if job.op.kind == "prepend":
-        lines += [f"cat {base}.text {first} > {new} || rm -f -- {new}",
-                  f"tail -c +1 {base}.twin > {check} && tail -c +1 {first} >> {check}"
-                  f" || rm -f -- {check}"]
-        return commit(job, lines, "prepended to", new=False, old=True)
-    joined, gap = f"cat {first} {base}.text", []
-    if job.op.kind == "append_line":
-        # cut ends every line with a newline; tail and cmp see whether the last one has it.
-        joined = f"cut -b 1- {first} | cat - {base}.text"
-        gap = [f"tail -c 1 {first} > {base}.last", f"echo > {base}.line",
-               f"[[ -s {base}.last ]] && ! cmp -s {base}.last {base}.line && echo >> {check}"]
-    lines += [f"{joined} > {new} || rm -f -- {new}",
-              f"tail -c +1 {first} > {check} || rm -f -- {check}", *gap,
-              f"tail -c +1 {base}.twin >> {check} || rm -f -- {check}"]
-    return commit(job, lines, "appended to", new=True, old=True)
+    """Append or prepend."""
+    kind = job.op.kind
+    script = {"prepend": PREPEND, "append": APPEND, "append_line": APPEND_LINE}[kind]
+    text = carried(job.op.text, f"{job.base}.text", f"{job.base}.twin", job.effort)
+    return commit(job, text + job.fill(script), "prepended to" if kind == "prepend"
+                  else "appended to", new=kind != "prepend", old=True)
 
 
 # What the analyser lets through in s///: printable ASCII without these.
-SED_TEXT = Pattern(r"[ -~]+")
-SED_REFUSED = Pattern(r"[;{}#/]")
+SED_TEXT = Pattern(r"(?:(?![;{}#/])[ -~])+")
 SED_OLD_SPECIAL = Pattern(r"[\\.*\[^$]")
 SED_NEW_SPECIAL = Pattern(r"[\\&]")
 
 
 def sed_text(old: str, new: str, lined: bool) -> str:
     """Return a readable s/// for the two texts or lines, or "" where there is none."""
-    for text in (old, new or ("" if lined else "x")):
-        if not SED_TEXT.fullmatch(text) or SED_REFUSED.search(text):
-            return ""
+    if not SED_TEXT.fullmatch(old + new) or (lined and not new):
+        return ""
     pattern = SED_OLD_SPECIAL.sub(r"\\\g<0>", old)
     replacement = SED_NEW_SPECIAL.sub(r"\\\g<0>", new)
     return shell_word(f"s/^{pattern}$/{replacement}/" if lined else f"s/{pattern}/{replacement}/g")
 
 
-# Stand-ins among octal bytes where whole lines are looked for: 777 begins a line, 776
-# ends one, 775 ends the file. No byte is that large.
-MARK_LINES = (r" | sed 's/ 012/ 776 012 777/g' | sed 's/^/ 777/' | sed 's/ *$/ 776 775/'")
-UNMARK_LINES = " | sed 's/ 77[5-7]//g'"
+def substitution(op: FileOp) -> Tuple[str, str, Tuple[str, ...]]:
+    """Return what a replacement or an insertion exchanges for what.
 
-
-class Substitution(NamedTuple):
-    """Old and new bytes in octal; after: what may follow the old ones and goes too."""
-
-    old: str
-    new: str
-    after: Tuple[str, ...] = ("",)
-
-
-def substitution(op: FileOp) -> Substitution:
-    """Return what a replacement or an insertion exchanges for what."""
+    These are old and new bytes in octal, and what may follow the old ones and goes too.
+    Where whole lines are looked for, 777 begins a line, 776 ends one and 775 ends the
+    file: no byte is that large.
+    """
     if not op.other:
         raise CannotCarryError("The text to look for is empty.")
     kind, lined, _ = op.kind.partition("_line")
@@ -5899,63 +5866,64 @@ def substitution(op: FileOp) -> Substitution:
     new = {"replace": text, "insert_before": text + gap + old,
            "insert_after": old + gap + text}[kind]
     if not lined:
-        return Substitution(old, new)
+        return old, new, ("",)
     old = " 777" + old.replace(" 012", " 776 012 777") + " 776"
-    if not op.text:
-        return Substitution(old, "", (" 012", " 775"))
-    return Substitution(old, f" 777{new} 776")
+    return (old, f" 777{new} 776", ("",)) if op.text else (old, "", (" 012", " 775"))
+
+
+MARK_LINES = " | sed 's/ 012/ 776 012 777/g' | sed 's/^/ 777/' | sed 's/ *$/ 776 775/'"
+UNMARK_LINES = " | sed 's/ 77[5-7]//g'"
+EXCHANGE = ("tr -d '\\n' < {base}.bytes{exchange}{unmark} | tr ' ' '\\n'"
+            " | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'")
+# sed does the work. The proof cuts the file's bytes, in octal, into occurrences and
+# single bytes with grep (leftmost first, as the edit must), numbers these lines,
+# exchanges the occurrences and sorts them back; that the octal lines were the whole
+# file is proven too, by writing them as bytes and comparing.
+REPLACE = """\
+od -An -v -to1 {base}.first | tr -s ' \\n' ' '{mark}\
+ | grep -oE '{wanted}| [0-7][0-7][0-7]' > {base}.bytes
+grep -qx '{hit}' {base}.bytes || {absent}
+{work} > {base}.new || rm -f -- {base}.new
+grep -nvx '{hit}' {base}.bytes > {base}.parts
+{kept}grep -nx '{hit}' {base}.bytes{one} | cut -d: -f1 | xargs printf '%s:{new}\\n' >> {base}.parts
+sort -n {base}.parts | cut -d: -f2-{unmark} | tr -d ' \\n' > {base}.want
+grep -qx '{hit}' {base}.bytes\
+ && cat {base}.bytes{unmark} | sed 's/ /\\\\\\\\0/g' | xargs printf '%b' | cmp - {base}.first\
+ && od -An -v -to1 {base}.new | tr -d ' \\n' | cmp - {base}.want && cp {base}.new {base}.check
+"""
+KEPT_HITS = "grep -nx '{hit}' {base}.bytes | tail -n +2 >> {base}.parts\n"
 
 
 def replace_step(job: Job) -> Step:
-    """Replace every occurrence, or insert at the first one.
-
-    sed does the work. The proof cuts the file's bytes, in octal, into occurrences and
-    single bytes with grep (leftmost first, as the edit must), numbers these lines,
-    exchanges the occurrences and sorts them back; that the octal lines were the whole
-    file is proven too, by writing them as bytes and comparing.
-    """
+    """Replace every occurrence, or insert at the first one."""
     old, new, after = substitution(job.op)
-    base, file, first = job.base, f"{job.base}.first", job.op.kind.startswith("insert")
-    lined = job.op.kind.endswith("_line")
-    mark, unmark = (MARK_LINES, UNMARK_LINES) if lined else ("", "")
-    wanted = "|".join(old + end for end in after)
-    hit = " .* .*" if len(old) > 4 else old  # only an occurrence has two bytes a line
-    script = "" if first else sed_text(job.op.other, job.op.text, lined)
-    exchange = "".join(f" | sed 's/{old}{end}/{new}/{'' if first else 'g'}'" for end in after)
-    work = f"sed {script} {file}" if script else (
-        f"tr -d '\\n' < {base}.bytes{exchange}{unmark}"
-        f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'"
-    )
-    hits = f"grep -nx '{hit}' {base}.bytes"
-    kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
-    one = " | head -n 1" if first else ""
+    insert, lined = job.op.kind.startswith("insert"), job.op.kind.endswith("_line")
     absent = "echo " + shell_word(f"the text to look for is not in {job.op.path}") + " >&2"
-    if job.coded and not first:
-        absent = leave(job, absent, REPLACE_ABSENT, [file, f"{base}.bytes"])
-    lines = [
-        f"od -An -v -to1 {file} | tr -s ' \\n' ' '{mark}"
-        f" | grep -oE '{wanted}| [0-7][0-7][0-7]' > {base}.bytes",
-        f"grep -qx '{hit}' {base}.bytes || {absent}",
-        f"{work} > {base}.new || rm -f -- {base}.new",
-        f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
-        *kept,
-        f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{new}\\n' >> {base}.parts",
-        f"sort -n {base}.parts | cut -d: -f2-{unmark} | tr -d ' \\n' > {base}.want",
-        f"grep -qx '{hit}' {base}.bytes"
-        f" && cat {base}.bytes{unmark} | sed 's/ /\\\\\\\\0/g' | xargs printf '%b' | cmp - {file}"
-        f" && od -An -v -to1 {base}.new | tr -d ' \\n' | cmp - {base}.want"
-        f" && cp {base}.new {base}.check",
-    ]
-    return commit(job, lines, "inserted into" if first else "replaced in", new=False, old=True)
+    if job.coded and not insert:
+        absent = leave(job, absent, "replace", 93, f"{job.base}.first", f"{job.base}.bytes")
+    script = "" if insert else sed_text(job.op.other, job.op.text, lined)
+    words = {
+        "new": new, "absent": absent, "wanted": "|".join(old + end for end in after),
+        "hit": " .* .*" if len(old) > 4 else old,  # only an occurrence has two bytes a line
+        "mark": MARK_LINES if lined else "", "unmark": UNMARK_LINES if lined else "",
+        "one": " | head -n 1" if insert else "",
+        "exchange": "".join(f" | sed 's/{old}{end}/{new}/{'' if insert else 'g'}'"
+                            for end in after)}
+    words["kept"] = job.fill(KEPT_HITS, **words) if insert else ""
+    words["work"] = f"sed {script} {job.base}.first" if script else job.fill(EXCHANGE, **words)
+    return commit(job, job.fill(REPLACE, **words), "inserted into" if insert else "replaced in",
+                  new=False, old=True)
+
+
+# A file, a link or an empty folder; never what a folder holds.
+DELETE = """\
+[[ {gate}-d {file} && ! -L {file} ]] && rmdir -- {file}\
+ || [[ {gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]] && rm -f -- {file}\
+ && [[ ! -e {file} && ! -L {file} ]]"""
 
 
 def delete_step(job: Job) -> Step:
-    """Delete a file, a link or an empty folder; never what a folder holds."""
-    file = shell_path(usable_path(job.op.path))
-    proof = (f"[[ {job.gate}-d {file} && ! -L {file} ]] && rmdir -- {file}"
-             f" || [[ {job.gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]]"
-             f" && rm -f -- {file} && [[ {missing(file)} ]]")
-    return Step([], proof, f"deleted {job.op.path}")
+    return Step("", job.fill(DELETE, file=job.file), f"deleted {job.op.path}")
 
 
 def destination(op: FileOp) -> Tuple[str, str]:
@@ -5969,69 +5937,78 @@ def destination(op: FileOp) -> Tuple[str, str]:
     return source, target
 
 
-def snapshot(path: str, target: str) -> str:
-    """Return an if-statement that notes what stands at path: names, link or bytes."""
-    return (f"if [[ -d {path} && ! -L {path} ]]\nthen ls -A -- {path} > {target}\n"
-            f"elif [[ -L {path} ]]\nthen readlink {path} > {target}\n"
-            f"else cp {path} {target}\nfi")
+# Notes what stands at a path: names, link or bytes.
+SNAPSHOT = """\
+if [[ -d {path} && ! -L {path} ]]
+then ls -A -- {path} > {note}
+elif [[ -L {path} ]]
+then readlink {path} > {note}
+else cp {path} {note}
+fi
+"""
+RENAME = """\
+if [[ {gate}-e {base}.check && ( -e {source} || -L {source} ) && ( {free} ) ]]\
+ && {folder}mv {source} {target}
+then {moved}fi
+"""
 
 
 def rename_step(job: Job) -> Step:
     """Move to a free name; a second look at source and destination proves it."""
     old, new = destination(job.op)
-    source, target, base = shell_path(old), shell_path(new), job.base
-    free, gone = missing(target), f"[[ {missing(source)} ]]"
+    source, target, check = shell_path(old), shell_path(new), f"{job.base}.check"
+    free, gone = f"! -e {target} && ! -L {target}", f"[[ ! -e {source} && ! -L {source} ]]"
     if old.casefold() == new.casefold():  # on macOS and Windows both name one file
         free = f"( {free} ) || {source} -ef {target}"
         folder, _, name = new.rpartition("/")
         gone = f"ls -A -- {shell_path(folder or '.')} | grep -qxF -- {shell_word(name)}"
-    lines = [
-        snapshot(source, f"{base}.check"),
-        f"if [[ {job.gate}-e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
-        f" && {parent_step(new)}mv {source} {target}\nthen {snapshot(target, f'{base}.new')}\nfi",
-    ]
+    script = SNAPSHOT.format(path=source, note=check) + job.fill(
+        RENAME, source=source, target=target, free=free, folder=parent_step(new),
+        moved=SNAPSHOT.format(path=target, note=f"{job.base}.new"))
     if job.coded:
-        lines.append(f"{gone} || " + leave(job, "", RENAME_KEPT, [f"{base}.check"]))
-    return Step(lines, f"cmp -s {base}.check {base}.new && {gone}", f"renamed {old} to {new}")
+        script += f"{gone} || {leave(job, '', 'rename', 98, check)}\n"
+    return Step(script, f"cmp -s {check} {job.base}.new && {gone}", f"renamed {old} to {new}")
+
+
+COPY = """\
+if [[ {gate}! -e {target} && ! -L {target} ]] && cp {source} {base}.new && cmp {source} {base}.new
+then {folder}mv {base}.new {target} && echo > {base}.moved
+fi
+"""
 
 
 def copy_step(job: Job) -> Step:
     """Copy a file to a free name."""
     old, new = destination(job.op)
-    source, target, base = shell_path(old), shell_path(new), job.base
-    copied = f"cp {source} {base}.new && cmp {source} {base}.new"
-    lines = [f"if [[ {job.gate}{missing(target)} ]] && {copied}\nthen {parent_step(new)}"
-             f"mv {base}.new {target} && echo > {base}.moved\nfi"]
-    return Step(lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", f"copied {old} to {new}")
+    words = {"source": shell_path(old), "target": shell_path(new), "folder": parent_step(new)}
+    proof = job.fill("[[ -e {base}.moved ]] && cmp {source} {target}", **words)
+    return Step(job.fill(COPY, **words), proof, f"copied {old} to {new}")
 
 
 def mkdir_step(job: Job) -> Step:
-    folder = shell_path(usable_path(job.op.path))
-    return Step([], f"mkdir -p -- {folder} && [[ -d {folder} ]]", f"made folder {job.op.path}")
+    return Step("", f"mkdir -p -- {job.file} && [[ -d {job.file} ]]", f"made folder {job.op.path}")
 
 
 def list_step(job: Job) -> Step:
-    folder = shell_path(usable_path(job.op.path or "."))
-    return Step([], f"ls -la -- {folder}")
+    return Step("", f"ls -la -- {shell_path(usable_path(job.op.path or '.'))}")
 
 
-# Bytes that `file` holds for no text: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
-BINARY_OCTAL = " (00[0-6]|01[67]|02[0-7]|03[0-24-7]|177)"
+# Shows a file: a binary one is named, a long one cut, each with a notice. The bytes that
+# no text holds: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
+BINARY = ("head -c 8000 {file} 2> /dev/null | od -An -v -to1"
+          " | grep -qE ' (00[0-6]|01[67]|02[0-7]|03[0-24-7]|177)'")
+READ = BINARY + """ && echo {binary}
+tail -c +{next} {file} 2> /dev/null | head -c 1 | od -An -to1 | grep -q '[0-7]' && echo {cut}
+""" + BINARY + " || head -c {most} {file}\n"
 
 
 def read_step(job: Job) -> Step:
-    """Show a file: a binary one is named, a long one cut, each with a notice."""
-    file, most = shell_path(usable_path(job.op.path)), job.max_read_bytes
-    binary = f"head -c 8000 {file} 2> /dev/null | od -An -v -to1 | grep -qE '{BINARY_OCTAL}'"
-    told = shell_word(f"[shim] Binary file detected: {job.op.path}")
-    cut = shell_word(f"[shim] File truncated to {most} bytes: {job.op.path}")
-    lines = [
-        f"{binary} && echo {told}",
-        f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | od -An -to1"
-        f" | grep -q '[0-7]' && echo {cut}",
-        f"{binary} || head -c {most} {file}",
-    ]
-    return Step(lines, f"[[ -f {file} && -r {file} ]]")
+    file, most, path = job.file, job.max_read_bytes, job.op.path
+    return Step(READ.format(
+        file=file, most=most, next=most + 1,
+        binary=shell_word(f"[shim] Binary file detected: {path}"),
+        cut=shell_word(f"[shim] File truncated to {most} bytes: {path}"),
+    ), f"[[ -f {file} && -r {file} ]]")
 
 
 def run_step(job: Job) -> Step:
@@ -6039,7 +6016,7 @@ def run_step(job: Job) -> Step:
     if not job.op.words:
         raise CannotCarryError("The operation names no command.")
     words = (word if PLAIN_WORD.fullmatch(word) else shell_word(word) for word in job.op.words)
-    return Step([], " ".join(words))
+    return Step("", " ".join(words))
 
 
 # ------------------------------ whole commands ------------------------------
@@ -6048,106 +6025,104 @@ def run_step(job: Job) -> Step:
 TEMPORARY = Pattern(r"\.shim-[0-9a-f]{6}\.[a-z0-9]+")
 # Rejected by the CLI in every mode (C1).
 FORBIDDEN_IN_COMMAND = Pattern("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-COMPARED = "; a second copy or a hash of the content proves it"
-CHECKED = "; other tools prove the whole result"
-FREE = " if that name is free; its content is compared"
 
 
 class Recipe(NamedTuple):
-    """How one kind of FileOp is built, and said in words."""
+    """How one kind of FileOp is built, what its failure is called, and it in words."""
 
     build: Callable[[Job], Step]
-    exit: Exit
+    operation: str
+    code: int
     words: str
 
 
-INSERT = Exit("insert", 96)
 RECIPES: Dict[str, Recipe] = {
-    "create": Recipe(create_step, Exit("create", 91),
-                     "Create {path}, keeping other content that is there" + COMPARED),
-    "write": Recipe(create_step, Exit("write", 91), "Write {path}" + COMPARED),
-    "append": Recipe(join_step, Exit("append", 92), "Append to {path}" + COMPARED),
-    "append_line": Recipe(join_step, Exit("append", 92), "Append a line to {path}" + COMPARED),
-    "prepend": Recipe(join_step, INSERT, "Put text at the top of {path}" + COMPARED),
-    "replace": Recipe(replace_step, Exit("replace", 94),
-                      "Replace every {old} by {new} in {path}" + CHECKED),
-    "insert_before": Recipe(replace_step, INSERT,
-                            "Insert {new} before the first {old} in {path}" + CHECKED),
-    "insert_after": Recipe(replace_step, INSERT,
-                           "Insert {new} after the first {old} in {path}" + CHECKED),
-    "replace_line": Recipe(replace_step, Exit("replace", 94),
-                           "Replace every line {old} by {new} in {path}" + CHECKED),
-    "insert_before_line": Recipe(replace_step, INSERT,
-                                 "Insert {new} before the first line {old} in {path}" + CHECKED),
-    "insert_after_line": Recipe(replace_step, INSERT,
-                                "Insert {new} after the first line {old} in {path}" + CHECKED),
-    "rename": Recipe(rename_step, Exit("rename", 99), "Rename {path} to {other}" + FREE),
-    "copy": Recipe(copy_step, Exit("copy", 99), "Copy {path} to {other}" + FREE),
-    "delete": Recipe(delete_step, Exit("delete", 97),
+    "create": Recipe(create_step, "create", 91,
+                     "Create {path}, keeping other content that is there"),
+    "write": Recipe(create_step, "write", 91, "Write {path}"),
+    "append": Recipe(join_step, "append", 92, "Append to {path}"),
+    "append_line": Recipe(join_step, "append", 92, "Append a line to {path}"),
+    "prepend": Recipe(join_step, "insert", 96, "Put text at the top of {path}"),
+    "replace": Recipe(replace_step, "replace", 94, "Replace every {old} by {new} in {path}"),
+    "insert_before": Recipe(replace_step, "insert", 96,
+                            "Insert {new} before the first {old} in {path}"),
+    "insert_after": Recipe(replace_step, "insert", 96,
+                           "Insert {new} after the first {old} in {path}"),
+    "rename": Recipe(rename_step, "rename", 99, "Rename {path} to {other}"),
+    "copy": Recipe(copy_step, "copy", 99, "Copy {path} to {other}"),
+    "delete": Recipe(delete_step, "delete", 97,
                      "Delete {path} (a folder only if empty) and check that it is gone"),
-    "mkdir": Recipe(mkdir_step, Exit("mkdir", 100),
-                    "Create the folder {path} and check that it is one"),
-    "list": Recipe(list_step, Exit("list", 95), "List {path}"),
-    "read": Recipe(read_step, Exit("read", 95), "Show {path}"),
-    "run": Recipe(run_step, Exit("run", 95), "Run {words}"),
+    "mkdir": Recipe(mkdir_step, "mkdir", 100, "Create the folder {path} and check that it is one"),
+    "list": Recipe(list_step, "list", 95, "List {path}"),
+    "read": Recipe(read_step, "read", 95, "Show {path}"),
+    "run": Recipe(run_step, "run", 95, "Run {words}"),
 }
+COMPARED = "; a second copy or a hash of the content proves it"
+FREE = " if that name is free; its content is compared"
+PROVEN: Dict[object, str] = {
+    create_step: COMPARED, join_step: COMPARED, rename_step: FREE, copy_step: FREE,
+    replace_step: "; other tools prove the whole result"}
+
+
+def recipe_of(op: FileOp) -> Recipe:
+    """Return the recipe of a kind; replacing and inserting have one for texts and lines."""
+    return RECIPES.get(op.kind) or RECIPES[op.kind.partition("_line")[0]]
 
 
 def brief(text: str) -> str:
     """Return text for a description: one line, at most 60 characters."""
-    line = WIDE_REFUSED.sub(" ", CONTROL.sub(" ", " ".join(text[:400].split())))
+    line = WIDE_REFUSED.sub(" ", FORBIDDEN_IN_COMMAND.sub(" ", " ".join(text[:400].split())))
     return line if len(line) <= 60 else line[:57] + "..."
 
 
 def in_words(op: FileOp) -> str:
-    return RECIPES[op.kind].words.format(
+    recipe, line = recipe_of(op), "line " if op.kind.endswith("_line") else ""
+    return recipe.words.format(
         path=brief(op.path or "."), other=brief(op.other), words=brief(" ".join(op.words)),
-        old=f'"{brief(op.other)}"', new=f'"{brief(op.text)}"',
-    )
+        old=f'{line}"{brief(op.other)}"', new=f'"{brief(op.text)}"',
+    ) + PROVEN.get(recipe.build, "")
 
 
-def temporary_files(job: Job, step: Step) -> List[str]:
-    """Return the temporary files that a step names, and its predecessor's."""
-    found = TEMPORARY.findall("\n".join([*step.lines, step.proof]))
-    own = {name for name in found if name.startswith(job.base + ".")}
-    return sorted(own) + ([job.after] if job.after else [])
+BACKUP_KEPT = """\
+cmp -s {base}.old {file} && rm -f -- {base}.old
+[[ -e {base}.old ]] && echo 'the old content is in {base}.old' >&2
+"""
 
 
 def failure(job: Job, files: List[str]) -> str:
     """Return what runs when a proof fails; a backup goes only if it is not needed."""
-    lines, backup = [], f"{job.base}.old"
-    if backup in files:
-        file = shell_path(usable_path(job.op.path))
-        lines = [f"cmp -s {backup} {file} && rm -f -- {backup}",
-                 f"[[ -e {backup} ]] && echo 'the old content is in {backup}' >&2"]
+    recipe, backup = recipe_of(job.op), f"{job.base}.old"
     others = [name for name in files if name != backup]
-    return "\n".join([*lines, ending(RECIPES[job.op.kind].exit, others, job.coded)])
+    return (job.fill(BACKUP_KEPT, file=job.file) if backup in files else "") + \
+        ending(recipe.operation, recipe.code, others, job.coded)
 
 
 def finished(job: Job, step: Step, last: bool) -> str:
     """Return a step's lines; one that is not the last leaves a file that says: done."""
-    mark = f"echo > {job.base}.done"
-    gate = [f"[[ -e {job.after} ]]"] if job.after else []
+    named = set(TEMPORARY.findall(step.script + step.proof))
+    files = sorted(name for name in named if name.startswith(job.base + "."))
+    ready = []
+    if job.after:
+        files.append(job.after)
+        ready = [f"[[ -e {job.after} ]]"]
+    tidy = [f"rm -f -- {' '.join(files)}"] if files else []
+    mark = [] if last else [f"echo > {job.base}.done"]
     if not step.done:
-        gate += [f"rm -f -- {job.after}"] if job.after else []
-        return "\n".join([*step.lines, " && ".join([*gate, step.proof, *([] if last else [mark])])])
-    files = temporary_files(job, step)
-    tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
-    return "\n".join([
-        *step.lines, f"if {' && '.join([*gate, step.proof, *tidy])}",
-        f"then echo {shell_word(step.done)}", *([] if last else [mark]),
-        "else", failure(job, files), "fi",
-    ])
+        return step.script + " && ".join([*ready, *tidy, step.proof, *mark])
+    tidy += [f"[[ ! -e {files[0]} ]]"] if files else []
+    return step.script + "\n".join([
+        f"if {' && '.join([*ready, step.proof, *tidy])}", f"then echo {shell_word(step.done)}",
+        *mark, "else", failure(job, files), "fi"])
 
 
 def build(ops: Sequence[FileOp], effort: int, coded: bool, max_read_bytes: int) -> str:
     """Return the lines of all operations, each one's success the condition of the next."""
     parts, after = [], ""
     for place, op in enumerate(ops):
-        digest = late("hashlib").sha256(repr((place, op)).encode()).hexdigest()
-        job = Job(op, f".shim-{digest[:6]}", after, effort, coded, max_read_bytes)
-        parts.append(finished(job, RECIPES[op.kind].build(job), place == len(ops) - 1))
-        after = f"{job.base}.done"
+        base = f".shim-{sha256(repr((place, op)).encode())[:6]}"
+        job = Job(op, base, after, effort, coded, max_read_bytes)
+        parts.append(finished(job, recipe_of(op).build(job), place == len(ops) - 1))
+        after = f"{base}.done"
     return "\n".join(parts)
 
 
@@ -6158,28 +6133,24 @@ def bash_bytes(command: str) -> int:
 
 # Efforts to make a command fit, with the limit under which each is taken: readable and
 # approvable first, then whatever bash can take.
-EFFORTS: Tuple[Tuple[int, Callable[[str], bool]], ...] = (
-    (0, lambda command: len(command) <= MAX_APPROVABLE_CHARS),
-    (1, lambda command: len(command) <= MAX_APPROVABLE_CHARS),
-    (0, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
-    (1, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
-    (2, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
-)
+EFFORTS: Tuple[Tuple[int, Callable[[str], int], int], ...] = (
+    (0, len, MAX_APPROVABLE_CHARS), (1, len, MAX_APPROVABLE_CHARS),
+    (0, bash_bytes, MAX_BASH_BYTES), (1, bash_bytes, MAX_BASH_BYTES),
+    (2, bash_bytes, MAX_BASH_BYTES))
 
 
 def commands_for(
-    ops: Sequence[FileOp], style: str = "plain", max_read_bytes: int = 200000
+    ops: Sequence[FileOp], style: str = "plain", max_read_bytes: int = 200000,
 ) -> ShellCommand:
     """Return one command for all operations; the first that fails ends it.
 
     style is "plain" or "coded" (the exit codes of RECIPES). Raises CannotCarryError with a
     sentence when there is no operation, a name is unusable or the content too long.
     """
-    coded = style == "coded"
     try:
-        for effort, fits in EFFORTS:
-            command = build(ops, effort, coded, max_read_bytes)
-            if fits(command):
+        for effort, size, limit in EFFORTS:
+            command = build(ops, effort, style == "coded", max_read_bytes)
+            if size(command) <= limit:
                 break
         else:
             raise CannotCarryError("The content is too long for a shell command.")
@@ -6192,13 +6163,6 @@ def commands_for(
     return ShellCommand(command, "; ".join(in_words(op) for op in ops))
 
 
-def command_for(
-    op: FileOp, style: str = "plain", max_read_bytes: int = 200000
-) -> ShellCommand:
-    """Return the command for one operation; see commands_for."""
-    return commands_for((op,), style, max_read_bytes)
-
-
 # ------------------------------ the client's tools ------------------------------
 
 SHELL_NAMES = ("Bash", "run_shell_command")
@@ -6207,37 +6171,24 @@ WRITE_NAMES = ("Write", "write_file")
 FILLED_KEYS = {"command", "description", "is_background"}
 
 
-def requires_text(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
-    """Say whether a tool requires the text `needed` and nothing beyond keys."""
-    properties = tool.schema.get("properties")
-    required = tool.schema.get("required")
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        return False
-    about = properties.get(needed)
-    return (needed in required and set(required) <= keys
-            and isinstance(about, dict) and about.get("type") == "string")
+def tool_for(
+    tools: Mapping[str, Tool], names: Sequence[str], keys: AbstractSet[str], needed: str,
+) -> Optional[Tool]:
+    """Return the first tool of these that requires the text `needed`, nothing beyond keys."""
+    for name in names:
+        schema = tools[name].schema if name in tools else {}
+        required = schema.get("required")
+        about = _mapping(_mapping(schema.get("properties")).get(needed))
+        if isinstance(required, list) and needed in required and set(required) <= keys \
+                and about.get("type") == "string":
+            return tools[name]
+    return None
 
 
 def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's shell: Bash, run_shell_command, or one that looks like it."""
-    known = [tools[name] for name in SHELL_NAMES if name in tools]
-    alike = [tool for name, tool in tools.items() if SHELL_LIKE.search(name)]
-    return next((tool for tool in known + alike
-                 if requires_text(tool, FILLED_KEYS, "command")), None)
-
-
-def write_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
-    """Return the client's tool that writes a whole file."""
-    known = (tools[name] for name in WRITE_NAMES if name in tools)
-    return next((tool for tool in known
-                 if requires_text(tool, {"file_path", "content"}, "content")), None)
-
-
-def shell_call(tool: Tool, command: ShellCommand) -> Tuple[str, Json]:
-    """Return the call that runs the command, with the keys that the tool has."""
-    values: Json = {"command": command.command, "description": command.description,
-                    "is_background": False}
-    return tool.name, {key: values[key] for key in values if key in tool.schema["properties"]}
+    alike = [name for name in tools if SHELL_LIKE.search(name)]
+    return tool_for(tools, [*SHELL_NAMES, *alike], FILLED_KEYS, "command")
 
 
 def rescue_call(
@@ -6254,33 +6205,30 @@ def rescue_call(
     shell = shell_tool(tools)
     if shell is None:
         return None
-    writer = write_tool(tools)
-    lone = ops[0] if len(ops) == 1 and ops[0].kind in ("create", "write") else None
+    writer = tool_for(tools, WRITE_NAMES, {"file_path", "content"}, "content")
+    if len(ops) != 1 or ops[0].kind not in ("create", "write"):
+        writer = None
     try:
         command = commands_for(ops, style, max_read_bytes)
     except CannotCarryError:
-        if writer is None or lone is None or not (is_new or lone.kind == "write"):
-            raise
-        return write_call(writer, lone, cwd)
-    if writer and lone and is_new and len(command.command) > MAX_APPROVABLE_CHARS:
-        return write_call(writer, lone, cwd)
-    return shell_call(shell, command)
+        if writer and (is_new or ops[0].kind == "write"):
+            return write_call(writer, ops[0], cwd)
+        raise
+    if writer and is_new and len(command.command) > MAX_APPROVABLE_CHARS:
+        return write_call(writer, ops[0], cwd)
+    values = {**command._asdict(), "is_background": False}
+    return shell.name, {key: values[key] for key in values if key in shell.schema["properties"]}
 
 
 # What the CLI would decode in an input: an odd number of backslashes, u, four digits.
-UNICODE_ESCAPE = Pattern(r"(\\+)(?=u[0-9a-fA-F]{4})")
-
-
-def undecoded(match: re.Match[str]) -> str:
-    run = match.group()
-    return run[:-1] + "\\u005c" if len(run) % 2 else run
+UNICODE_ESCAPE = Pattern(r"(?<!\\)((?:\\\\)*)\\(?=u[0-9a-fA-F]{4})")
 
 
 def write_call(tool: Tool, op: FileOp, cwd: str) -> Tuple[str, Json]:
     """Return the call of a Write tool; it wants an absolute path."""
     path = usable_path(op.path)
     absolute = path.startswith(("/", "~/")) or not cwd
-    text = UNICODE_ESCAPE.sub(undecoded, op.text) if tool.name == "Write" else op.text
+    text = UNICODE_ESCAPE.sub(r"\1\\u005c", op.text) if tool.name == "Write" else op.text
     return tool.name, {"file_path": path if absolute else f"{cwd.rstrip('/')}/{path}",
                        "content": text}
 
