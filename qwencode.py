@@ -3374,6 +3374,23 @@ LASTING_FAILURE = Pattern(
 HTML_TAG = Pattern(r"<[^<>]{0,500}>")
 
 
+# What a status means: the error, the words before Ollama's own and those behind them.
+Refusal = Tuple[Type[ShimError], str, str]
+DENIED: Refusal = (UpstreamDeniedError, "Ollama denied the request",
+                   " Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
+NO_SUCH_CALL: Refusal = (UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
+                         " Is it an Ollama server?")
+NO_ANSWER: Refusal = (UpstreamDeniedError, "The server at OLLAMA_BASE_URL gave no answer",
+                      " It may point elsewhere: set OLLAMA_BASE_URL to Ollama itself.")
+BUSY: Refusal = (BusyError, "Ollama is busy", "")
+LATE: Refusal = (UpstreamTimeoutError, "Ollama timed out", "")
+REFUSALS: Dict[int, Refusal] = {
+    401: DENIED, 403: DENIED, 404: NO_SUCH_CALL, 405: NO_SUCH_CALL, 408: LATE, 504: LATE,
+    413: (BodyTooLargeError, "The server at OLLAMA_BASE_URL takes no request of this size", ""),
+    429: (RateLimitError, "Ollama's rate limit is reached", ""), 503: BUSY, 529: BUSY,
+}
+
+
 def upstream_error(
     status: int, body: str, model: str, *, retry_after: Optional[str] = None,
     prompt_tokens: int = 0, window: int = 0,
@@ -3384,9 +3401,9 @@ def upstream_error(
     """
     overflow = parse_overflow(body, status)
     if overflow:
-        needed, limit = overflow
-        told, limit = bool(limit), limit or window or 4096
-        return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit, loaded=told)
+        needed, told = overflow
+        limit = told or window or 4096
+        return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit, loaded=bool(told))
     page = body.lstrip()[:1] == "<"  # a proxy's; tags that Ollama's parsers name stay
     text = HTML_TAG.sub(" ", body) if page else unwrap_error(body)
     text = clean(text, MAX_ERROR_CHARS).strip()
@@ -3394,35 +3411,15 @@ def upstream_error(
     if MODEL_MISSING.search(text) and status in (404, 400, 500):
         return ModelMissingError(
             f"Ollama has no model {model!r}. Get it with: ollama pull {model}  (Ollama said{said})")
-    made = REFUSALS.get(status) or (_NO_ANSWER if status < 400 else None)
-    if made:
-        return made(f"({status}){said}", retry_after)
+    refusal = REFUSALS.get(status) or (NO_ANSWER if status < 400 else None)
+    if refusal:
+        kind, before, after = refusal
+        return kind(f"{before} ({status}){said}{after}", retry_after)
     if status < 500:
         return BadRequestError(f"Ollama refused the request ({status}){said}")
     return UpstreamFailedError(
         f"Ollama failed ({status}){said}", not LASTING_FAILURE.search(text),
         status if status in (500, 502) else 502)
-
-
-def _refusal(
-    kind: Type[ShimError], before: str, after: str = "",
-) -> Callable[[str, Optional[str]], ShimError]:
-    return lambda said, retry_after: kind(f"{before} {said}{after}", retry_after)
-
-
-_DENIED = _refusal(UpstreamDeniedError, "Ollama denied the request",
-                   " Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
-_NO_SUCH_CALL = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
-                         " Is it an Ollama server?")
-_NO_ANSWER = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL gave no answer",
-                      " It may point elsewhere: set OLLAMA_BASE_URL to Ollama itself.")
-_BUSY = _refusal(BusyError, "Ollama is busy")
-_LATE = _refusal(UpstreamTimeoutError, "Ollama timed out")
-REFUSALS: Dict[int, Callable[[str, Optional[str]], ShimError]] = {
-    401: _DENIED, 403: _DENIED, 404: _NO_SUCH_CALL, 405: _NO_SUCH_CALL, 408: _LATE, 504: _LATE,
-    413: _refusal(BodyTooLargeError, "The server at OLLAMA_BASE_URL takes no request of this size"),
-    429: _refusal(RateLimitError, "Ollama's rate limit is reached"), 503: _BUSY, 529: _BUSY,
-}
 
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -3436,6 +3433,13 @@ def held_prefix(text: str, mark: str) -> int:
     return 0
 
 
+# How ThinkSplitter goes on: behind a tag, once its line ends are over; and behind the mark
+# that ends a state. A stray end of a thought, on a line of its own, is taken out once.
+AFTER_TAG = {"opened": "thinking", "closed": "text"}
+END_MARKS = {"thinking": (THINK_CLOSE, "closed"), "text": ("\n" + THINK_CLOSE, "rest"),
+             "rest": ("", "")}
+
+
 class ThinkSplitter:
     """Split `<think>` blocks off the text, in pieces cut anywhere.
 
@@ -3447,106 +3451,82 @@ class ThinkSplitter:
     def __init__(self, thinking: bool = False) -> None:
         self._state = "opened" if thinking else "start"
         self._held = ""
-        self._stray = False
 
     def feed(self, text: str) -> List[Part]:
         if self._state == "text" and not self._held and "<" not in text and text[-1:] != "\n":
             return [TextDelta(text)]  # nearly every token
         self._held += text
         parts: List[Part] = []
-        while self._step(parts):
+        while self._held and self._step(parts):
             pass
         return parts
 
     def _step(self, parts: List[Part]) -> bool:
         """Take one piece off what is held; False when more is needed."""
-        return bool(getattr(self, "_in_" + self._state)(parts))
+        if self._state == "start":
+            return self._begin()
+        if self._state in AFTER_TAG:
+            self._held = self._held.lstrip("\r\n")
+            if self._held:
+                self._state = AFTER_TAG[self._state]
+            return True
+        return self._take(parts, *END_MARKS[self._state])
 
-    def _in_start(self, _parts: List[Part]) -> bool:
+    def _begin(self) -> bool:
         body = self._held.lstrip()
         for mark, state in ((THINK_OPEN, "opened"), (THINK_CLOSE, "closed")):
             if body.startswith(mark):
                 self._state, self._held = state, body[len(mark):]
                 return True
-        if body and not THINK_OPEN.startswith(body) and not THINK_CLOSE.startswith(body):
-            self._state = "text"
-            return True
-        return False
+            if mark.startswith(body):
+                return False
+        self._state = "text"
+        return True
 
-    def _in_opened(self, _parts: List[Part]) -> bool:
-        self._held = self._held.lstrip("\r\n")
-        if self._held:
-            self._state = "thinking"
-        return bool(self._held)
-
-    def _in_thinking(self, parts: List[Part]) -> bool:
-        end = self._held.find(THINK_CLOSE)
+    def _take(self, parts: List[Part], mark: str, after: str) -> bool:
+        """Take what is certain before the mark, or before what may begin it."""
+        text, thinking = self._held, self._state == "thinking"
+        end = text.find(mark) if mark else -1
         if end >= 0:
-            thought = self._held[:end].rstrip()
-            self._held, self._state = self._held[end + len(THINK_CLOSE):], "closed"
+            ready, self._state = text[:end + len(mark) - len(THINK_CLOSE)], after
+            self._held = text[end + len(mark):]
         else:
-            held = held_prefix(self._held, THINK_CLOSE)
-            ready = self._held[:len(self._held) - held].rstrip()
-            thought, self._held = ready, self._held[len(ready):]
-        if thought:
-            parts.append(ThinkingDelta(thought))
+            ready = text[:len(text) - held_prefix(text, mark)]
+        if thinking:
+            ready = ready.rstrip()
+        if end < 0:
+            self._held = text[len(ready):]
+        if ready:
+            parts.append(ThinkingDelta(ready) if thinking else TextDelta(ready))
         return end >= 0
-
-    def _in_closed(self, _parts: List[Part]) -> bool:
-        self._held = self._held.lstrip("\r\n")
-        if self._held:
-            self._state = "text"
-        return bool(self._held)
-
-    def _in_text(self, parts: List[Part]) -> bool:
-        text, at = self._held, -1
-        if not self._stray:
-            at = text.find("\n" + THINK_CLOSE) + 1 or -1
-        if at >= 0:
-            self._stray, self._held = True, text[at + len(THINK_CLOSE):]
-            text = text[:at]
-        else:
-            keep = 0 if self._stray else held_prefix(text, "\n" + THINK_CLOSE)
-            self._held, text = text[len(text) - keep:], text[:len(text) - keep]
-        if text:
-            parts.append(TextDelta(text))
-        return at >= 0 and bool(self._held)
 
     def close(self) -> List[Part]:
         """Release what is still held."""
         text, self._held = self._held, ""
-        if not text or self._state in ("opened", "closed"):
-            return []
         if self._state == "thinking":
-            return [ThinkingDelta(text.rstrip())] if text.rstrip() else []
-        return [TextDelta(text)]
+            text = text.rstrip()
+            return [ThinkingDelta(text)] if text else []
+        return [TextDelta(text)] if text else []
 
 
 def _count(value: Any) -> Optional[int]:
     return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
-def _seconds(value: Any) -> float:
-    return (_count(value) or 0) / 1e9
-
-
 def _finish(line: Json) -> Finish:
     reason = line.get("done_reason")
-    return Finish(
-        reason if isinstance(reason, str) else "",
-        _count(line.get("prompt_eval_count")), _count(line.get("eval_count")),
-        _seconds(line.get("prompt_eval_duration")), _seconds(line.get("eval_duration")),
-        _seconds(line.get("load_duration")))
+    seconds = (natural(line.get(key)) / 1e9 for key in (
+        "prompt_eval_duration", "eval_duration", "load_duration"))
+    return Finish(reason if isinstance(reason, str) else "", _count(line.get("prompt_eval_count")),
+                  _count(line.get("eval_count")), *seconds)
 
 
 def _calls_of(value: Any) -> List[Part]:
     """Read tool_calls; odd ones go out with what can be read."""
-    calls: List[Part] = []
-    for entry in value if isinstance(value, list) else ():
-        function = entry.get("function") if isinstance(entry, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            calls.append(NativeCall(function["name"], function.get("arguments")))
-    return calls
+    entries = value if isinstance(value, list) else []
+    functions = [_mapping(_mapping(entry).get("function")) for entry in entries]
+    return [NativeCall(one["name"], one.get("arguments")) for one in functions
+            if isinstance(one.get("name"), str)]
 
 
 class ChatDecoder:
@@ -3557,17 +3537,24 @@ class ChatDecoder:
     broken stream (contract/ollama.md 2).
     """
 
+    way, path, verbatim, key = "chat", "/api/chat", False, "content"
+
     def __init__(self, model: str, thinking: bool = False) -> None:
         self.model = model
-        self.finished = False
-        self.failed = False
+        self.finished = self.failed = self._ended = False
         self.lines = 0
         self._lines = LineSplitter()
         self._think = ThinkSplitter(thinking)
+        self._raw: List[str] = []
+
+    @property
+    def raw(self) -> str:
+        """The answer's text so far with its think blocks, as the next turn's history wants it."""
+        return "".join(self._raw)
 
     def feed(self, data: bytes) -> List[Part]:
         parts: List[Part] = []
-        if self.finished or self.failed:
+        if self._ended:
             return parts
         try:
             whole = self._lines.feed(data)
@@ -3579,50 +3566,48 @@ class ChatDecoder:
 
     def _read(self, whole: bytes, parts: List[Part]) -> None:
         """Decode whole lines: one sweep costs a third of json.loads a line."""
+        broken = False
         try:
             text = whole.decode("utf-8")
         except UnicodeDecodeError as problem:
-            good = whole[:whole.rfind(b"\n", 0, problem.start) + 1]
-            if good:
-                self._read(good, parts)
-            if self.finished or self.failed:
-                return
-            raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.") from None
+            text, broken = whole[:whole.rfind(b"\n", 0, problem.start) + 1].decode("utf-8"), True
         at, end = 0, len(text)
         run: List[str] = []
-        while at < end and not (self.finished or self.failed):
+        while at < end and not self._ended:
             if text[at] in " \t\r\n":
                 at += 1
                 continue
             try:
                 line, at = _scan_json(text, at)
             except (ValueError, RecursionError):
-                self._flush(run, parts)
+                self._show(run, parts)
                 raise self._garbage(text[at:at + 200]) from None
             self.lines += 1
             piece = self._plain_text(line)
             if piece is None:
-                self._flush(run, parts)
+                self._show(run, parts)
+                run.clear()
                 self._line(line, parts)
             elif piece:
                 run.append(piece)
-        self._flush(run, parts)
+        self._show(run, parts)
+        if broken and not self._ended:
+            raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.")
 
-    @staticmethod
-    def _plain_text(line: Any) -> Optional[str]:
+    def _plain_text(self, line: Any) -> Optional[str]:
         """Return the text of a line that holds nothing else, else None."""
         if type(line) is dict and line.get("done") is False and "error" not in line:
-            message = line.get("message")
-            if type(message) is dict and "tool_calls" not in message and "thinking" not in message:
-                content = message.get("content")
-                if type(content) is str:
-                    return content
+            body = line if self.verbatim else line.get("message")
+            if type(body) is dict and "tool_calls" not in body and "thinking" not in body:
+                text = body.get(self.key)
+                if type(text) is str:
+                    return text
         return None
 
-    def _flush(self, run: List[str], parts: List[Part]) -> None:
+    def _show(self, run: List[str], parts: List[Part]) -> None:
         if run:
+            self._raw.extend(run)
             parts.extend(self._think.feed("".join(run)))
-            run.clear()
 
     def _garbage(self, text: str) -> ShimError:
         return UpstreamGarbageError(
@@ -3631,44 +3616,35 @@ class ChatDecoder:
     def _fail(self, parts: List[Part], error: ShimError) -> None:
         parts.extend(self._think.close())
         parts.append(Failure(error))
-        self.failed = True
+        self.failed = self._ended = True
 
     def _line(self, line: Any, parts: List[Part]) -> None:
+        """Take thinking, text and calls, in the order that Ollama means (OL 2)."""
         if not isinstance(line, dict):
-            self._fail(parts, self._garbage(to_json(line)))
-            return
+            raise self._garbage(to_json(line))
         if "error" in line:
-            self._fail(parts, upstream_error(500, to_json(line), self.model))
-            return
-        self._content(line, parts)
-        if line.get("done") is True:
-            self.finished = True
-            parts.extend(self._think.close())
-            parts.append(_finish(line))
-
-    def _content(self, line: Json, parts: List[Part]) -> None:
-        """Take thinking, content and calls, in the order that Ollama means (OL 2)."""
-        message = _mapping(line.get("message"))
-        thinking, content = message.get("thinking"), message.get("content")
+            raise upstream_error(500, to_json(line), self.model)
+        body = line if self.verbatim else _mapping(line.get("message"))
+        thinking, text = body.get("thinking"), body.get(self.key)
         if isinstance(thinking, str) and thinking:
             parts.append(ThinkingDelta(thinking))
-        if isinstance(content, str) and content:
-            parts.extend(self._think.feed(content))
-        parts.extend(_calls_of(message.get("tool_calls")))
+        if isinstance(text, str) and text:
+            self._show([text], parts)
+        parts.extend(_calls_of(body.get("tool_calls")))
+        if line.get("done") is True:
+            self.finished = self._ended = True
+            parts.extend(self._think.close())
+            parts.append(_finish(line))
 
     def close(self) -> List[Part]:
         """End of the stream: release held text, or tell what is missing."""
         parts: List[Part] = []
-        if self.finished or self.failed:
-            return parts
-        tail = self._lines.rest()
-        if tail.strip():
-            parts.extend(self.feed(b"\n"))
+        if not self._ended and self._lines.rest().strip():
+            parts = self.feed(b"\n")
             if self.failed and self.lines:  # cut within a line
                 parts[-1] = Failure(self._cut_off())
-            if self.finished or self.failed:
-                return parts
-        self._fail(parts, self._cut_off())
+        if not self._ended:
+            self._fail(parts, self._cut_off())
         return parts
 
     def _cut_off(self) -> ShimError:
@@ -3681,38 +3657,9 @@ class ChatDecoder:
 
 
 class GenerateDecoder(ChatDecoder):
-    """Read the NDJSON of /api/generate with raw:true: the model's own text.
+    """Read the NDJSON of /api/generate with raw:true: the model's own text."""
 
-    raw is that text so far, as the next turn's history wants it.
-    """
-
-    def __init__(self, model: str, thinking: bool = False) -> None:
-        super().__init__(model, thinking)
-        self._raw: List[str] = []
-
-    @property
-    def raw(self) -> str:
-        return "".join(self._raw)
-
-    def _flush(self, run: List[str], parts: List[Part]) -> None:
-        self._raw.extend(run)
-        super()._flush(run, parts)
-
-    @staticmethod
-    def _plain_text(line: Any) -> Optional[str]:
-        if type(line) is dict and line.get("done") is False and "error" not in line:
-            response = line.get("response")
-            if type(response) is str and "thinking" not in line:
-                return response
-        return None
-
-    def _content(self, line: Json, parts: List[Part]) -> None:
-        thinking, response = line.get("thinking"), line.get("response")
-        if isinstance(thinking, str) and thinking:
-            parts.append(ThinkingDelta(thinking))
-        if isinstance(response, str) and response:
-            self._raw.append(response)
-            parts.extend(self._think.feed(response))
+    way, path, verbatim, key = "verbatim", "/api/generate", True, "response"
 
 
 USER_TURN = "<|im_start|>user\n"
@@ -3766,20 +3713,6 @@ def restored(prompt: str, answers: Sequence[str]) -> str:
             rendered = answer
         made.append(rendered + end + rest)
     return ANSWER_START.join([*made, parts[-1]])
-
-
-class Dialect(NamedTuple):
-    """One way to ask Ollama: its route and its decoder."""
-
-    way: str
-    path: str
-    decoder: Type[ChatDecoder]
-
-
-DIALECTS: Dict[str, Dialect] = {
-    "chat": Dialect("chat", "/api/chat", ChatDecoder),
-    "verbatim": Dialect("verbatim", "/api/generate", GenerateDecoder),
-}
 
 
 # ============================== 9. TOOL CALLS IN TEXT ==============================
@@ -10962,11 +10895,11 @@ class Exchange:
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
         prompt = prompt._replace(messages_json="")  # a long answer need not hold it
-        dialect, prefix, self.opening = DIALECTS["chat"], None, ""
+        dialect, prefix, self.opening = ChatDecoder, None, ""
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
             text = self._render(facts, body, prompt.answers, own_until)
             if text is not None:
-                dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
+                dialect, self.opening = GenerateDecoder, opening_of(text)
                 prefix = text[:max(text.find(USER_TURN), 0)]
                 if False in self.recalled[-1:]:
                     self.notes.append("the last answer went back in the template's form")
@@ -10978,7 +10911,7 @@ class Exchange:
                                       " answers as the model wrote them")
             server.log.write("debug", f"{dialect.path} {body}")
         thinking = self.opening.rstrip().endswith(THINK_OPEN)
-        turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
+        turn = self.turn = self._make_turn(dialect(facts.name, thinking), prompt)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.audience, until) as call:
             del body
@@ -11892,7 +11825,7 @@ class ShimServer(ThreadingHTTPServer):
 
     def note_turn(self, exchange: Exchange, record: TurnRecord) -> None:
         """Count a request that has ended and write its line."""
-        if record.way in DIALECTS:
+        if record.way in (ChatDecoder.way, GenerateDecoder.way):
             self._last_way = record.way
         self.stats.end(exchange, record)
         self.log.turn(record)
