@@ -8250,6 +8250,10 @@ class Usage(NamedTuple):
 
 # Thinking is echoed with its signature, which nobody here checks (CC A6).
 SIGNATURE = "cXdlbmNvZGU="
+# The type and the key of what fills a block.
+DELTA_KINDS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+               "signature": ("signature_delta", "signature"),
+               "tool_use": ("input_json_delta", "partial_json")}
 
 
 class StreamTranslator:
@@ -8277,83 +8281,64 @@ class StreamTranslator:
     def translate(self, deltas: Iterable[Delta]) -> List[Event]:
         events: List[Event] = []
         for delta in deltas:
-            TRANSLATIONS[type(delta)](self, delta, events)
+            if isinstance(delta, TextDelta):
+                if self._open != "text":
+                    self._open_block({"type": "text", "text": ""}, events)
+                events.append(self._delta("text", delta.text))
+            elif isinstance(delta, ThinkingDelta):
+                if self._open != "thinking":
+                    block = {"type": "thinking", "thinking": "", "signature": ""}
+                    self._open_block(block, events)
+                events.append(self._delta("thinking", delta.text))
+            elif isinstance(delta, CallInput):
+                events.append(self._delta("tool_use", delta.json))
+            elif isinstance(delta, CallEnd):
+                self._close_block(events)
+            else:
+                self._call(delta, events)
         return events
 
-    def _open_block(self, kind: str, block: Json, events: List[Event]) -> None:
+    def _open_block(self, block: Json, events: List[Event]) -> None:
         self._close_block(events)
         self._index += 1
-        self._open = kind
+        self._open = block["type"]
         events.append(Event("content_block_start", {
             "type": "content_block_start", "index": self._index, "content_block": block}))
 
     def _close_block(self, events: List[Event]) -> None:
-        if not self._open:
-            return
         if self._open == "thinking":
-            events.append(self._delta("signature_delta", "signature", SIGNATURE))
+            events.append(self._delta("signature", SIGNATURE))
+        if self._open:
+            events.append(Event("content_block_stop",
+                                {"type": "content_block_stop", "index": self._index}))
         self._open = ""
-        events.append(Event("content_block_stop",
-                            {"type": "content_block_stop", "index": self._index}))
 
-    def _delta(self, kind: str, key: str, text: str) -> Event:
+    def _delta(self, block: str, text: str) -> Event:
+        kind, key = DELTA_KINDS[block]
         return Event("content_block_delta", {
             "type": "content_block_delta", "index": self._index,
             "delta": {"type": kind, key: text}})
 
-    def _text(self, delta: TextDelta, events: List[Event]) -> None:
-        if self._open != "text":
-            self._open_block("text", {"type": "text", "text": ""}, events)
-        events.append(self._delta("text_delta", "text", delta.text))
-
-    def _thinking(self, delta: ThinkingDelta, events: List[Event]) -> None:
-        if self._open != "thinking":
-            block = {"type": "thinking", "thinking": "", "signature": ""}
-            self._open_block("thinking", block, events)
-        events.append(self._delta("thinking_delta", "thinking", delta.text))
-
-    def _call_start(self, delta: Union[Call, CallStart], events: List[Event]) -> None:
-        call_id = self._new_id()
-        self.call_ids.append(call_id)
-        self._open_block("tool_use", {
-            "type": "tool_use", "id": call_id, "name": delta.name, "input": {}}, events)
-
-    def _call_input(self, delta: CallInput, events: List[Event]) -> None:
-        events.append(self._delta("input_json_delta", "partial_json", delta.json))
-
-    def _call_end(self, _delta: CallEnd, events: List[Event]) -> None:
-        self._close_block(events)
-
-    def _call(self, delta: Call, events: List[Event]) -> None:
-        self._call_start(delta, events)
-        self._call_input(CallInput(to_json(delta.input)), events)
-        self._close_block(events)
+    def _call(self, delta: Union[Call, CallStart], events: List[Event]) -> None:
+        self.call_ids.append(self._new_id())
+        self._open_block({"type": "tool_use", "id": self.call_ids[-1], "name": delta.name,
+                          "input": {}}, events)
+        if isinstance(delta, Call):
+            events.append(self._delta("tool_use", to_json(delta.input)))
+            self._close_block(events)
 
     def keep_alive(self) -> Event:
         """Make an event that the CLI counts as life: pings do not (CC B3)."""
-        kinds = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
-                 "tool_use": ("input_json_delta", "partial_json")}
-        if self._open:
-            return self._delta(*kinds[self._open], "")
-        return Event("message_delta", {
+        return self._delta(self._open, "") if self._open else Event("message_delta", {
             "type": "message_delta", "delta": {}, "usage": {"output_tokens": 0}})
 
     def finish(self, reason: str, stop_sequence: Optional[str], usage: Usage) -> List[Event]:
         events: List[Event] = []
         self._close_block(events)
-        events.append(Event("message_delta", {
+        return [*events, Event("message_delta", {
             "type": "message_delta",
             "delta": {"stop_reason": reason, "stop_sequence": stop_sequence},
-            "usage": usage.payload()}))
-        events.append(Event("message_stop", {"type": "message_stop"}))
-        return events
-
-
-TRANSLATIONS: Dict[type, Callable[[StreamTranslator, Any, List[Event]], None]] = {
-    TextDelta: StreamTranslator._text, ThinkingDelta: StreamTranslator._thinking,
-    Call: StreamTranslator._call, CallStart: StreamTranslator._call_start,
-    CallInput: StreamTranslator._call_input, CallEnd: StreamTranslator._call_end,
-}
+            "usage": usage.payload()}), Event("message_stop", {"type": "message_stop"})]
 
 
 def error_event(error: ShimError) -> Event:
@@ -8368,40 +8353,33 @@ def fold(events: Iterable[Event]) -> Json:
     A call that the model left unfinished gets the input {}.
     """
     message: Json = {}
-    pieces: Dict[int, List[str]] = {}
+    pieces: List[str] = []
     for name, payload in events:
         if name == "message_start":
             message = {**payload["message"], "content": []}
         elif name == "content_block_start":
-            message["content"].append(dict(payload["content_block"]))
-            pieces[payload["index"]] = []
+            message["content"].append({**payload["content_block"]})
+            pieces = []
         elif name == "content_block_delta":
-            _fold_delta(message["content"][payload["index"]], payload["delta"],
-                        pieces[payload["index"]])
+            _, (key, text) = payload["delta"].items()
+            if key == "signature":
+                message["content"][-1][key] = text
+            else:
+                pieces.append(text)
         elif name == "content_block_stop":
-            _fold_block(message["content"][payload["index"]], pieces.pop(payload["index"]))
+            _fold_block(message["content"][-1], "".join(pieces))
         elif name == "message_delta" and payload["delta"]:
             message.update(payload["delta"])
             message["usage"] = {**message["usage"], **payload["usage"]}
     return message
 
 
-def _fold_delta(block: Json, delta: Json, pieces: List[str]) -> None:
-    if delta["type"] == "signature_delta":
-        block["signature"] = delta["signature"]
-    else:
-        pieces.append(str(delta.get("text", delta.get("thinking", delta.get("partial_json", "")))))
-
-
-def _fold_block(block: Json, pieces: List[str]) -> None:
-    joined = "".join(pieces)
+def _fold_block(block: Json, joined: str) -> None:
     if block["type"] != "tool_use":
         block[block["type"]] = joined
         return
-    try:
+    with contextlib.suppress(ValueError):
         block["input"] = json.loads(joined or "{}")
-    except ValueError:
-        block["input"] = {}
 
 
 # ------------------------------ answers without the model ------------------------------
@@ -8412,7 +8390,7 @@ class LocalAnswer(NamedTuple):
 
     rule: str
     text: str
-    stop_reason: str = "end_turn"
+    stop_reason: str
 
 
 TITLE_WORDS, TITLE_CHARS = 7, 50
@@ -8434,55 +8412,49 @@ def is_title_request(request: Request) -> bool:
         and bool(SESSION_TEXT.search(last_user_text(request)))
 
 
-def _title(request: Request) -> LocalAnswer:
+def _title(request: Request) -> str:
     found = SESSION_TEXT.search(last_user_text(request))
     words = (found.group(1) if found else "").split()
     title = " ".join(words[:TITLE_WORDS])[:TITLE_CHARS].strip()
-    return LocalAnswer("title", to_json({"title": title or "Session"}))
+    return to_json({"title": title or "Session"})
 
 
-def _safety(_request: Request) -> LocalAnswer:
+def _safety(_request: Request) -> str:
     raise ForbiddenError(
         "Auto mode's safety check is not answered by a local model. Start claude with"
         " --permission-mode default, acceptEdits or plan.")
 
 
 # One row for each kind of background request that would push the conversation out of
-# the model's cache (OL 5b): name, how it is recognised, the answer.
+# the model's cache (OL 5b): name, how it is recognised, the answer and how it ends.
 LOCAL_RULES: Tuple[
-    Tuple[str, Callable[[Request], bool], Callable[[Request], LocalAnswer]], ...] = (
-    ("title", is_title_request, _title),
-    ("probe", lambda request: request.max_tokens == 1,
-     lambda request: LocalAnswer("probe", ".", "max_tokens")),
+    Tuple[str, Callable[[Request], bool], Callable[[Request], str], str], ...] = (
+    ("title", is_title_request, _title, "end_turn"),
+    ("probe", lambda request: request.max_tokens == 1, lambda request: ".", "max_tokens"),
     ("suggestion", lambda request: last_user_text(request).startswith(SUGGESTION_START),
-     lambda request: LocalAnswer("suggestion", "")),
+     lambda request: "", "end_turn"),
     ("safety", lambda request: any(SAFETY_CHECK_START in text for text in request.system),
-     _safety),
+     _safety, ""),
 )
 
 
 def local_answer(request: Request, config: Config) -> Optional[LocalAnswer]:
     """Answer a background request here, or None where the model must."""
-    for name, fits, answer in LOCAL_RULES:
+    for name, fits, answer, stop_reason in LOCAL_RULES:
         if name in config.local_answers and fits(request):
             if name == "title" and config.small_model:
                 return None
-            return answer(request)
+            return LocalAnswer(name, answer(request), stop_reason)
     return None
 
 
 def count_request(request: Request) -> int:
     """Estimate a request's input tokens: system, messages, tools and images."""
-    texts = list(request.system)
-    images = 0
-    for message in request.messages:
-        for block in message.blocks:
-            if isinstance(block, (Text, Thinking, ToolResult)):
-                texts.append(block.text)
-            elif isinstance(block, ToolUse):
-                texts.append(to_json(block.input))
-            images += isinstance(block, Image) or len(getattr(block, "images", ()))
-    texts += [to_json([tool.name, tool.description, tool.schema]) for tool in request.tools]
+    blocks = [block for message in request.messages for block in message.blocks]
+    texts = [*request.system, *map(to_json, request.tools)]
+    texts += [to_json(block.input) if isinstance(block, ToolUse) else getattr(block, "text", "")
+              for block in blocks]
+    images = sum(isinstance(block, Image) + len(getattr(block, "images", ())) for block in blocks)
     return sum(map(estimate_tokens, texts)) + images * IMAGE_TOKENS + 5 * len(request.messages)
 
 
@@ -8500,17 +8472,12 @@ class StopScanner:
         self._held = ""
 
     def feed(self, text: str) -> Tuple[str, Optional[str]]:
-        if not self._held:
-            for character in self._begin:
-                if character in text:
-                    break
-            else:
-                return text, None  # nearly every token
-        text = self._held + text
+        if not self._held and self._begin.isdisjoint(text):
+            return text, None  # nearly every token
+        text, self._held = self._held + text, ""
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if found:
             at, stop = min(found)
-            self._held = ""
             return text[:at], stop
         keep = max(held_prefix(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep:]
@@ -8545,52 +8512,38 @@ CUT_BEFORE_ANYTHING = (
 OWN_FORMATS = ("tool_call", "function_xml")
 
 
-class TurnTools(NamedTuple):
-    """What a turn may do beyond translating.
-
-    rescue(answer) returns a call and its rule, or None; it is asked once, at the end.
-    """
-
-    offered: Mapping[str, Tool]
-    text_calls: bool
-    stream_inputs: bool
-    rescue: Callable[[str], Optional[Call]]
-
-
 class Turn:
     """One request from Ollama's first byte to the last event.
 
     The only place that composes decoder, parser, rescue and translator. feed() and
     close() return the events that became certain; afterwards `done` says that the
     stream ended well, `error` that it cannot go on. message_start and keep-alives are
-    the caller's, who has the clock.
+    the caller's, who has the clock. rescue(answer) returns a call and its rule, or None;
+    it is asked once, at the end.
     """
 
-    def __init__(
-        self, decoder: ChatDecoder, translator: StreamTranslator, tools: TurnTools,
-        stops: Sequence[str], usage_of: Callable[[Finish, int], Usage],
-    ) -> None:
-        verbatim = isinstance(decoder, GenerateDecoder)
-        self._decoder, self._translator, self._tools = decoder, translator, tools
-        self._parser = ToolTextParser(tools.offered, stream_inputs=tools.stream_inputs and verbatim,
-                                      enabled=tools.text_calls)
-        self._stops, self._ends = tuple(stops), CHATML_ENDS if verbatim else ()
-        self._scanner = StopScanner(self._stops + self._ends)
-        self._blank = ""
-        self._text: List[str] = []
-        self._shown_chars = 0
-        self._unfinished = False
-        self._usage_of = usage_of
-        self.calls: List[Tuple[str, str]] = []
-        self.done = False
-        self.error: Optional[ShimError] = None
-        self.finish: Optional[Finish] = None
-        self.stop_reason = ""
-        self.usage = Usage()
+    done = False
+    error: Optional[ShimError] = None
+    finish: Optional[Finish] = None
+    stop_reason = ""
+    usage = Usage()
+    _shown_chars = 0
+    _unfinished = False
+    _blank = ""
 
-    @property
-    def model(self) -> str:
-        return self._decoder.model
+    def __init__(
+        self, decoder: ChatDecoder, translator: StreamTranslator, tools: Mapping[str, Tool],
+        stops: Sequence[str], usage_of: Callable[[Finish, int], Usage],
+        *, rescue: Callable[[str], Optional[Call]], text_calls: bool = True,
+    ) -> None:
+        self._decoder, self._translator, self._tools = decoder, translator, tools
+        self._usage_of, self._rescue = usage_of, rescue
+        self._parser = ToolTextParser(tools, stream_inputs=decoder.verbatim, enabled=text_calls)
+        self._ends = CHATML_ENDS if decoder.verbatim else ()
+        self._scanner = StopScanner([*stops, *self._ends])
+        self._text: List[str] = []
+        self.calls: List[Tuple[str, str]] = []
+        self.model = decoder.model
 
     @property
     def heard(self) -> bool:
@@ -8604,9 +8557,7 @@ class Turn:
     @property
     def raw(self) -> Optional[str]:
         """The model's own text up to its end, where the dialect brings it."""
-        if not isinstance(self._decoder, GenerateDecoder):
-            return None
-        return str(CHATML_END.split(self._decoder.raw, 1)[0])
+        return str(CHATML_END.split(self._decoder.raw, 1)[0]) if self._decoder.verbatim else None
 
     @property
     def call_ids(self) -> Tuple[str, ...]:
@@ -8625,65 +8576,48 @@ class Turn:
             if self.done or self.error:
                 break
             if isinstance(part, TextDelta):
-                self._take_text(part.text, events)
+                text, stop = self._scanner.feed(part.text)
+                self._show(self._parser.feed(text), events)
+                if stop is not None:
+                    self._end(Finish("stop"), None if stop in self._ends else stop, events)
             elif isinstance(part, ThinkingDelta):
                 self._show(self._parser.thought(part.text), events)
-            elif isinstance(part, NativeCall):
-                self._take_call(part, events)
             elif isinstance(part, Finish):
                 self._end(part, None, events)
-            else:
-                self._show(self._parser.feed(self._scanner.close()), events)
-                self._show(self._parser.close("error"), events)
+            elif isinstance(part, Failure):
+                self._release("error", events)
                 self.error = part.error
+            elif resolve_tool(part.name, self._tools):
+                self._show(self._parser.native(part.name, part.arguments), events)
+            else:  # Ollama's parsers do not look whether a tool is offered (OL 8)
+                self._show(self._parser.feed(call_markup(part.name, part.arguments)), events)
         return events
 
-    def _take_call(self, call: NativeCall, events: List[Event]) -> None:
-        """Pass a call on; one of a tool that is not offered is shown as it was meant.
-
-        Ollama's parsers do not look whether a tool exists (OL 8).
-        """
-        if resolve_tool(call.name, self._tools.offered):
-            self._show(self._parser.native(call.name, call.arguments), events)
-        else:
-            self._show(self._parser.feed(call_markup(call.name, call.arguments)), events)
-
-    def _take_text(self, text: str, events: List[Event]) -> None:
-        text, stop = self._scanner.feed(text)
-        if text:
-            self._show(self._parser.feed(text), events)
-        if stop is not None:
-            self._end(Finish("stop"), None if stop in self._ends else stop, events)
+    def _release(self, reason: str, events: List[Event]) -> None:
+        """Show what was held back: nothing follows."""
+        self._show(self._parser.feed(self._scanner.close()), events)
+        self._show(self._parser.close(reason), events)
 
     def _show(self, deltas: List[Delta], events: List[Event]) -> None:
         """Pass deltas on; white space that would open a block of its own waits."""
         kept: List[Delta] = []
         for delta in deltas:
             if isinstance(delta, TextDelta):
-                shown = self._with_blank(delta.text)
-                if shown:
-                    kept.append(TextDelta(shown))
+                text = delta.text if self._translator.in_text else self._blank + delta.text
+                self._blank = "" if self._translator.in_text or text.strip() else text
+                if not self._blank:
+                    self._text.append(text)
+                    self._shown_chars += len(text)
+                    kept.append(TextDelta(text))
                 continue
             self._blank = ""
-            self._note_call(delta)
+            self._note(delta)
             kept.append(delta)
-        if kept:
-            events.extend(self._translator.translate(kept))
+        events.extend(self._translator.translate(kept))
 
-    def _with_blank(self, text: str) -> str:
-        if not self._translator.in_text:
-            text = self._blank + text
-            if not text.strip():
-                self._blank = text
-                return ""
-            self._blank = ""
-        self._text.append(text)
-        self._shown_chars += len(text)
-        return text
-
-    def _note_call(self, delta: Delta) -> None:
+    def _note(self, delta: Delta) -> None:
         if isinstance(delta, (Call, CallStart)):
-            own = isinstance(self._decoder, GenerateDecoder) and delta.rule in OWN_FORMATS
+            own = self._decoder.verbatim and delta.rule in OWN_FORMATS
             self.calls.append((delta.name, "" if own else delta.rule))
         if isinstance(delta, Call):
             self._shown_chars += len(to_json(delta.input)) + len(delta.name)
@@ -8696,46 +8630,37 @@ class Turn:
 
     def _end(self, finish: Finish, stop: Optional[str], events: List[Event]) -> None:
         """The model is done: release what is held, rescue, and close the message."""
-        held = self._scanner.close() if stop is None else ""
-        if held:
-            self._show(self._parser.feed(held), events)
-        self._show(self._parser.close(finish.reason), events)
+        self._release(finish.reason, events)
         self.finish = finish
+        cut = finish.reason == "length"
         self.error = self._loss(finish) if stop is None else None
         if self.error:
             return
-        if not self.calls and stop is None and finish.reason != "length" and self._text:
-            call = self._tools.rescue(self.answer)
-            if call:
-                self._show([call], events)
-        self.stop_reason = self._reason(finish, stop)
-        self.usage = self._count_usage(finish)
+        if self._text and not self.calls and stop is None and not cut:
+            call = self._rescue(self.answer)
+            self._show([call] if call else [], events)
+        self.stop_reason = "tool_use" if self.calls else "end_turn"
+        if stop is not None:
+            self.stop_reason = "stop_sequence"
+        elif cut and (self._unfinished or not self.calls):
+            self.stop_reason = "max_tokens"
+        output = finish.output_tokens
+        self.usage = self._usage_of(
+            finish, max(1, self._shown_chars // 4) if output is None else output)
         events.extend(self._translator.finish(self.stop_reason, stop, self.usage))
         self.done = True
 
-    def _reason(self, finish: Finish, stop: Optional[str]) -> str:
-        if stop is not None:
-            return "stop_sequence"
-        if finish.reason == "length" and (self._unfinished or not self.calls):
-            return "max_tokens"
-        return "tool_use" if self.calls else "end_turn"
-
-    def _count_usage(self, finish: Finish) -> Usage:
-        output = finish.output_tokens
-        return self._usage_of(finish, max(1, self._shown_chars // 4) if output is None else output)
-
     def _loss(self, finish: Finish) -> Optional[ShimError]:
         """Tell an answer of which nothing or little arrived: never an empty success."""
-        model, tokens = self._decoder.model, finish.output_tokens or 0
-        if not self._shown_chars and not self.calls:
+        tokens, shown = finish.output_tokens or 0, self._shown_chars
+        if not shown and not self.calls:
             words = CUT_BEFORE_ANYTHING if finish.reason == "length" else NOTHING_SHOWN
-            return UpstreamLostError(words.format(model=model, tokens=tokens))
-        possible = self._shown_chars / CHARS_PER_TOKEN_LEAST
-        verbatim = isinstance(self._decoder, GenerateDecoder)
-        if verbatim or tokens <= LOST_TOKENS + LOST_RATIO * possible:
+        elif not self._decoder.verbatim and \
+                tokens > LOST_TOKENS + LOST_RATIO * shown / CHARS_PER_TOKEN_LEAST:
+            words = SWALLOWED
+        else:
             return None
-        return UpstreamLostError(SWALLOWED.format(
-            model=model, tokens=tokens, shown=self._shown_chars // 4))
+        return UpstreamLostError(words.format(model=self.model, tokens=tokens, shown=shown // 4))
 
 
 # ============================== 14. STATUS ==============================
@@ -11048,10 +10973,10 @@ class Exchange:
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
-        tools = TurnTools(table.offered, "text" in self.config.rescue, True,
-                          lambda answer: self._rescue(answer, table))
-        return Turn(decoder, self.translator, tools, self.request.stop_sequences,
-                    lambda finish, output: self.server.usage(decoder.model, prompt, finish, output))
+        return Turn(decoder, self.translator, table.offered, self.request.stop_sequences,
+                    lambda finish, output: self.server.usage(decoder.model, prompt, finish, output),
+                    rescue=lambda answer: self._rescue(answer, table),
+                    text_calls="text" in self.config.rescue)
 
     def _rescue(self, answer: str, table: ToolTable) -> Optional[Call]:
         """Carry out what was asked or described; at most one verified command."""
