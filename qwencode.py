@@ -1069,6 +1069,20 @@ class ChunkDecoder:
         self._need = length + 2 if length else 0
 
 
+class LengthDecoder:
+    """Take a body of known length off what comes; works as ChunkDecoder does."""
+
+    def __init__(self, length: int) -> None:
+        self._left, self.rest = length, b""
+        self.finished = not length
+
+    def feed(self, data: bytes) -> bytes:
+        piece, self.rest = data[:self._left], data[self._left:]
+        self._left -= len(piece)
+        self.finished = not self._left
+        return piece
+
+
 # ============================== 6. REQUEST IN ==============================
 
 # ------------------------------ tool names and inputs ------------------------------
@@ -9857,10 +9871,10 @@ class Upstream:
 class Log:
     """Write one line per message to stderr; secrets never pass."""
 
-    LEVELS: ClassVar[Dict[str, int]] = {"error": 0, "warn": 1, "info": 2, "debug": 3}
+    LEVELS = ("error", "warn", "info", "debug")
 
     def __init__(self, config: Config) -> None:
-        self._limit = self.LEVELS[config.log]
+        self._limit = self.LEVELS.index(config.log)
         self._json = config.log_format == "json"
         self._secrets = secrets_of(config)
         self._colour = sys.stderr is not None and sys.stderr.isatty() \
@@ -9869,7 +9883,7 @@ class Log:
         self._lock = threading.Lock()
 
     def on(self, level: str) -> bool:
-        return self.LEVELS[level] <= self._limit
+        return self.LEVELS.index(level) <= self._limit
 
     def write(self, level: str, message: str) -> None:
         """Log a message; a debug message may be of any length."""
@@ -9877,21 +9891,16 @@ class Log:
             return
         text = clean(redact(message, self._secrets), 10_000_000 if level == "debug" else 2000)
         stamp = time.strftime("%H:%M:%S")
-        line = to_json({"time": stamp, "level": level, "message": text}) if self._json else \
-            f"{stamp} {'' if level == 'info' else level + ': '}{text}"
-        self.line(line)
+        self._line(to_json({"time": stamp, "level": level, "message": text}) if self._json else
+                   f"{stamp} {'' if level == 'info' else level + ': '}{text}")
 
     def turn(self, record: TurnRecord) -> None:
         """Write the line of a turn."""
-        if not self.on("warn" if record.error else "info"):
-            return
-        if self._json:
-            self.line(turn_json(record, self._secrets))
-        else:
-            self.line(turn_line(record, self._colour, self._utc_offset_s, self._secrets))
+        if self.on("warn" if record.error else "info"):
+            self._line(turn_json(record, self._secrets) if self._json else
+                       turn_line(record, self._colour, self._utc_offset_s, self._secrets))
 
-    def line(self, text: str) -> None:
-        """Write a finished line as it is."""
+    def _line(self, text: str) -> None:
         with self._lock, contextlib.suppress(OSError, ValueError):
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
@@ -10031,21 +10040,6 @@ class ClientLink(Waiter):
             self._flush()
 
 
-class Progress:
-    """The deadline of a body: MIN_PROGRESS_BYTES of it put it off."""
-
-    def __init__(self) -> None:
-        self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
-
-    def await_more(self, link: ClientLink, got: int) -> None:
-        """Wait for input after got bytes; raise SlowRequestError where they dribble."""
-        self._got += got
-        if self._got >= MIN_PROGRESS_BYTES:
-            self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
-        if not link.wait(None, False, self._until):
-            raise SlowRequestError("The request's body stopped arriving.")
-
-
 # ------------------------------ the head of a request ------------------------------
 
 class HttpRequest(NamedTuple):
@@ -10067,7 +10061,6 @@ HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]
 # Two of these could mean one thing to us and another to whoever stands before us.
 SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "content-type", "origin",
                   "authorization", "x-api-key")
-DOUBLED_V1 = Pattern(r".*(/v1/.*)")
 CONTENT_LENGTH = Pattern(r"[0-9]{1,15}", re.ASCII)
 
 
@@ -10080,6 +10073,7 @@ def parse_head(head: bytes) -> HttpRequest:
     first = REQUEST_LINE.fullmatch(lines[0])
     if not first:
         raise BadRequestError("This is not an HTTP/1.1 request.")
+    method, target, version = first.groups()
     if len(lines) > MAX_HEADERS + 1:
         raise HeadTooLargeError(f"More than {MAX_HEADERS} headers.")
     headers: Dict[str, str] = {}
@@ -10091,12 +10085,10 @@ def parse_head(head: bytes) -> HttpRequest:
         if name in headers and name in SINGLE_HEADERS:
             raise BadRequestError(f"The header {name} is repeated.")
         headers[name] = match.group(2).strip(" \t")
-    if first.group(3) == "1.1" and "host" not in headers:
+    if version == "1.1" and "host" not in headers:
         raise BadRequestError("The Host header is missing.")
-    path = first.group(2).partition("?")[0].partition("#")[0]
-    v1 = DOUBLED_V1.fullmatch(path)
-    return HttpRequest(first.group(1), first.group(2), v1.group(1) if v1 else path,
-                       first.group(3), headers)
+    path = target.partition("?")[0].partition("#")[0]
+    return HttpRequest(method, target, path[max(path.rfind("/v1/"), 0):], version, headers)
 
 
 # Types that a page may post to any host without a preflight (reliability 1).
@@ -10154,19 +10146,15 @@ class Gate:
                 while not waiter.wait(mine, False, time.monotonic() + 3600.0):
                     pass
             except BaseException:
-                self._withdraw(wake)
+                self._leave(wake)
                 raise
 
-    def _withdraw(self, wake: socket.socket) -> None:
+    def _leave(self, wake: Optional[socket.socket] = None) -> None:
+        """Leave the queue, or the place that was given, which the next one takes."""
         with self._lock:
             if wake in self._waiting:
                 self._waiting.remove(wake)
-                return
-        self._leave()  # the place had been given already
-
-    def _leave(self) -> None:
-        with self._lock:
-            if self._waiting:
+            elif self._waiting:
                 self._waiting.pop(0).send(b"x")
             else:
                 self._working -= 1
@@ -10192,6 +10180,19 @@ class LocalModel(NamedTuple):
     reason: str = ""
 
 
+def model_rows(tags: Any) -> List[Json]:
+    """Take the models out of /api/tags or /api/ps; rows without a name are left out."""
+    rows = _mapping(tags).get("models")
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)] \
+        if isinstance(rows, list) else []
+
+
+def told_version(answer: Answer) -> str:
+    """Return the version that Ollama tells, "" where it does not."""
+    version = _mapping(answer.body).get("version")
+    return version if isinstance(version, str) else ""
+
+
 class Registry:
     """What is known of Ollama's models; asked once and remembered for a while."""
 
@@ -10214,37 +10215,35 @@ class Registry:
         Ollama says the model is missing.
         """
         model = self.known(name)
-        if model:
-            return model
-        with self._gate.place(waiter):
-            model = self.known(name) or self._learn(name, waiter, until)
-            if len(self._models) > MAX_MODELS:
-                self._models.clear()
-            ttl_s = FACTS_TTL_S if model.facts.path else NO_FACTS_TTL_S
-            self._models[name] = (time.monotonic() + ttl_s, model)
+        if not model:
+            with self._gate.place(waiter):
+                model = self.known(name) or self._learn(name, waiter, until)
+                if len(self._models) > MAX_MODELS:
+                    self._models.clear()
+                ttl_s = FACTS_TTL_S if model.facts.path else NO_FACTS_TTL_S
+                self._models[name] = (time.monotonic() + ttl_s, model)
         return model
 
-    def ask(self, method: str, path: str, body: Union[str, Json, None], waiter: Waiter,
-            until: float) -> Answer:
+    def _ask(self, path: str, body: Optional[Json], waiter: Waiter, until: float) -> Answer:
         """Ask on the shim's own account; silence and nonsense count as no answer."""
-        payload = to_json(body) if isinstance(body, dict) else body
         try:
-            return self._upstream.ask(method, path, payload, waiter, until)
+            return self._upstream.ask("POST" if body else "GET", path,
+                                      to_json(body) if body else None, waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
             return Answer(0, "", None)
 
     def _learn(self, name: str, waiter: Waiter, until: float) -> LocalModel:
         config = self._config
-        answer = self.ask("POST", "/api/show", {"model": name}, waiter, until)
+        answer = self._ask("/api/show", {"model": name}, waiter, until)
         if answer.status != 200:
             error = upstream_error(answer.status, answer.text, name)
             if isinstance(error, ModelMissingError):
                 raise error
             return LocalModel(ModelFacts(name), config.num_ctx, config.num_ctx or 0)
         facts = facts_from_show(name, answer.body)
-        before = self._models.get(name)
-        if before and before[1].facts.digest == facts.digest and before[1].window:
-            model = before[1]._replace(facts=facts)
+        _, before = self._models.get(name, (0.0, None))
+        if before and before.facts.digest == facts.digest and before.window:
+            model = before._replace(facts=facts)
         else:
             model = self._choose_window(facts, _mapping(answer.body).get("model_info"),
                                         waiter, until)
@@ -10263,30 +10262,27 @@ class Registry:
                 f"all that the model was trained for, of the {explicit} that were set"
             return LocalModel(facts, explicit, window, judge_explicit(window, FIRST_PROMPT_TOKENS)
                               or f"window of {window} tokens, {said}")
-        if self._config.auto_ctx.lower() == "off" or facts.remote or not facts.path:
-            row = self._loaded_row(facts, waiter, until)
-            window = natural(_mapping(row).get("context_length")) or facts.num_ctx or 0
-            return LocalModel(facts, None, window, "window left to Ollama")
         row = self._loaded_row(facts, waiter, until)
+        loaded = natural(_mapping(row).get("context_length"))
+        if self._config.auto_ctx.lower() == "off" or facts.remote or not facts.path:
+            return LocalModel(facts, None, loaded or facts.num_ctx or 0, "window left to Ollama")
         kv_bytes = kv_bytes_per_token(info)
-        choice = choose_window(
-            facts.trained, natural(_mapping(row).get("context_length")) or None, facts.num_ctx,
-            kv_bytes)
-        judged = self._load(facts, choice.window, kv_bytes, waiter, until)
-        asked, reason = choice.window, f"{choice.reason}; {judged.reason}"
+        asked, reason, _ = choose_window(facts.trained, loaded or None, facts.num_ctx, kv_bytes)
+        judged = self._load(facts, asked, kv_bytes, waiter, until)
+        reason += "; "
         if judged.step_down:
             asked = judged.step_down
+            reason += f"{judged.reason}, so {asked} it is: "
             judged = self._load(facts, asked, kv_bytes, waiter, until)
-            reason = f"{reason}, so {asked} it is: {judged.reason}"
         return LocalModel(facts, asked, judged.window,
-                          f"window of {judged.window} tokens: {reason}")
+                          f"window of {judged.window} tokens: {reason}{judged.reason}")
 
     def _load(
         self, facts: ModelFacts, num_ctx: int, kv_bytes: Optional[int], waiter: Waiter,
         until: float,
     ) -> WindowChoice:
         """Load the model without a prompt (OL 4) and see what came of it."""
-        answer = self.ask("POST", "/api/generate", {
+        answer = self._ask("/api/generate", {
             "model": facts.name, "options": load_options(num_ctx), "shift": False, "stream": False,
             "keep_alive": keep_alive_value(self._config.keep_alive)}, waiter, until)
         row = self._loaded_row(facts, waiter, until) if answer.status == 200 else None
@@ -10301,19 +10297,16 @@ class Registry:
 
     def _loaded_row(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[Json]:
         """Find the model in /api/ps, by name or by its blob's digest."""
-        rows = _mapping(self.ask("GET", "/api/ps", None, waiter, until).body).get("models")
         names = (facts.name, facts.name + ":latest")
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and (row.get("name") in names or row.get("model") in names):
-                return row
-        return None
+        rows = model_rows(self._ask("/api/ps", None, waiter, until).body)
+        return next((row for row in rows
+                     if row["name"] in names or row.get("model") in names), None)
 
     def _probe(self, model: LocalModel, waiter: Waiter, until: float) -> ModelFacts:
-        facts = model.facts
-        answer = self.ask("POST", "/api/chat", probe_body(
-            facts.name, load_options(model.num_ctx)), waiter, until)
+        answer = self._ask("/api/chat", probe_body(
+            model.facts.name, load_options(model.num_ctx)), waiter, until)
         prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        return facts_from_probe(facts, prompt) if prompt else facts
+        return facts_from_probe(model.facts, prompt) if prompt else model.facts
 
     def amend(self, model: LocalModel) -> None:
         """Remember what a refusal has taught."""
@@ -10325,12 +10318,9 @@ class Registry:
 
     def version(self, waiter: Waiter, until: float) -> str:
         """Ask Ollama's version; "" where it does not tell."""
-        if self._version[0] > time.monotonic():
-            return self._version[1]
-        answer = self.ask("GET", "/api/version", None, waiter, until)
-        version = _mapping(answer.body).get("version") if answer.status == 200 else ""
-        version = version if isinstance(version, str) else ""
-        self._version = (time.monotonic() + FACTS_TTL_S, version)
+        if self._version[0] <= time.monotonic():
+            version = told_version(self._ask("/api/version", None, waiter, until))
+            self._version = (time.monotonic() + FACTS_TTL_S, version)
         return self._version[1]
 
     def verbatim(self, request: Request, facts: ModelFacts, waiter: Waiter, until: float) -> bool:
@@ -10344,10 +10334,11 @@ class Registry:
         if mode == "off" or facts.remote or not facts.chatml \
                 or (facts.digest or facts.name) in self._no_render:
             return False
-        images = not facts.lacks("vision") and any(
-            isinstance(b, Image) or (isinstance(b, ToolResult) and b.images)
-            for m in request.messages for b in m.blocks)
-        if images or (request.schema is not None and wants_thinking(request, facts)):
+        if request.schema is not None and wants_thinking(request, facts):
+            return False
+        blocks = (block for message in request.messages for block in message.blocks)
+        if not facts.lacks("vision") and any(
+                isinstance(block, Image) or getattr(block, "images", ()) for block in blocks):
             return False
         return mode == "on" or new_enough(self.version(waiter, until))
 
@@ -10365,9 +10356,7 @@ VERSION_NUMBER = Pattern(r"v?([0-9]{1,6})\.([0-9]{1,6})")
 def new_enough(version: str) -> bool:
     """Say whether verbatim was tried with this Ollama: 0.24 or newer, or built from source."""
     match = VERSION_NUMBER.match(version)
-    if not match:
-        return False
-    number = (int(match.group(1)), int(match.group(2)))
+    number = tuple(map(int, match.groups())) if match else ()
     return number >= (0, 24) or version.startswith("0.0.0")
 
 
@@ -10992,7 +10981,7 @@ class Exchange:
         except CannotCarryError as problem:
             self.server.log.write("info", f"no rescue: {problem}")
             return None
-        if not call or not self.server.bash_accepts(call[1].get("command")):
+        if not call or not bash_parses(call[1].get("command", "")):
             return None
         choice = self.request.tool_choice
         if choice.kind == "tool" and choice.name != call[0]:
@@ -11125,27 +11114,22 @@ def fresh_id() -> str:
     return os.urandom(12).hex()
 
 
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-           404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-           413: "Content Too Large", 429: "Too Many Requests",
-           431: "Request Header Fields Too Large", 500: "Internal Server Error",
-           501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
-           504: "Gateway Timeout", 529: "Overloaded"}
-
-
 # ------------------------------ requests and routes ------------------------------
 
 class Handler:
     """One client connection: read requests, guard them, route them, answer."""
 
+    http = HttpRequest("GET", "/", "/", "1.1", {})  # until one has come
+    request_id = join_key = ""
+    body = _unsent = b""
+    streaming = False
+    keep = True
+    _unread = False  # a body that would be taken for the next request
+
     def __init__(self, sock: socket.socket, _address: Any, server: ShimServer) -> None:
         self.server = server
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.link = ClientLink(sock, server.stop_signal)
-        self.http = HttpRequest("GET", "/", "/", "1.1", {})
-        self.request_id = ""
-        self.streaming = False
-        self.keep = True
         with contextlib.suppress(ClientGoneError):
             while self.keep:
                 self._serve_one()
@@ -11156,9 +11140,8 @@ class Handler:
         until, stop = time.monotonic() + LINGER_S, self.server.stop_signal
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-            while time.monotonic() < until:
-                ready = wait_ready((sock, stop), (), until - time.monotonic())
-                if sock not in ready or not sock.recv(READ_BYTES):
+            while wait_ready((sock, stop), (), until - time.monotonic()) == [sock]:
+                if not sock.recv(READ_BYTES) or time.monotonic() >= until:
                     break
 
     @property
@@ -11168,23 +11151,23 @@ class Handler:
 
     def _serve_one(self) -> None:
         """Read and answer one request."""
-        self.streaming, self.request_id = False, "req_" + fresh_id()
-        self.link.serving = False
-        self.http = HttpRequest("GET", "/", "/", "1.1", {})
-        self.keep = False
+        self.request_id, self.http = "req_" + fresh_id(), Handler.http
+        self.streaming = self.keep = self._unread = self.link.serving = False
         try:
             head = self._read_head()
             self.link.serving = True
             self.http = parse_head(head)
+            self._unread = "transfer-encoding" in self.http.headers \
+                or self.http.headers.get("content-length", "0") != "0"
             self.keep = self._wants_keep()
             self._guard()
             handle = self._route()
+            self.body = self._read_body()
             handle(self)
         except ClientGoneError:
             raise
         except Exception as problem:  # as_told knows errors from bugs; the server goes on
-            # What was not read would be taken for the next request.
-            self.keep = self.keep and (self._body_done or not self._body_announced())
+            self.keep = self.keep and not self._unread
             self.reply_error(self.as_told(problem))
         self.link.drain()
 
@@ -11205,15 +11188,8 @@ class Handler:
         own = (self.http.header("x-api-key"), bearer)
         return (*self.server.secrets, *(text for text in own if len(text) >= MIN_SECRET_CHARS))
 
-    _body_done = False
-
-    def _body_announced(self) -> bool:
-        return self.http.header("content-length") != "0" and any(
-            name in self.http.headers for name in ("content-length", "transfer-encoding"))
-
     def _read_head(self) -> bytes:
         """Read up to the empty line; raise for what is too long or too slow."""
-        self._body_done = False
         link = self.link
         while link.input[:2] == b"\r\n":  # an empty line before a request (RFC 9112 2.2)
             del link.input[:2]
@@ -11222,7 +11198,7 @@ class Handler:
         until = time.monotonic() + HEAD_PROGRESS_S
         while True:
             end = link.input.find(b"\r\n\r\n")
-            if end >= 0 and end <= MAX_HEAD_BYTES:
+            if 0 <= end <= MAX_HEAD_BYTES:
                 head = bytes(link.input[:end])
                 del link.input[:end + 4]
                 return head
@@ -11232,18 +11208,15 @@ class Handler:
                 raise SlowRequestError("The request's headers did not arrive in time.")
 
     def _wants_keep(self) -> bool:
-        connection = self.http.header("connection").lower()
-        if self.http.version == "1.0":
-            return "keep-alive" in connection
-        return "close" not in connection
+        wish = self.http.header("connection").lower()
+        return "keep-alive" in wish if self.http.version == "1.0" else "close" not in wish
 
     def _guard(self) -> None:
         """Refuse foreign hosts, origins and keys before anything is read."""
         config, http = self.server.config, self.http
-        if is_loopback(config.host):
-            host = header_host(http.header("host"))
-            if host is None or (host and not is_loopback(host)):
-                raise ForbiddenError("This Host is not served here: use localhost or 127.0.0.1.")
+        host = header_host(http.header("host"))
+        if is_loopback(config.host) and (host is None or (host and not is_loopback(host))):
+            raise ForbiddenError("This Host is not served here: use localhost or 127.0.0.1.")
         origin = http.header("origin")
         crossing = http.header("sec-fetch-site") == "cross-site" and not config.cors_wildcard
         if crossing or (origin and not self._origin_allowed(origin)):
@@ -11265,114 +11238,90 @@ class Handler:
 
     def has_key(self) -> bool:
         """Compare in constant time; bytes, since text beyond ASCII would raise."""
-        hmac = late("hmac")
+        compare = late("hmac").compare_digest
         wanted = self.server.config.api_key.encode("utf-8", "surrogateescape")
-        bearer = self.http.header("authorization")
-        given = [self.http.header("x-api-key")]
-        if bearer[:7].lower() == "bearer ":
-            given.append(bearer[7:].strip())
-        same = [hmac.compare_digest(text.encode("latin-1", "replace"), wanted) for text in given]
+        scheme, _, token = self.http.header("authorization").partition(" ")
+        given = [self.http.header("x-api-key"), token.strip() if scheme.lower() == "bearer" else ""]
+        same = [compare(text.encode("latin-1", "replace"), wanted) for text in given]
         return any(same)
 
     def _origin_allowed(self, origin: str) -> bool:
-        if self.server.config.cors_wildcard:
-            return True
         match = ORIGIN.fullmatch(origin)
-        if not match:
-            return False
-        host = header_host(match.group(1))
-        return bool(host) and is_loopback(host or "")
+        host = header_host(match.group(1)) if match else None
+        return self.server.config.cors_wildcard or bool(host and is_loopback(host))
 
     def _route(self) -> Callable[[Handler], None]:
         """Find the row of ROUTES; raise 404 or 405."""
-        path, method = self.http.path, self.http.method
+        path, method = self.http.path.removesuffix("/"), self.http.method
         if method == "OPTIONS":
             return Handler.options
-        for pattern, methods in ROUTES:
-            if pattern.fullmatch(path):
-                if method in methods:
-                    return methods[method]
-                allow = ", ".join([*methods, "OPTIONS"])
-                raise MethodNotAllowedError(f"{method} is not possible here, only {allow}.", allow)
-        raise NotFoundError(f"There is no {clean(path, 100)} here.")
+        row = ROUTES.get("/v1/models/*" if path.startswith("/v1/models/") else path)
+        if not row:
+            raise NotFoundError(f"There is no {clean(self.http.path, 100)} here.")
+        allow, handle = row
+        if method not in allow.split(", "):
+            raise MethodNotAllowedError(f"{method} is not possible here, only {allow}.", allow)
+        return handle
 
-    def read_body(self) -> bytes:
-        """Read the request's body, by length or chunked; raise 4xx for what is not plain."""
-        length = self._body_length()
-        if length == 0:
-            return b""
-        if self.http.header("expect").lower() == "100-continue" and not self.link.input:
-            self.link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunks() if length is None else self._read_length(length)
-        self._body_done = True
-        return body
-
-    def _body_length(self) -> Optional[int]:
-        """Return the body's length in bytes, None where it comes in chunks."""
-        headers, version = self.http.headers, self.http.version
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is not None and (length is not None or version == "1.0"):
-            raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
-        if coding is not None and coding.lower() != "chunked":
-            raise NotImplementedCodingError(
-                f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
-        if coding is not None or length is None:
-            return 0 if coding is None else None
-        if not CONTENT_LENGTH.fullmatch(length):
-            raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
-        if int(length) > MAX_BODY_BYTES:
-            raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
-        return int(length)
-
-    def _read_length(self, length: int) -> bytes:
-        link, progress = self.link, Progress()
-        pieces, missing = [], length
-        while True:
-            piece = bytes(link.input[:missing])
-            del link.input[:len(piece)]
-            pieces.append(piece)
-            missing -= len(piece)
-            if not missing:
-                return b"".join(pieces)
-            progress.await_more(link, len(piece))
-
-    def _read_chunks(self) -> bytes:
-        link, progress, decoder = self.link, Progress(), ChunkDecoder()
-        pieces, size = [], 0
-        while True:
+    def _read_body(self) -> bytes:
+        """Read the request's body; raise 4xx for what is not plain, too long or too slow."""
+        decoder, link = self._body_decoder(), self.link
+        if not decoder.finished and not link.input \
+                and self.http.header("expect").lower() == "100-continue":
+            link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces: List[bytes] = []
+        size, enough, until = 0, 0, 0.0
+        while not decoder.finished:
+            if size >= enough:  # so much of it puts the deadline off
+                enough, until = size + MIN_PROGRESS_BYTES, time.monotonic() + HEAD_PROGRESS_S
+            if pieces and not link.wait(None, False, until):
+                raise SlowRequestError("The request's body stopped arriving.")
             try:
-                piece = decoder.feed(bytes(link.input))
+                pieces.append(decoder.feed(bytes(link.input)))
             except ValueError as problem:
                 raise BadRequestError(f"The chunked body is malformed: {problem}.") from None
             link.input.clear()
-            pieces.append(piece)
-            size += len(piece)
+            size += len(pieces[-1])
             if size > MAX_BODY_BYTES:
                 raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
-            if decoder.finished:
-                link.input += decoder.rest
-                return b"".join(pieces)
-            progress.await_more(link, len(piece))
+        link.input += decoder.rest
+        self._unread = False
+        return b"".join(pieces)
 
-    def read_json(self) -> Any:
-        return self.json_of(self.read_body())
+    def _body_decoder(self) -> Union[ChunkDecoder, LengthDecoder]:
+        """Choose how the body is read: in chunks, or by its length, which may be 0."""
+        coding, length = (self.http.headers.get(name) for name in (
+            "transfer-encoding", "content-length"))
+        if coding is not None:
+            if length is not None or self.http.version == "1.0":
+                raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
+            if coding.lower() != "chunked":
+                raise NotImplementedCodingError(
+                    f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
+            return ChunkDecoder()
+        if not CONTENT_LENGTH.fullmatch("0" if length is None else length):
+            raise BadRequestError(f"Content-Length {clean(length or '', 40)!r} is no length.")
+        if int(length or 0) > MAX_BODY_BYTES:
+            raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
+        return LengthDecoder(int(length or 0))
 
-    @staticmethod
-    def json_of(body: bytes) -> Any:
-        """Parse a body; raise 400 with the reason."""
+    def _request(self) -> Request:
+        """Take the body as a Messages request; raise 400 with the reason."""
+        body, self.body = self.body, b""  # a long answer need not hold it
         try:
-            return parse_json(body)
+            value = parse_json(body)
         except ValueError as problem:
             raise BadRequestError(f"The body is not JSON: {clean(str(problem))}.") from None
+        return parse_request(value)
 
     def _head(self, status: int, headers: Dict[str, str]) -> bytes:
-        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}"]
+        reason = BaseHTTPRequestHandler.responses.get(status, ("Overloaded", ""))[0]
+        lines = [f"HTTP/1.1 {status} {reason}"]
         origin = self.http.header("origin")
         if origin and self._origin_allowed(origin):
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Vary"] = "Origin"
-        headers["request-id"] = self.request_id
-        headers["Connection"] = "keep-alive" if self.keep else "close"
+            headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
+        headers.update({"request-id": self.request_id,
+                        "Connection": "keep-alive" if self.keep else "close"})
         lines += [f"{name}: {value}" for name, value in headers.items()]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
@@ -11409,8 +11358,6 @@ class Handler:
             headers["Transfer-Encoding"] = "chunked"
         self._unsent = self._head(200, headers)
 
-    _unsent = b""
-
     def send_piece(self, data: bytes) -> None:
         if self.http.version != "1.0":
             data = b"%x\r\n%b\r\n" % (len(data), data)
@@ -11423,47 +11370,34 @@ class Handler:
 
     # ---- routes ----
 
-    join_key = ""
-
     def messages(self) -> None:
         """Answer a Messages request; one of a known session may join its own retry."""
-        body = self.read_body()
-        self.join_key = ""
-        if self.http.header("x-claude-code-session-id"):
-            digest = late("hashlib").sha256(body).hexdigest()
-            self.join_key = f"{self.session_id} {digest}"
-        request = parse_request(self.json_of(body))
-        del body  # a long answer need not hold it
-        Exchange(self, request).run()
-        del request
+        known = self.http.header("x-claude-code-session-id")
+        self.join_key = f"{self.session_id} {sha256(self.body)}" if known else ""
+        Exchange(self, self._request()).run()
         self.server.tidy()
 
     def count_tokens(self) -> None:
-        self.reply_json({"input_tokens": count_request(parse_request(self.read_json()))})
+        self.reply_json({"input_tokens": count_request(self._request())})
 
     def models(self) -> None:
-        self.read_body()
         query = late("urllib.parse").parse_qsl(self.http.target.partition("?")[2][:2000])
         self.reply_json(model_page(self.server.model_names(self.link), dict(query)))
 
     def model(self) -> None:
-        self.read_body()
         self.reply_json(model_row(clean(self.http.path[len("/v1/models/"):], 200)))
 
     def health(self) -> None:
-        self.read_body()
         full = not self.server.config.api_key or self.has_key()
         self.reply_json(self.server.health(self.link, full))
 
     def status(self) -> None:
         """Tell what the status page shows."""
-        self.read_body()
         server = self.server
         self.reply_json(status_json(server.stats, server.config, server.recent_health(self.link),
                                     time.time()))
 
     def metrics(self) -> None:
-        self.read_body()
         text = redact(metrics_text(self.server.stats, self.server.config), self._secrets())
         self.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -11472,7 +11406,6 @@ class Handler:
 
         The CLI knocks with HEAD / when it starts (CC A1): time to warm the model.
         """
-        self.read_body()
         if self.http.method == "HEAD":
             self.server.warmer.start()
         if self._wants_page():
@@ -11483,7 +11416,6 @@ class Handler:
 
     def options(self) -> None:
         """Answer a CORS preflight; _guard has refused foreign origins."""
-        self.read_body()
         self.reply(204, b"", headers={
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
             "Access-Control-Allow-Headers": "content-type, x-api-key, authorization,"
@@ -11491,17 +11423,16 @@ class Handler:
             "Access-Control-Max-Age": "600"})
 
 
-Route = Callable[[Handler], None]
-ROUTES: Tuple[Tuple[Pattern, Dict[str, Route]], ...] = (
-    (Pattern(r"/v1/messages/?"), {"POST": Handler.messages}),
-    (Pattern(r"/v1/messages/count_tokens/?"), {"POST": Handler.count_tokens}),
-    (Pattern(r"/v1/models/?"), {"GET": Handler.models, "HEAD": Handler.models}),
-    (Pattern(r"/v1/models/.+"), {"GET": Handler.model, "HEAD": Handler.model}),
-    (Pattern(r"/health/?"), {"GET": Handler.health, "HEAD": Handler.health}),
-    (Pattern(r"/status/?"), {"GET": Handler.status, "HEAD": Handler.status}),
-    (Pattern(r"/metrics/?"), {"GET": Handler.metrics, "HEAD": Handler.metrics}),
-    (Pattern(r"/|/v1/?|/api/hello"), {"GET": Handler.root, "HEAD": Handler.root}),
-)
+READS, POSTS = "GET, HEAD, OPTIONS", "POST, OPTIONS"
+# By path, without a slash at its end: the methods and what answers.
+ROUTES: Dict[str, Tuple[str, Callable[[Handler], None]]] = {
+    "/v1/messages": (POSTS, Handler.messages),
+    "/v1/messages/count_tokens": (POSTS, Handler.count_tokens),
+    "/v1/models": (READS, Handler.models), "/v1/models/*": (READS, Handler.model),
+    "/health": (READS, Handler.health), "/status": (READS, Handler.status),
+    "/metrics": (READS, Handler.metrics), "": (READS, Handler.root), "/v1": (READS, Handler.root),
+    "/api/hello": (READS, Handler.root),
+}
 
 
 # The CLI's picker shows ids that begin so, and drops all others (CC A9).
@@ -11510,8 +11441,8 @@ PICKER_PREFIX = "claude-"
 
 def picked_model(requested: str) -> str:
     """Return the local model of a picker's id, "" for Anthropic's own, which have no tag."""
-    prefix, name = requested[:len(PICKER_PREFIX)], requested[len(PICKER_PREFIX):]
-    return name if prefix == PICKER_PREFIX and ":" in name else ""
+    name = requested[len(PICKER_PREFIX):] if requested.startswith(PICKER_PREFIX) else ""
+    return name if ":" in name else ""
 
 
 def model_row(model_id: str) -> Json:
@@ -11530,24 +11461,25 @@ def model_page(names: Sequence[str], query: Mapping[str, str]) -> Json:
     ids = [*names, *dict.fromkeys(PICKER_PREFIX + name for name in tagged)]
     limit = query.get("limit", "")
     most = max(1, min(int(limit), 1000)) if WHOLE_NUMBER.fullmatch(limit) else 1000
-    start = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
-    end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
-    if "before_id" in query and "after_id" not in query:
+    after, before = query.get("after_id"), query.get("before_id")
+    start = ids.index(after) + 1 if after in ids else 0
+    end = ids.index(before) if before in ids else len(ids)
+    if before is not None and after is None:
         start = max(0, end - most)
-    page = ids[start:min(end, start + most)]
-    more = start > 0 if "before_id" in query else start + len(page) < end
+    page = ids[start:end][:most]
+    more = start > 0 if before is not None else start + len(page) < end
+    first, last = (page[0], page[-1]) if page else (None, None)
     return {"data": [model_row(one) for one in page], "has_more": more,
-            "first_id": page[0] if page else None, "last_id": page[-1] if page else None}
+            "first_id": first, "last_id": last}
 
 
 def read_counts(config: Config, log: Log) -> TokenCounter:
     """Read what earlier runs learned of token counts; nothing where there is no file."""
-    if not config.counts_file or not os.path.exists(config.counts_file):
-        return TokenCounter()
+    path = config.counts_file
     try:
-        return kept_counts(config.counts_file)
+        return kept_counts(path) if path and os.path.exists(path) else TokenCounter()
     except (OSError, ValueError) as problem:
-        log.write("warn", f"SHIM_COUNTS_FILE: {config.counts_file} cannot be read"
+        log.write("warn", f"SHIM_COUNTS_FILE: {path} cannot be read"
                   f" ({reason_of(problem)}): counts are neither taken from it nor kept in it."
                   " Name another file, or remove this one.")
         return TokenCounter()
@@ -11595,6 +11527,7 @@ def trace_of(problem: BaseException) -> str:
     return " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
 
 
+@cache
 def heap_trimmer() -> Callable[[], object]:
     """Make what gives freed memory back to the system: malloc_trim, where libc is glibc.
 
@@ -11617,6 +11550,10 @@ class ShimServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
+    _health: Tuple[float, Json] = (0.0, {})
+    _last_way: Optional[str] = None  # how the last answer of the model was read
+    _tidy_at = 0.0
+    _connections = 0
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -11633,14 +11570,8 @@ class ShimServer(ThreadingHTTPServer):
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
         self._lock = threading.Lock()
-        self._health: Tuple[float, Json] = (0.0, {})
-        self._last_way: Optional[str] = None  # how the last answer of the model was read
-        self._sessions: Dict[str, Session] = {}
-        self._bash_shapes: Dict[str, bool] = {}
-        self._tidy_at = 0.0
-        self._trim: Optional[Callable[[], object]] = None
+        self._session_of = lru_cache(MAX_SESSIONS)(lambda key: Session())
         self.stop_signal, self._stop_sender = socket.socketpair()
-        self._connections = 0
         self._idle = threading.Condition()
         if ":" in config.host:
             self.address_family = socket.AF_INET6
@@ -11708,17 +11639,12 @@ class ShimServer(ThreadingHTTPServer):
         now = time.monotonic()
         if now >= self._tidy_at and not self.gate.load[0]:
             self._tidy_at = now + TIDY_S
-            self._trim = self._trim or heap_trimmer()
-            self._trim()
+            heap_trimmer()()
 
     def session(self, key: str) -> Session:
         """Return the conversation's session; the least recently used go first."""
         with self._lock:
-            session = self._sessions.pop(key, None) or Session()
-            self._sessions[key] = session
-            while len(self._sessions) > MAX_SESSIONS:
-                del self._sessions[next(iter(self._sessions))]
-            return session
+            return self._session_of(key)
 
     def local_model(self, request: Request) -> str:
         """Choose the model: by kind, the picker's, SHIM_MODEL_MAP by role, the request's own."""
@@ -11771,14 +11697,11 @@ class ShimServer(ThreadingHTTPServer):
     def model_names(self, waiter: Waiter) -> List[str]:
         """List the configured model and what Ollama has."""
         try:
-            answer = self.upstream.ask("GET", "/api/tags", None, waiter,
-                                       time.monotonic() + HEALTH_S)
+            tags = self.upstream.ask("GET", "/api/tags", None, waiter,
+                                     time.monotonic() + HEALTH_S).body
         except ShimError:
-            return [self.config.model]
-        rows = _mapping(answer.body).get("models")
-        names = [row["name"] for row in rows if isinstance(row, dict)
-                 and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
-        return [self.config.model, *(name for name in names if name != self.config.model)]
+            tags = None
+        return list(dict.fromkeys([self.config.model, *(row["name"] for row in model_rows(tags))]))
 
     def recent_health(self, waiter: Waiter) -> Json:
         """Return what health() said in the last seconds: the page asks every second."""
@@ -11793,25 +11716,23 @@ class ShimServer(ThreadingHTTPServer):
         model: Json = {"name": self.config.model, "present": None}
         try:
             answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
-            upstream["reachable"] = True
-            version = _mapping(answer.body).get("version")
-            upstream["version"] = version if isinstance(version, str) else None
+            upstream.update(reachable=True, version=told_version(answer) or None)
             show = self.upstream.ask("POST", "/api/show", to_json({"model": self.config.model}),
                                      waiter, until)
             facts = facts_from_show(self.config.model, show.body)
-            missing = show.status != 200 and isinstance(
-                upstream_error(show.status, show.text, self.config.model), ModelMissingError)
-            model["present"] = show.status == 200 if show.status == 200 or missing else None
-            model["capabilities"] = sorted(facts.capabilities or ())
-            model["context_length"] = facts.trained
             known = self.registry.known(self.config.model)
-            model["window"] = known.window or None if known else None
-            model["way"] = self._last_way
-            if missing:
+            model.update(
+                capabilities=sorted(facts.capabilities or ()), context_length=facts.trained,
+                window=known.window or None if known else None, way=self._last_way)
+            if show.status == 200:
+                model["present"] = True
+            elif isinstance(upstream_error(show.status, show.text, self.config.model),
+                            ModelMissingError):
+                model["present"] = False
                 upstream["error"] = (f"model {self.config.model} is missing:"
                                      f" ollama pull {self.config.model}")
         except ShimError as error:
-            upstream["error"] = redact(error.message, secrets_of(self.config))
+            upstream["error"] = redact(error.message, self.secrets)
         ok = bool(upstream["reachable"])
         if not full:
             return {"ok": ok, "status": "ok" if ok else "down"}
@@ -11820,23 +11741,12 @@ class ShimServer(ThreadingHTTPServer):
                 "shim": "qwencode", "version": __version__, "upstream": upstream, "model": model,
                 "requests": {"working": working, "waiting": waiting}}
 
-    def bash_accepts(self, command: Any) -> bool:
-        """Check a rescue's command with `bash -n`, where a bash is at hand."""
-        if not isinstance(command, str):
-            return True
-        known = self._bash_shapes.get(command)
-        if known is None:
-            known = bash_parses(command)
-            if len(self._bash_shapes) > 256:
-                self._bash_shapes.clear()
-            self._bash_shapes[command] = known
-        return known
 
-
+@lru_cache(maxsize=256)
 def bash_parses(command: str) -> bool:
     """Run `bash -n` on a command, bounded; True where there is no bash to ask."""
     subprocess, bash = late("subprocess"), late("shutil").which("bash")
-    if not bash:
+    if not bash or not command:
         return True
     try:
         done = subprocess.run(
@@ -13041,13 +12951,6 @@ class ModelRow(NamedTuple):
     window: int
     capabilities: Tuple[str, ...]
     loaded: str = ""
-
-
-def model_rows(tags: Any) -> List[Json]:
-    """Take the models out of /api/tags; rows without a name are left out."""
-    rows = _mapping(tags).get("models")
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)] \
-        if isinstance(rows, list) else []
 
 
 # Families from the best at tools on; a model that none of them names comes last.
