@@ -929,32 +929,23 @@ class LineSplitter:
     """
 
     def __init__(self) -> None:
-        self._parts: List[bytes] = []
-        self._size = 0
+        self._tail = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         cut = data.rfind(b"\n") + 1
-        if cut == len(data) and not self._parts:
+        if cut == len(data) and not self._tail:
             return data
-        if not cut:
-            self._keep(data)
-            return b""
-        self._parts.append(data[:cut])
-        whole = b"".join(self._parts)
-        self._parts, self._size = [], 0
-        self._keep(data[cut:])
-        return whole
-
-    def _keep(self, tail: bytes) -> None:
-        self._size += len(tail)
-        if self._size > MAX_LINE_BYTES:
+        end = len(self._tail) + cut if cut else 0
+        self._tail += data
+        whole = bytes(self._tail[:end])
+        del self._tail[:end]
+        if len(self._tail) > MAX_LINE_BYTES:
             raise UpstreamBrokenError(
                 f"Ollama sent a line of more than {MAX_LINE_BYTES} bytes; the answer was given up.")
-        if tail:
-            self._parts.append(tail)
+        return whole
 
     def rest(self) -> bytes:
-        return b"".join(self._parts)
+        return bytes(self._tail)
 
 
 class Event(NamedTuple):
@@ -962,6 +953,9 @@ class Event(NamedTuple):
 
     name: str
     payload: Json
+
+
+Events = List[Event]
 
 
 def _write_event(event: Event) -> str:
@@ -1010,14 +1004,13 @@ class ChunkDecoder:
     def __init__(self) -> None:
         self.finished = False
         self.rest = b""
-        self._need = 0
-        self._in_trailer = False
-        self._trailers = 0
+        self._need = 0  # of the open chunk and its line end
+        self._trailers = 0  # lines from the last chunk's on
 
     def feed(self, data: bytes) -> bytes:
         buffer = self.rest + data if self.rest else data
         out: List[bytes] = []
-        if not self._need and not self._in_trailer:
+        if not self._need and not self._trailers:
             out, buffer = whole_chunks(buffer)
             if out and len(buffer) < READ_BYTES and buffer.count(b"\n") < 2:
                 self.rest = buffer  # an unfinished chunk in which no line is whole
@@ -1038,12 +1031,11 @@ class ChunkDecoder:
                 self._need -= len(piece)
                 continue
             if self._need:
-                if end - at < self._need:
+                if end - at < 2:
                     break
-                if buffer[at:at + self._need] != b"\r\n"[2 - self._need:]:
+                if buffer[at:at + 2] != b"\r\n":
                     raise ValueError("a chunk does not end where its size says")
-                at += self._need
-                self._need = 0
+                at, self._need = at + 2, 0
                 continue
             line_end = buffer.find(b"\r\n", at)
             if line_end < 0:
@@ -1055,18 +1047,20 @@ class ChunkDecoder:
         self.rest = buffer[at:]
 
     def _size_line(self, line: bytes) -> None:
-        if self._in_trailer:
+        if self._trailers:
             self.finished = not line
             self._trailers += 1
-            if self._trailers > MAX_TRAILERS:
+            if self._trailers > MAX_TRAILERS + 1:
                 raise ValueError("more header lines follow it than anybody sends")
             return
         size = CHUNK_SIZE.fullmatch(line.decode("latin-1"))
         if not size:
             raise ValueError(f"{clean(line.decode('latin-1'), 40)!r} is no chunk size")
         length = int(size.group(1), 16)
-        self._in_trailer = not length
-        self._need = length + 2 if length else 0
+        if length:
+            self._need = length + 2
+        else:
+            self._trailers = 1
 
 
 class LengthDecoder:
@@ -3372,6 +3366,7 @@ class Failure(NamedTuple):
 
 
 Part = Union[TextDelta, ThinkingDelta, NativeCall, Finish, Failure]
+Parts = List[Part]
 
 MODEL_MISSING = Pattern(r"model\b.*\bnot found|try pulling it", re.IGNORECASE)
 NO_TOOLS_ERROR = Pattern(r"does not support tools", re.IGNORECASE)
@@ -3466,16 +3461,16 @@ class ThinkSplitter:
         self._state = "opened" if thinking else "start"
         self._held = ""
 
-    def feed(self, text: str) -> List[Part]:
+    def feed(self, text: str) -> Parts:
         if self._state == "text" and not self._held and "<" not in text and text[-1:] != "\n":
             return [TextDelta(text)]  # nearly every token
         self._held += text
-        parts: List[Part] = []
+        parts: Parts = []
         while self._held and self._step(parts):
             pass
         return parts
 
-    def _step(self, parts: List[Part]) -> bool:
+    def _step(self, parts: Parts) -> bool:
         """Take one piece off what is held; False when more is needed."""
         if self._state == "start":
             return self._begin()
@@ -3497,7 +3492,7 @@ class ThinkSplitter:
         self._state = "text"
         return True
 
-    def _take(self, parts: List[Part], mark: str, after: str) -> bool:
+    def _take(self, parts: Parts, mark: str, after: str) -> bool:
         """Take what is certain before the mark, or before what may begin it."""
         text, thinking = self._held, self._state == "thinking"
         end = text.find(mark) if mark else -1
@@ -3514,7 +3509,7 @@ class ThinkSplitter:
             parts.append(ThinkingDelta(ready) if thinking else TextDelta(ready))
         return end >= 0
 
-    def close(self) -> List[Part]:
+    def close(self) -> Parts:
         """Release what is still held."""
         text, self._held = self._held, ""
         if self._state == "thinking":
@@ -3535,7 +3530,7 @@ def _finish(line: Json) -> Finish:
                   _count(line.get("eval_count")), *seconds)
 
 
-def _calls_of(value: Any) -> List[Part]:
+def _calls_of(value: Any) -> Parts:
     """Read tool_calls; odd ones go out with what can be read."""
     entries = value if isinstance(value, list) else []
     functions = [_mapping(_mapping(entry).get("function")) for entry in entries]
@@ -3566,8 +3561,8 @@ class ChatDecoder:
         """The answer's text so far with its think blocks, as the next turn's history wants it."""
         return "".join(self._raw)
 
-    def feed(self, data: bytes) -> List[Part]:
-        parts: List[Part] = []
+    def feed(self, data: bytes) -> Parts:
+        parts: Parts = []
         if self._ended:
             return parts
         try:
@@ -3578,7 +3573,7 @@ class ChatDecoder:
             self._fail(parts, error)
         return parts
 
-    def _read(self, whole: bytes, parts: List[Part]) -> None:
+    def _read(self, whole: bytes, parts: Parts) -> None:
         """Decode whole lines: one sweep costs a third of json.loads a line."""
         broken = False
         try:
@@ -3618,7 +3613,7 @@ class ChatDecoder:
                     return text
         return None
 
-    def _show(self, run: List[str], parts: List[Part]) -> None:
+    def _show(self, run: List[str], parts: Parts) -> None:
         if run:
             self._raw.extend(run)
             parts.extend(self._think.feed("".join(run)))
@@ -3627,12 +3622,12 @@ class ChatDecoder:
         return UpstreamGarbageError(
             f"Ollama sent an invalid streaming response: not JSON: {clean(text, 80)!r}")
 
-    def _fail(self, parts: List[Part], error: ShimError) -> None:
+    def _fail(self, parts: Parts, error: ShimError) -> None:
         parts.extend(self._think.close())
         parts.append(Failure(error))
         self.failed = self._ended = True
 
-    def _line(self, line: Any, parts: List[Part]) -> None:
+    def _line(self, line: Any, parts: Parts) -> None:
         """Take thinking, text and calls, in the order that Ollama means (OL 2)."""
         if not isinstance(line, dict):
             raise self._garbage(to_json(line))
@@ -3650,9 +3645,9 @@ class ChatDecoder:
             parts.extend(self._think.close())
             parts.append(_finish(line))
 
-    def close(self) -> List[Part]:
+    def close(self) -> Parts:
         """End of the stream: release held text, or tell what is missing."""
-        parts: List[Part] = []
+        parts: Parts = []
         if not self._ended and self._lines.rest().strip():
             parts = self.feed(b"\n")
             if self.failed and self.lines:  # cut within a line
@@ -5974,35 +5969,26 @@ TEMPORARY = Pattern(r"\.shim-[0-9a-f]{6}\.[a-z0-9]+")
 FORBIDDEN_IN_COMMAND = Pattern("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Recipe(NamedTuple):
-    """How one kind of FileOp is built, what its failure is called, and it in words."""
-
-    build: Callable[[Job], Step]
-    operation: str
-    code: int
-    words: str
-
-
+# How a kind of FileOp is built, what its failure is called, its exit code in style
+# "coded", and it in words.
+Recipe = Tuple[Callable[[Job], Step], str, int, str]
 RECIPES: Dict[str, Recipe] = {
-    "create": Recipe(create_step, "create", 91,
-                     "Create {path}, keeping other content that is there"),
-    "write": Recipe(create_step, "write", 91, "Write {path}"),
-    "append": Recipe(join_step, "append", 92, "Append to {path}"),
-    "append_line": Recipe(join_step, "append", 92, "Append a line to {path}"),
-    "prepend": Recipe(join_step, "insert", 96, "Put text at the top of {path}"),
-    "replace": Recipe(replace_step, "replace", 94, "Replace every {old} by {new} in {path}"),
-    "insert_before": Recipe(replace_step, "insert", 96,
-                            "Insert {new} before the first {old} in {path}"),
-    "insert_after": Recipe(replace_step, "insert", 96,
-                           "Insert {new} after the first {old} in {path}"),
-    "rename": Recipe(rename_step, "rename", 99, "Rename {path} to {other}"),
-    "copy": Recipe(copy_step, "copy", 99, "Copy {path} to {other}"),
-    "delete": Recipe(delete_step, "delete", 97,
-                     "Delete {path} (a folder only if empty) and check that it is gone"),
-    "mkdir": Recipe(mkdir_step, "mkdir", 100, "Create the folder {path} and check that it is one"),
-    "list": Recipe(list_step, "list", 95, "List {path}"),
-    "read": Recipe(read_step, "read", 95, "Show {path}"),
-    "run": Recipe(run_step, "run", 95, "Run {words}"),
+    "create": (create_step, "create", 91, "Create {path}, keeping other content that is there"),
+    "write": (create_step, "write", 91, "Write {path}"),
+    "append": (join_step, "append", 92, "Append to {path}"),
+    "append_line": (join_step, "append", 92, "Append a line to {path}"),
+    "prepend": (join_step, "insert", 96, "Put text at the top of {path}"),
+    "replace": (replace_step, "replace", 94, "Replace every {old} by {new} in {path}"),
+    "insert_before": (replace_step, "insert", 96, "Insert {new} before the first {old} in {path}"),
+    "insert_after": (replace_step, "insert", 96, "Insert {new} after the first {old} in {path}"),
+    "rename": (rename_step, "rename", 99, "Rename {path} to {other}"),
+    "copy": (copy_step, "copy", 99, "Copy {path} to {other}"),
+    "delete": (delete_step, "delete", 97,
+               "Delete {path} (a folder only if empty) and check that it is gone"),
+    "mkdir": (mkdir_step, "mkdir", 100, "Create the folder {path} and check that it is one"),
+    "list": (list_step, "list", 95, "List {path}"),
+    "read": (read_step, "read", 95, "Show {path}"),
+    "run": (run_step, "run", 95, "Run {words}"),
 }
 COMPARED = "; a second copy or a hash of the content proves it"
 FREE = " if that name is free; its content is compared"
@@ -6023,11 +6009,12 @@ def brief(text: str) -> str:
 
 
 def in_words(op: FileOp) -> str:
-    recipe, line = recipe_of(op), "line " if op.kind.endswith("_line") else ""
-    return recipe.words.format(
+    build, _, _, words = recipe_of(op)
+    line = "line " if op.kind.endswith("_line") else ""
+    return words.format(
         path=brief(op.path or "."), other=brief(op.other), words=brief(" ".join(op.words)),
         old=f'{line}"{brief(op.other)}"', new=f'"{brief(op.text)}"',
-    ) + PROVEN.get(recipe.build, "")
+    ) + PROVEN.get(build, "")
 
 
 BACKUP_KEPT = """\
@@ -6038,10 +6025,11 @@ cmp -s {base}.old {file} && rm -f -- {base}.old
 
 def failure(job: Job, files: List[str]) -> str:
     """Return what runs when a proof fails; a backup goes only if it is not needed."""
-    recipe, backup = recipe_of(job.op), f"{job.base}.old"
+    _, operation, code, _ = recipe_of(job.op)
+    backup = f"{job.base}.old"
     others = [name for name in files if name != backup]
     return (job.fill(BACKUP_KEPT, file=job.file) if backup in files else "") + \
-        ending(recipe.operation, recipe.code, others, job.coded)
+        ending(operation, code, others, job.coded)
 
 
 def finished(job: Job, step: Step, last: bool) -> str:
@@ -6068,7 +6056,7 @@ def build(ops: Sequence[FileOp], effort: int, coded: bool, max_read_bytes: int) 
     for place, op in enumerate(ops):
         base = f".shim-{sha256(repr((place, op)).encode())[:6]}"
         job = Job(op, base, after, effort, coded, max_read_bytes)
-        parts.append(finished(job, recipe_of(op).build(job), place == len(ops) - 1))
+        parts.append(finished(job, recipe_of(op)[0](job), place == len(ops) - 1))
         after = f"{base}.done"
     return "\n".join(parts)
 
@@ -8253,13 +8241,8 @@ class Usage(NamedTuple):
 
     input_tokens: int = 0
     output_tokens: int = 0
-    cache_read: int = 0
-    cache_creation: int = 0
-
-    def payload(self) -> Json:
-        return {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens,
-                "cache_read_input_tokens": self.cache_read,
-                "cache_creation_input_tokens": self.cache_creation}
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
 
 
 # Thinking is echoed with its signature, which nobody here checks (CC A6).
@@ -8280,27 +8263,23 @@ class StreamTranslator:
     def __init__(self, message_id: str, model: str, new_id: Callable[[], str]) -> None:
         self._message_id, self._model, self._new_id = message_id, model, new_id
         self._index = -1
-        self._open = ""
+        self.open = ""  # kind of the open block
         self.call_ids: List[str] = []
-
-    @property
-    def in_text(self) -> bool:
-        return self._open == "text"
 
     def start(self, usage: Usage) -> Event:
         return Event("message_start", {"type": "message_start", "message": {
             "id": self._message_id, "type": "message", "role": "assistant", "model": self._model,
-            "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage.payload()}})
+            "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage._asdict()}})
 
-    def translate(self, deltas: Iterable[Delta]) -> List[Event]:
-        events: List[Event] = []
+    def translate(self, deltas: Iterable[Delta]) -> Events:
+        events: Events = []
         for delta in deltas:
             if isinstance(delta, TextDelta):
-                if self._open != "text":
+                if self.open != "text":
                     self._open_block({"type": "text", "text": ""}, events)
                 events.append(self._delta("text", delta.text))
             elif isinstance(delta, ThinkingDelta):
-                if self._open != "thinking":
+                if self.open != "thinking":
                     block = {"type": "thinking", "thinking": "", "signature": ""}
                     self._open_block(block, events)
                 events.append(self._delta("thinking", delta.text))
@@ -8312,20 +8291,20 @@ class StreamTranslator:
                 self._call(delta, events)
         return events
 
-    def _open_block(self, block: Json, events: List[Event]) -> None:
+    def _open_block(self, block: Json, events: Events) -> None:
         self._close_block(events)
         self._index += 1
-        self._open = block["type"]
+        self.open = block["type"]
         events.append(Event("content_block_start", {
             "type": "content_block_start", "index": self._index, "content_block": block}))
 
-    def _close_block(self, events: List[Event]) -> None:
-        if self._open == "thinking":
+    def _close_block(self, events: Events) -> None:
+        if self.open == "thinking":
             events.append(self._delta("signature", SIGNATURE))
-        if self._open:
+        if self.open:
             events.append(Event("content_block_stop",
                                 {"type": "content_block_stop", "index": self._index}))
-        self._open = ""
+        self.open = ""
 
     def _delta(self, block: str, text: str) -> Event:
         kind, key = DELTA_KINDS[block]
@@ -8333,7 +8312,7 @@ class StreamTranslator:
             "type": "content_block_delta", "index": self._index,
             "delta": {"type": kind, key: text}})
 
-    def _call(self, delta: Union[Call, CallStart], events: List[Event]) -> None:
+    def _call(self, delta: Union[Call, CallStart], events: Events) -> None:
         self.call_ids.append(self._new_id())
         self._open_block({"type": "tool_use", "id": self.call_ids[-1], "name": delta.name,
                           "input": {}}, events)
@@ -8343,16 +8322,16 @@ class StreamTranslator:
 
     def keep_alive(self) -> Event:
         """Make an event that the CLI counts as life: pings do not (CC B3)."""
-        return self._delta(self._open, "") if self._open else Event("message_delta", {
+        return self._delta(self.open, "") if self.open else Event("message_delta", {
             "type": "message_delta", "delta": {}, "usage": {"output_tokens": 0}})
 
-    def finish(self, reason: str, stop_sequence: Optional[str], usage: Usage) -> List[Event]:
-        events: List[Event] = []
+    def finish(self, reason: str, stop_sequence: Optional[str], usage: Usage) -> Events:
+        events: Events = []
         self._close_block(events)
         return [*events, Event("message_delta", {
             "type": "message_delta",
             "delta": {"stop_reason": reason, "stop_sequence": stop_sequence},
-            "usage": usage.payload()}), Event("message_stop", {"type": "message_stop"})]
+            "usage": usage._asdict()}), Event("message_stop", {"type": "message_stop"})]
 
 
 def error_event(error: ShimError) -> Event:
@@ -8556,6 +8535,7 @@ class Turn:
         self._ends = CHATML_ENDS if decoder.verbatim else ()
         self._scanner = StopScanner([*stops, *self._ends])
         self._text: List[str] = []
+        self._events: Events = []
         self.calls: List[Tuple[str, str]] = []
         self.model = decoder.model
 
@@ -8573,52 +8553,49 @@ class Turn:
         """The model's own text up to its end, where the dialect brings it."""
         return str(CHATML_END.split(self._decoder.raw, 1)[0]) if self._decoder.verbatim else None
 
-    @property
-    def call_ids(self) -> Tuple[str, ...]:
-        return tuple(self._translator.call_ids)
-
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> Events:
         return self._take(self._decoder.feed(data))
 
-    def close(self) -> List[Event]:
+    def close(self) -> Events:
         """The upstream's stream ended."""
         return self._take(self._decoder.close())
 
-    def _take(self, parts: List[Part]) -> List[Event]:
-        events: List[Event] = []
+    def _take(self, parts: Parts) -> Events:
         for part in parts:
             if self.done or self.error:
                 break
             if isinstance(part, TextDelta):
                 text, stop = self._scanner.feed(part.text)
-                self._show(self._parser.feed(text), events)
+                self._show(self._parser.feed(text))
                 if stop is not None:
-                    self._end(Finish("stop"), None if stop in self._ends else stop, events)
+                    self._end(Finish("stop"), None if stop in self._ends else stop)
             elif isinstance(part, ThinkingDelta):
-                self._show(self._parser.thought(part.text), events)
+                self._show(self._parser.thought(part.text))
             elif isinstance(part, Finish):
-                self._end(part, None, events)
+                self._end(part, None)
             elif isinstance(part, Failure):
-                self._release("error", events)
+                self._release("error")
                 self.error = part.error
             elif resolve_tool(part.name, self._tools):
-                self._show(self._parser.native(part.name, part.arguments), events)
+                self._show(self._parser.native(part.name, part.arguments))
             else:  # Ollama's parsers do not look whether a tool is offered (OL 8)
-                self._show(self._parser.feed(call_markup(part.name, part.arguments)), events)
+                self._show(self._parser.feed(call_markup(part.name, part.arguments)))
+        events, self._events = self._events, []
         return events
 
-    def _release(self, reason: str, events: List[Event]) -> None:
+    def _release(self, reason: str) -> None:
         """Show what was held back: nothing follows."""
-        self._show(self._parser.feed(self._scanner.close()), events)
-        self._show(self._parser.close(reason), events)
+        self._show(self._parser.feed(self._scanner.close()))
+        self._show(self._parser.close(reason))
 
-    def _show(self, deltas: List[Delta], events: List[Event]) -> None:
+    def _show(self, deltas: List[Delta]) -> None:
         """Pass deltas on; white space that would open a block of its own waits."""
         kept: List[Delta] = []
         for delta in deltas:
             if isinstance(delta, TextDelta):
-                text = delta.text if self._translator.in_text else self._blank + delta.text
-                self._blank = "" if self._translator.in_text or text.strip() else text
+                in_text = self._translator.open == "text"
+                text = delta.text if in_text else self._blank + delta.text
+                self._blank = "" if in_text or text.strip() else text
                 if not self._blank:
                     self._text.append(text)
                     self._shown_chars += len(text)
@@ -8627,7 +8604,7 @@ class Turn:
             self._blank = ""
             self._note(delta)
             kept.append(delta)
-        events.extend(self._translator.translate(kept))
+        self._events.extend(self._translator.translate(kept))
 
     def _note(self, delta: Delta) -> None:
         if isinstance(delta, (Call, CallStart)):
@@ -8642,9 +8619,9 @@ class Turn:
         elif isinstance(delta, ThinkingDelta):
             self._shown_chars += len(delta.text)
 
-    def _end(self, finish: Finish, stop: Optional[str], events: List[Event]) -> None:
+    def _end(self, finish: Finish, stop: Optional[str]) -> None:
         """The model is done: release what is held, rescue, and close the message."""
-        self._release(finish.reason, events)
+        self._release(finish.reason)
         self.finish = finish
         cut = finish.reason == "length"
         self.error = self._loss(finish) if stop is None else None
@@ -8652,7 +8629,7 @@ class Turn:
             return
         if self._text and not self.calls and stop is None and not cut:
             call = self._rescue(self.answer)
-            self._show([call] if call else [], events)
+            self._show([call] if call else [])
         self.stop_reason = "tool_use" if self.calls else "end_turn"
         if stop is not None:
             self.stop_reason = "stop_sequence"
@@ -8661,7 +8638,7 @@ class Turn:
         output = finish.output_tokens
         self.usage = self._usage_of(
             finish, max(1, self._shown_chars // 4) if output is None else output)
-        events.extend(self._translator.finish(self.stop_reason, stop, self.usage))
+        self._events.extend(self._translator.finish(self.stop_reason, stop, self.usage))
         self.done = True
 
     def _loss(self, finish: Finish) -> Optional[ShimError]:
@@ -10248,7 +10225,11 @@ class Registry:
             model = self._choose_window(facts, _mapping(answer.body).get("model_info"),
                                         waiter, until)
         if facts.path == "B" or (facts.path and config.verbatim != "off"):
-            model = model._replace(facts=self._probe(model, waiter, until))
+            shown = self._ask("/api/chat", probe_body(name, load_options(model.num_ctx)),
+                              waiter, until)
+            prompt = rendered_prompt(shown.body) if shown.status == 200 else None
+            if prompt:
+                model = model._replace(facts=facts_from_probe(facts, prompt))
         return model
 
     def _choose_window(
@@ -10301,12 +10282,6 @@ class Registry:
         rows = model_rows(self._ask("/api/ps", None, waiter, until).body)
         return next((row for row in rows
                      if row["name"] in names or row.get("model") in names), None)
-
-    def _probe(self, model: LocalModel, waiter: Waiter, until: float) -> ModelFacts:
-        answer = self._ask("/api/chat", probe_body(
-            model.facts.name, load_options(model.num_ctx)), waiter, until)
-        prompt = rendered_prompt(answer.body) if answer.status == 200 else None
-        return facts_from_probe(model.facts, prompt) if prompt else model.facts
 
     def amend(self, model: LocalModel) -> None:
         """Remember what a refusal has taught."""
@@ -10722,10 +10697,10 @@ class Exchange:
             started=time.time() - (now - self.begun_at),
             first_s=self.first_at - self.begun_at if self.first_at else None,
             total_s=now - self.begun_at, output_tokens=usage.output_tokens,
-            prompt_tokens=usage.input_tokens + usage.cache_read + usage.cache_creation,
+            prompt_tokens=sum(usage) - usage.output_tokens,
             new_tokens=None if finish.prompt_tokens is None
-            else usage.input_tokens + usage.cache_creation,
-            cached_tokens=usage.cache_read, prefill_s=finish.prompt_s,
+            else usage.input_tokens + usage.cache_creation_input_tokens,
+            cached_tokens=usage.cache_read_input_tokens, prefill_s=finish.prompt_s,
             tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
@@ -11042,8 +11017,9 @@ class Exchange:
             return
         text = closed_thought(self.opening + turn.raw)
         if text:
+            ids = tuple(self.translator.call_ids)
             self.server.raw_turns.remember(RawTurns.key(
-                self.session_id, len(self.request.messages), turn.call_ids, turn.answer), text)
+                self.session_id, len(self.request.messages), ids, turn.answer), text)
 
     def _begin(self) -> None:
         self._open_stream()
@@ -11153,13 +11129,15 @@ class Handler:
         """Read and answer one request."""
         self.request_id, self.http = "req_" + fresh_id(), Handler.http
         self.streaming = self.keep = self._unread = self.link.serving = False
+        self.body = self._unsent = b""
         try:
             head = self._read_head()
             self.link.serving = True
             self.http = parse_head(head)
             self._unread = "transfer-encoding" in self.http.headers \
                 or self.http.headers.get("content-length", "0") != "0"
-            self.keep = self._wants_keep()
+            wish = self.http.header("connection").lower()
+            self.keep = "close" not in wish if self.http.version != "1.0" else "keep-alive" in wish
             self._guard()
             handle = self._route()
             self.body = self._read_body()
@@ -11207,10 +11185,6 @@ class Handler:
             if not link.wait(None, False, until):
                 raise SlowRequestError("The request's headers did not arrive in time.")
 
-    def _wants_keep(self) -> bool:
-        wish = self.http.header("connection").lower()
-        return "keep-alive" in wish if self.http.version == "1.0" else "close" not in wish
-
     def _guard(self) -> None:
         """Refuse foreign hosts, origins and keys before anything is read."""
         config, http = self.server.config, self.http
@@ -11224,14 +11198,12 @@ class Handler:
         if http.method == "POST" and SIMPLE_TYPES.match(http.header("content-type")):
             raise ForbiddenError("Send JSON as application/json: a web page of any origin can send"
                                  " the type that was given.")
-        if config.api_key and self._needs_key() and not self.has_key():
+        # The status page asks for the key itself, so that it must be shown without one.
+        shown = http.path == "/health" or http.method == "OPTIONS" \
+            or (http.path == "/" and self._wants_page())
+        if config.api_key and not shown and not self.has_key():
             raise UnauthorizedError("A key is needed here: send SHIM_API_KEY as x-api-key"
                                     " or as Bearer token.")
-
-    def _needs_key(self) -> bool:
-        """The status page asks for the key itself, so that it must be shown without one."""
-        return not (self.http.path == "/health" or self.http.method == "OPTIONS"
-                    or (self.http.path == "/" and self._wants_page()))
 
     def _wants_page(self) -> bool:
         return self.http.method == "GET" and "text/html" in self.http.header("accept")
