@@ -3442,11 +3442,24 @@ def held_prefix(text: str, mark: str) -> int:
     return 0
 
 
-# How ThinkSplitter goes on: behind a tag, once its line ends are over; and behind the mark
+def split_at(text: str, marks: Sequence[str]) -> Tuple[str, str, str]:
+    """Split at the first mark: the text before it, the mark, the rest.
+
+    Where none is met the mark is "", and the rest is what may begin one.
+    """
+    found = [(text.find(mark), mark) for mark in marks if mark in text]
+    if found:
+        at, mark = min(found)
+        return text[:at], mark, text[at + len(mark):]
+    at = len(text) - max((held_prefix(text, mark) for mark in marks), default=0)
+    return text[:at], "", text[at:]
+
+
+# How ThinkSplitter goes on: behind a tag, once its line ends are over; and at the mark
 # that ends a state. A stray end of a thought, on a line of its own, is taken out once.
 AFTER_TAG = {"opened": "thinking", "closed": "text"}
-END_MARKS = {"thinking": (THINK_CLOSE, "closed"), "text": ("\n" + THINK_CLOSE, "rest"),
-             "rest": ("", "")}
+END_MARKS = {"thinking": ((THINK_CLOSE,), "closed"), "text": (("\n" + THINK_CLOSE,), "rest"),
+             "rest": ((), "")}
 
 
 class ThinkSplitter:
@@ -3479,7 +3492,7 @@ class ThinkSplitter:
             if self._held:
                 self._state = AFTER_TAG[self._state]
             return True
-        return self._take(parts, *END_MARKS[self._state])
+        return self._take(parts)
 
     def _begin(self) -> bool:
         body = self._held.lstrip()
@@ -3492,22 +3505,19 @@ class ThinkSplitter:
         self._state = "text"
         return True
 
-    def _take(self, parts: Parts, mark: str, after: str) -> bool:
+    def _take(self, parts: Parts) -> bool:
         """Take what is certain before the mark, or before what may begin it."""
-        text, thinking = self._held, self._state == "thinking"
-        end = text.find(mark) if mark else -1
-        if end >= 0:
-            ready, self._state = text[:end + len(mark) - len(THINK_CLOSE)], after
-            self._held = text[end + len(mark):]
-        else:
-            ready = text[:len(text) - held_prefix(text, mark)]
+        thinking = self._state == "thinking"
+        marks, after = END_MARKS[self._state]
+        ready, mark, self._held = split_at(self._held, marks)
+        if mark:
+            ready, self._state = ready + mark[:-len(THINK_CLOSE)], after
         if thinking:
-            ready = ready.rstrip()
-        if end < 0:
-            self._held = text[len(ready):]
+            spaced, ready = ready, ready.rstrip()
+            self._held = self._held if mark else spaced[len(ready):] + self._held
         if ready:
             parts.append(ThinkingDelta(ready) if thinking else TextDelta(ready))
-        return end >= 0
+        return bool(mark)
 
     def close(self) -> Parts:
         """Release what is still held."""
@@ -8247,6 +8257,8 @@ class Usage(NamedTuple):
 
 # Thinking is echoed with its signature, which nobody here checks (CC A6).
 SIGNATURE = "cXdlbmNvZGU="
+TEXT_BLOCK: Json = {"type": "text", "text": ""}
+THINKING_BLOCK: Json = {"type": "thinking", "thinking": "", "signature": ""}
 # The type and the key of what fills a block.
 DELTA_KINDS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
                "signature": ("signature_delta", "signature"),
@@ -8274,15 +8286,11 @@ class StreamTranslator:
     def translate(self, deltas: Iterable[Delta]) -> Events:
         events: Events = []
         for delta in deltas:
-            if isinstance(delta, TextDelta):
-                if self.open != "text":
-                    self._open_block({"type": "text", "text": ""}, events)
-                events.append(self._delta("text", delta.text))
-            elif isinstance(delta, ThinkingDelta):
-                if self.open != "thinking":
-                    block = {"type": "thinking", "thinking": "", "signature": ""}
+            if isinstance(delta, (TextDelta, ThinkingDelta)):
+                block = TEXT_BLOCK if isinstance(delta, TextDelta) else THINKING_BLOCK
+                if self.open != block["type"]:
                     self._open_block(block, events)
-                events.append(self._delta("thinking", delta.text))
+                events.append(self._delta(block["type"], delta.text))
             elif isinstance(delta, CallInput):
                 events.append(self._delta("tool_use", delta.json))
             elif isinstance(delta, CallEnd):
@@ -8467,14 +8475,9 @@ class StopScanner:
     def feed(self, text: str) -> Tuple[str, Optional[str]]:
         if not self._held and self._begin.isdisjoint(text):
             return text, None  # nearly every token
-        text, self._held = self._held + text, ""
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            at, stop = min(found)
-            return text[:at], stop
-        keep = max(held_prefix(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep:]
-        return text[:len(text) - keep], None
+        text, stop, rest = split_at(self._held + text, self._stops)
+        self._held = "" if stop else rest
+        return text, stop or None
 
     def close(self) -> str:
         held, self._held = self._held, ""
@@ -11286,23 +11289,23 @@ class Handler:
             raise BadRequestError(f"The body is not JSON: {clean(str(problem))}.") from None
         return parse_request(value)
 
-    def _head(self, status: int, headers: Dict[str, str]) -> bytes:
+    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """Write an answer's head; a header without a value is left out."""
         reason = BaseHTTPRequestHandler.responses.get(status, ("Overloaded", ""))[0]
-        lines = [f"HTTP/1.1 {status} {reason}"]
         origin = self.http.header("origin")
-        if origin and self._origin_allowed(origin):
-            headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
-        headers.update({"request-id": self.request_id,
-                        "Connection": "keep-alive" if self.keep else "close"})
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        allowed = origin and self._origin_allowed(origin)
+        rows = {**headers, "Access-Control-Allow-Origin": origin if allowed else "",
+                "Vary": "Origin" if allowed else "", "request-id": self.request_id,
+                "Connection": "keep-alive" if self.keep else "close"}
+        lines = [f"{name}: {value}\r\n" for name, value in rows.items() if value]
+        return f"HTTP/1.1 {status} {reason}\r\n{''.join(lines)}\r\n".encode("latin-1")
 
     def reply(self, status: int, body: bytes, kind: str = "application/json",
-              headers: Optional[Dict[str, str]] = None) -> None:
+              headers: Optional[Mapping[str, str]] = None) -> None:
         """Answer with a whole body."""
-        made = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
-        made.update(headers or {})
-        head = self._head(status, made)
+        size = str(len(body)) if status != 204 else ""
+        head = self._head(
+            status, {"Content-Type": kind, "Content-Length": size, **(headers or {})})
         self.link.send(head if self.http.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any) -> None:
@@ -11310,25 +11313,17 @@ class Handler:
 
     def reply_error(self, error: ShimError) -> None:
         """Answer with the Messages API error object."""
-        headers = {}
-        if not error.retry:
-            headers["x-should-retry"] = "false"
-        if error.retry_after:
-            headers["retry-after"] = clean(error.retry_after, 60)
-        if isinstance(error, MethodNotAllowedError):
-            headers["Allow"] = error.allow
-        self.reply(error.status, to_json(error_body(error, self.request_id)).encode(),
-                   headers=headers)
+        body = to_json(error_body(error, self.request_id)).encode()
+        self.reply(error.status, body, headers={
+            "x-should-retry": "" if error.retry else "false", "Allow": getattr(error, "allow", ""),
+            "retry-after": clean(error.retry_after or "", 60)})
 
     def start_stream(self, kind: str) -> None:
         """Send the head of a body of unknown length; HTTP/1.0 gets it until the close."""
-        self.streaming = True
-        headers = {"Content-Type": kind, "Cache-Control": "no-cache"}
-        if self.http.version == "1.0":
-            self.keep = False
-        else:
-            headers["Transfer-Encoding"] = "chunked"
-        self._unsent = self._head(200, headers)
+        chunked = self.http.version != "1.0"
+        self.streaming, self.keep = True, self.keep and chunked
+        self._unsent = self._head(200, {"Content-Type": kind, "Cache-Control": "no-cache",
+                                        "Transfer-Encoding": "chunked" if chunked else ""})
 
     def send_piece(self, data: bytes) -> None:
         if self.http.version != "1.0":
@@ -11388,7 +11383,7 @@ class Handler:
 
     def options(self) -> None:
         """Answer a CORS preflight; _guard has refused foreign origins."""
-        self.reply(204, b"", headers={
+        self.reply(204, b"", "", {
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
             "Access-Control-Allow-Headers": "content-type, x-api-key, authorization,"
                                             " anthropic-version, anthropic-beta",
@@ -11433,15 +11428,14 @@ def model_page(names: Sequence[str], query: Mapping[str, str]) -> Json:
     ids = [*names, *dict.fromkeys(PICKER_PREFIX + name for name in tagged)]
     limit = query.get("limit", "")
     most = max(1, min(int(limit), 1000)) if WHOLE_NUMBER.fullmatch(limit) else 1000
-    after, before = query.get("after_id"), query.get("before_id")
-    start = ids.index(after) + 1 if after in ids else 0
-    end = ids.index(before) if before in ids else len(ids)
-    if before is not None and after is None:
-        start = max(0, end - most)
-    page = ids[start:end][:most]
-    more = start > 0 if before is not None else start + len(page) < end
+    before, after = query.get("before_id"), query.get("after_id")
+    if before in ids:
+        ids = ids[:ids.index(before)]
+    if after in ids:
+        ids = ids[ids.index(after) + 1:]
+    page = ids[-most:] if before is not None and after is None else ids[:most]
     first, last = (page[0], page[-1]) if page else (None, None)
-    return {"data": [model_row(one) for one in page], "has_more": more,
+    return {"data": [model_row(one) for one in page], "has_more": len(page) < len(ids),
             "first_id": first, "last_id": last}
 
 
@@ -11721,9 +11715,8 @@ def bash_parses(command: str) -> bool:
     if not bash or not command:
         return True
     try:
-        done = subprocess.run(
-            [bash, "-n"], input=command.encode("utf-8", "replace"), check=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=BASH_CHECK_S)
+        done = subprocess.run([bash, "-n"], input=command.encode("utf-8", "replace"), check=False,
+                              capture_output=True, timeout=BASH_CHECK_S)
     except (OSError, subprocess.TimeoutExpired):
         return True
     return bool(done.returncode == 0)
