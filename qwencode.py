@@ -5576,18 +5576,23 @@ def hidden_characters(text: str) -> str:
     return "".join(sorted(set(HIDDEN.findall(text + "\n'"))))  # the command goes on with quotes
 
 
+HEREDOC = "{tool} > {target} <<'{tag}'\n{text}{tag}\n"
+FROM_BASE64 = "base64 -d < {0}64{1} > {0} || base64 -D < {0}64{1} > {0}\n"  # -D: macOS up to 12
+
+
 def heredoc(tool: str, target: str, text: str) -> str:
     """Return lines that write text, which ends with a newline or is empty."""
-    lines, tag, number = set(text.split("\n")), "EOF", 1
+    lines, tag, number = set(text.split("\n")), "EOF", 0
     while tag in lines:
-        tag, number = f"EOF_{number}", number + 1
-    return f"{tool} > {target} <<'{tag}'\n{text}{tag}\n"
+        number += 1
+        tag = f"EOF_{number}"
+    return HEREDOC.format(tool=tool, target=target, tag=tag, text=text)
 
 
 def from_base64(target: str, content: bytes, then: str = "") -> str:
-    """Return lines that write bytes from base64; macOS up to 12 knows only -D."""
-    return heredoc("cat", f"{target}64", base64.encodebytes(content).decode()) + (
-        f"base64 -d < {target}64{then} > {target} || base64 -D < {target}64{then} > {target}\n")
+    """Return lines that write bytes from base64."""
+    coded = base64.encodebytes(content).decode()
+    return heredoc("cat", target + "64", coded) + FROM_BASE64.format(target, then)
 
 
 def work_copy(text: str, target: str) -> str:
@@ -5889,37 +5894,44 @@ def destination(op: FileOp) -> Tuple[str, str]:
     return source, target
 
 
-# Notes what stands at a path: names, link or bytes.
-SNAPSHOT = """\
-if [[ -d {path} && ! -L {path} ]]
-then ls -A -- {path} > {note}
-elif [[ -L {path} ]]
-then readlink {path} > {note}
-else cp {path} {note}
-fi
-"""
+# What stands at source and then at target is noted: names, link or bytes.
 RENAME = """\
+if [[ -d {source} && ! -L {source} ]]
+then ls -A -- {source} > {base}.check
+elif [[ -L {source} ]]
+then readlink {source} > {base}.check
+else cp {source} {base}.check
+fi
 if [[ {gate}-e {base}.check && ( -e {source} || -L {source} ) && ( {free} ) ]]\
  && {folder}mv {source} {target}
-then {moved}fi
+then if [[ -d {target} && ! -L {target} ]]
+then ls -A -- {target} > {base}.new
+elif [[ -L {target} ]]
+then readlink {target} > {base}.new
+else cp {target} {base}.new
+fi
+fi
 """
+# Whether the new name is free, and the old one gone; where on macOS and Windows both
+# name one file, in another case, the folder's list tells.
+OTHER_NAME = ("! -e {target} && ! -L {target}", "[[ ! -e {source} && ! -L {source} ]]")
+OTHER_CASE = ("( ! -e {target} && ! -L {target} ) || {source} -ef {target}",
+              "ls -A -- {listed} | grep -qxF -- {name}")
 
 
 def rename_step(job: Job) -> Step:
     """Move to a free name; a second look at source and destination proves it."""
     old, new = destination(job.op)
-    source, target, check = shell_path(old), shell_path(new), f"{job.base}.check"
-    free, gone = f"! -e {target} && ! -L {target}", f"[[ ! -e {source} && ! -L {source} ]]"
-    if old.casefold() == new.casefold():  # on macOS and Windows both name one file
-        free = f"( {free} ) || {source} -ef {target}"
-        folder, _, name = new.rpartition("/")
-        gone = f"ls -A -- {shell_path(folder or '.')} | grep -qxF -- {shell_word(name)}"
-    script = SNAPSHOT.format(path=source, note=check) + job.fill(
-        RENAME, source=source, target=target, free=free, folder=parent_step(new),
-        moved=SNAPSHOT.format(path=target, note=f"{job.base}.new"))
+    folder, _, name = new.rpartition("/")
+    words = {"source": shell_path(old), "target": shell_path(new), "folder": parent_step(new),
+             "listed": shell_path(folder or "."), "name": shell_word(name)}
+    free, gone = (job.fill(template, **words) for template in (
+        OTHER_CASE if old.casefold() == new.casefold() else OTHER_NAME))
+    script = job.fill(RENAME, free=free, **words)
     if job.coded:
-        script += f"{gone} || {leave(job, '', 'rename', 98, check)}\n"
-    return Step(script, f"cmp -s {check} {job.base}.new && {gone}", f"renamed {old} to {new}")
+        script += f"{gone} || {leave(job, '', 'rename', 98, job.base + '.check')}\n"
+    proof = job.fill("cmp -s {base}.check {base}.new && ") + gone
+    return Step(script, proof, f"renamed {old} to {new}")
 
 
 COPY = """\
