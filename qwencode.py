@@ -10116,33 +10116,28 @@ class Gate:
 
     @contextlib.contextmanager
     def place(self, waiter: Waiter) -> Iterator[None]:
-        """Hold a place for a with block."""
-        self._enter(waiter)
-        try:
-            yield
-        finally:
-            self._leave()
-
-    def _enter(self, waiter: Waiter) -> None:
-        """Wait for a place; raise BusyError where too many wait already."""
+        """Hold a place for a with block; raise BusyError where too many wait already."""
+        mine = wake = None
         with self._lock:
             if self._working < self._limit and not self._waiting:
                 self._working += 1
-                return
-            if len(self._waiting) >= self._queue:
+            elif len(self._waiting) >= self._queue:
                 raise BusyError("Too many requests are waiting; try again in a moment.", "5")
-            mine, wake = socket.socketpair()
-            self._waiting.append(wake)
-        with mine, wake:
-            try:
-                while not waiter.wait(mine, False, time.monotonic() + 3600.0):
-                    pass
-            except BaseException:
-                self._leave(wake)
-                raise
+            else:
+                mine, wake = socket.socketpair()
+                self._waiting.append(wake)
+        try:
+            while mine and not waiter.wait(mine, False, time.monotonic() + 3600.0):
+                pass
+            yield
+        finally:
+            self._leave(wake)
+            if mine and wake:
+                mine.close()
+                wake.close()
 
-    def _leave(self, wake: Optional[socket.socket] = None) -> None:
-        """Leave the queue, or the place that was given, which the next one takes."""
+    def _leave(self, wake: Optional[socket.socket]) -> None:
+        """Leave the queue, or the place, which the next one takes."""
         with self._lock:
             if wake in self._waiting:
                 self._waiting.remove(wake)
@@ -11277,20 +11272,20 @@ class Handler:
 
     def _body_decoder(self) -> Union[ChunkDecoder, LengthDecoder]:
         """Choose how the body is read: in chunks, or by its length, which may be 0."""
-        coding, length = (self.http.headers.get(name) for name in (
-            "transfer-encoding", "content-length"))
+        headers = self.http.headers
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
         if coding is not None:
-            if length is not None or self.http.version == "1.0":
+            if "content-length" in headers or self.http.version == "1.0":
                 raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
             if coding.lower() != "chunked":
                 raise NotImplementedCodingError(
                     f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
             return ChunkDecoder()
-        if not CONTENT_LENGTH.fullmatch("0" if length is None else length):
-            raise BadRequestError(f"Content-Length {clean(length or '', 40)!r} is no length.")
-        if int(length or 0) > MAX_BODY_BYTES:
+        if not CONTENT_LENGTH.fullmatch(length):
+            raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
+        if int(length) > MAX_BODY_BYTES:
             raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
-        return LengthDecoder(int(length or 0))
+        return LengthDecoder(int(length))
 
     def _request(self) -> Request:
         """Take the body as a Messages request; raise 400 with the reason."""
