@@ -9879,23 +9879,22 @@ class Log:
 
     def write(self, level: str, message: str) -> None:
         """Log a message; a debug message may be of any length."""
-        if not self.on(level):
-            return
         text = clean(redact(message, self._secrets), 10_000_000 if level == "debug" else 2000)
         stamp = time.strftime("%H:%M:%S")
-        self._line(to_json({"time": stamp, "level": level, "message": text}) if self._json else
-                   f"{stamp} {'' if level == 'info' else level + ': '}{text}")
+        self._line(level, to_json({"time": stamp, "level": level, "message": text}) if self._json
+                   else f"{stamp} {'' if level == 'info' else level + ': '}{text}")
 
     def turn(self, record: TurnRecord) -> None:
         """Write the line of a turn."""
-        if self.on("warn" if record.error else "info"):
-            self._line(turn_json(record, self._secrets) if self._json else
-                       turn_line(record, self._colour, self._utc_offset_s, self._secrets))
+        self._line("warn" if record.error else "info",
+                   turn_json(record, self._secrets) if self._json else
+                   turn_line(record, self._colour, self._utc_offset_s, self._secrets))
 
-    def _line(self, text: str) -> None:
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+    def _line(self, level: str, text: str) -> None:
+        if self.on(level):
+            with self._lock, contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
 
 
 # ------------------------------ the connection to a client ------------------------------
@@ -11166,7 +11165,8 @@ class Handler:
         if isinstance(problem, RecursionError):  # in the body, or what the model made of it
             error = BadRequestError("This is nested too deeply.")
         elif error is not problem:
-            self.server.log.write("error", f"internal error: {problem!r} {trace_of(problem)}")
+            trace = late("traceback").format_exc(limit=-3)
+            self.server.log.write("error", f"internal error: {problem!r} {trace}")
         error.message = redact(error.message, self._secrets())
         return error
 
@@ -11492,12 +11492,6 @@ def write_counts(path: str, counter: TokenCounter, log: Log) -> None:
 PAGE_HEADERS = {  # what the page may load stands in the page itself
     "Content-Security-Policy": "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
-
-
-def trace_of(problem: BaseException) -> str:
-    """Name where an internal error arose: the last three places."""
-    places = late("traceback").extract_tb(problem.__traceback__)[-3:]
-    return " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
 
 
 @cache
