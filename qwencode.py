@@ -5526,7 +5526,7 @@ def shell_word(text: str) -> str:
 
 def shell_path(path: str) -> str:
     """Quote a path: "~/" at the start stays the home folder, "-" no option."""
-    if path.startswith("~/") and len(path) > 2:
+    if path.startswith("~/"):
         return "~/" + shell_word(path[2:])
     return shell_word("./" + path if path.startswith("-") else path)
 
@@ -10085,7 +10085,6 @@ def parse_head(head: bytes) -> HttpRequest:
 # Types that a page may post to any host without a preflight (reliability 1).
 SIMPLE_TYPES = Pattern(
     r"\s*(?:text/plain|multipart/form-data|application/x-www-form-urlencoded)", re.IGNORECASE)
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 HOST_HEADER = Pattern(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]*))(?::[0-9]{1,5})?")
 LOOPBACK_V4 = Pattern(r"127(?:\.[0-9]{1,3}){3}")
 ORIGIN = Pattern(r"(?:https?|vscode-webview|app|tauri|file)://(.*)")
@@ -10094,7 +10093,7 @@ ORIGIN = Pattern(r"(?:https?|vscode-webview|app|tauri|file)://(.*)")
 def is_loopback(host: str) -> bool:
     """Say whether a host name or address is this machine's loopback."""
     host = host.lower().rstrip(".")
-    return host in LOCAL_HOSTS or host.endswith(".localhost") or bool(LOOPBACK_V4.fullmatch(host))
+    return host in LOCAL_NAMES or host.endswith(".localhost") or bool(LOOPBACK_V4.fullmatch(host))
 
 
 def header_host(value: str) -> Optional[str]:
@@ -10258,16 +10257,16 @@ class Registry:
             return LocalModel(facts, None, loaded or facts.num_ctx or 0, "window left to Ollama")
         kv_bytes = kv_bytes_per_token(info)
         asked, reason, _ = choose_window(facts.trained, loaded or None, facts.num_ctx, kv_bytes)
-        judged = self._load(facts, asked, kv_bytes, waiter, until)
+        judged = self.load(facts, asked, kv_bytes, waiter, until)
         reason += "; "
         if judged.step_down:
             asked = judged.step_down
             reason += f"{judged.reason}, so {asked} it is: "
-            judged = self._load(facts, asked, kv_bytes, waiter, until)
+            judged = self.load(facts, asked, kv_bytes, waiter, until)
         return LocalModel(facts, asked, judged.window,
                           f"window of {judged.window} tokens: {reason}{judged.reason}")
 
-    def _load(
+    def load(
         self, facts: ModelFacts, num_ctx: int, kv_bytes: Optional[int], waiter: Waiter,
         until: float,
     ) -> WindowChoice:
@@ -10280,13 +10279,8 @@ class Registry:
             return WindowChoice(num_ctx, "not confirmed by /api/ps")
         return judge_window(num_ctx, row, kv_bytes)
 
-    def load_again(self, model: LocalModel, waiter: Waiter, until: float) -> None:
-        """Load a known model where Ollama has unloaded it meanwhile."""
-        if model.num_ctx:
-            self._load(model.facts, model.num_ctx, None, waiter, until)
-
     def _loaded_row(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[Json]:
-        """Find the model in /api/ps, by name or by its blob's digest."""
+        """Find the model in /api/ps, None where it is not loaded."""
         names = (facts.name, facts.name + ":latest")
         rows = model_rows(self._ask("/api/ps", None, waiter, until).body)
         return next((row for row in rows
@@ -10445,42 +10439,21 @@ class RawTurns:
         return (*(ids or (session, index)), text)
 
 
-class Cancellable(Waiter):
-    """Wait for an upstream socket until cancel() is called from another thread."""
-
-    def __init__(self) -> None:
-        self._mine, self._sender = socket.socketpair()
-
-    def cancel(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sender.send(b"x")
-
-    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
-        left = until - time.monotonic()
-        ready = wait_ready((self._mine,), (sock,), left) if writing else \
-            wait_ready((self._mine, sock), (), left)
-        if self._mine in ready:
-            raise ClientGoneError
-        return bool(ready)
-
-    def close(self) -> None:
-        self._mine.close()
-        self._sender.close()
-
-
-class Warmer:
+class Warmer(Waiter):
     """Load the model, and read the last session's prefix, before a request needs them.
 
     One token after system text and tools: the real request then reads 140 tokens
     instead of 12,300 (OL 5b). prefix is (path, body) of that reading.
     """
 
+    prefix: Optional[Tuple[str, str]] = None
+    _offered = ""
+    _reading = False
+
     def __init__(self, server: ShimServer) -> None:
         self._server = server
         self._lock = threading.Lock()
-        self._reading: Optional[Cancellable] = None
-        self._offered = ""
-        self.prefix: Optional[Tuple[str, str]] = None
+        self._cancelled, self._canceller = socket.socketpair()
 
     def offer(self, text: str, make: Callable[[], Tuple[str, str]]) -> None:
         """Take a session's prefix; its request is made only when the text is a new one."""
@@ -10494,32 +10467,41 @@ class Warmer:
 
     def cancel(self) -> None:
         """A real request came: stop reading, so that it need not wait."""
-        reading = self._reading
-        if reading:
-            reading.cancel()
+        if self._reading:
+            self._canceller.send(b"x")
+
+    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
+        """Wait for Ollama until cancel() is called from another thread."""
+        left = until - time.monotonic()
+        ready = wait_ready((self._cancelled,), (sock,), left) if writing else \
+            wait_ready((self._cancelled, sock), (), left)
+        if self._cancelled in ready:
+            raise ClientGoneError
+        return bool(ready)
 
     def _run(self) -> None:
         if not self._lock.acquire(blocking=False):
             return
-        server, waiter = self._server, Cancellable()
+        server = self._server
         try:
             until = time.monotonic() + server.config.first_token_timeout_ms / 1000
             known = server.registry.known(server.config.model)
             model = server.registry.model(server.config.model, Waiter(), until)
             if not known:
                 server.log.write("info", f"{model.facts.name}: {model.reason or 'ready'}")
-            self._reading = waiter  # before the look: a request cancels what it sees
+            if wait_ready((self._cancelled,), (), 0.0):  # it was meant for an earlier reading
+                self._cancelled.recv(READ_BYTES)
+            self._reading = True  # before the look: a request cancels what it sees
             if self.prefix and not server.gate.load[0]:
-                server.upstream.ask("POST", *self.prefix, waiter, until)
-            elif known and not server.gate.load[0]:
-                server.registry.load_again(model, waiter, until)
+                server.upstream.ask("POST", *self.prefix, self, until)
+            elif known and model.num_ctx and not server.gate.load[0]:
+                server.registry.load(model.facts, model.num_ctx, None, self, until)
         except ShimError as error:
             server.log.write("warn", error.message)
         except ClientGoneError:
             server.log.write("debug", "warming was cancelled by a request")
         finally:
-            self._reading = None
-            waiter.close()
+            self._reading = False
             self._lock.release()
 
 
