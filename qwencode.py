@@ -5695,7 +5695,8 @@ class Job(NamedTuple):
     @property
     def file(self) -> str:
         """The operation's path as a word of Bash; raises CannotCarryError."""
-        return shell_path(usable_path(self.op.path))
+        here = "." if self.op.kind == "list" else ""
+        return shell_path(usable_path(self.op.path or here))
 
     def fill(self, template: str, **words: str) -> str:
         """Put names into a template; {gate} begins the conditions within brackets."""
@@ -5879,8 +5880,14 @@ DELETE = """\
  && [[ ! -e {file} && ! -L {file} ]]"""
 
 
-def delete_step(job: Job) -> Step:
-    return Step("", job.fill(DELETE, file=job.file), f"deleted {job.op.path}")
+# What needs no lines before its proof: it, and what is said when it holds.
+PLAIN = {"delete": (DELETE, "deleted"), "list": ("ls -la -- {file}", ""),
+         "mkdir": ("mkdir -p -- {file} && [[ -d {file} ]]", "made folder")}
+
+
+def plain_step(job: Job) -> Step:
+    proof, done = PLAIN[job.op.kind]
+    return Step("", job.fill(proof, file=job.file), done and f"{done} {job.op.path}")
 
 
 def destination(op: FileOp) -> Tuple[str, str]:
@@ -5949,14 +5956,6 @@ def copy_step(job: Job) -> Step:
     return Step(job.fill(COPY, **words), proof, f"copied {old} to {new}")
 
 
-def mkdir_step(job: Job) -> Step:
-    return Step("", f"mkdir -p -- {job.file} && [[ -d {job.file} ]]", f"made folder {job.op.path}")
-
-
-def list_step(job: Job) -> Step:
-    return Step("", f"ls -la -- {shell_path(usable_path(job.op.path or '.'))}")
-
-
 # Shows a file: a binary one is named, a long one cut, each with a notice. The bytes that
 # no text holds: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
 BINARY = ("head -c 8000 {file} 2> /dev/null | od -An -v -to1"
@@ -6005,10 +6004,10 @@ RECIPES: Dict[str, Recipe] = {
     "insert_after": (replace_step, "insert", 96, "Insert {new} after the first {old} in {path}"),
     "rename": (rename_step, "rename", 99, "Rename {path} to {other}"),
     "copy": (copy_step, "copy", 99, "Copy {path} to {other}"),
-    "delete": (delete_step, "delete", 97,
+    "delete": (plain_step, "delete", 97,
                "Delete {path} (a folder only if empty) and check that it is gone"),
-    "mkdir": (mkdir_step, "mkdir", 100, "Create the folder {path} and check that it is one"),
-    "list": (list_step, "list", 95, "List {path}"),
+    "mkdir": (plain_step, "mkdir", 100, "Create the folder {path} and check that it is one"),
+    "list": (plain_step, "list", 95, "List {path}"),
     "read": (read_step, "read", 95, "Show {path}"),
     "run": (run_step, "run", 95, "Run {words}"),
 }
