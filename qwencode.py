@@ -54,7 +54,7 @@ import threading
 import time
 from collections import deque, namedtuple
 from functools import cache, lru_cache
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from types import SimpleNamespace
 from typing import (
@@ -892,32 +892,23 @@ class LineSplitter:
     """
 
     def __init__(self) -> None:
-        self._parts: List[bytes] = []
-        self._size = 0
+        self._tail = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         cut = data.rfind(b"\n") + 1
-        if cut == len(data) and not self._parts:
+        if cut == len(data) and not self._tail:
             return data
-        if not cut:
-            self._keep(data)
-            return b""
-        self._parts.append(data[:cut])
-        whole = b"".join(self._parts)
-        self._parts, self._size = [], 0
-        self._keep(data[cut:])
-        return whole
-
-    def _keep(self, tail: bytes) -> None:
-        self._size += len(tail)
-        if self._size > MAX_LINE_BYTES:
+        end = len(self._tail) + cut if cut else 0
+        self._tail += data
+        whole = bytes(self._tail[:end])
+        del self._tail[:end]
+        if len(self._tail) > MAX_LINE_BYTES:
             raise UpstreamBrokenError(
                 f"Ollama sent a line of more than {MAX_LINE_BYTES} bytes; the answer was given up.")
-        if tail:
-            self._parts.append(tail)
+        return whole
 
     def rest(self) -> bytes:
-        return b"".join(self._parts)
+        return bytes(self._tail)
 
 
 class Event(NamedTuple):
@@ -925,6 +916,9 @@ class Event(NamedTuple):
 
     name: str
     payload: Json
+
+
+Events = List[Event]
 
 
 def _write_event(event: Event) -> str:
@@ -973,14 +967,13 @@ class ChunkDecoder:
     def __init__(self) -> None:
         self.finished = False
         self.rest = b""
-        self._need = 0
-        self._in_trailer = False
-        self._trailers = 0
+        self._need = 0  # of the open chunk and its line end
+        self._trailers = 0  # lines from the last chunk's on
 
     def feed(self, data: bytes) -> bytes:
         buffer = self.rest + data if self.rest else data
         out: List[bytes] = []
-        if not self._need and not self._in_trailer:
+        if not self._need and not self._trailers:
             out, buffer = whole_chunks(buffer)
             if out and len(buffer) < READ_BYTES and buffer.count(b"\n") < 2:
                 self.rest = buffer  # an unfinished chunk in which no line is whole
@@ -1001,12 +994,11 @@ class ChunkDecoder:
                 self._need -= len(piece)
                 continue
             if self._need:
-                if end - at < self._need:
+                if end - at < 2:
                     break
-                if buffer[at:at + self._need] != b"\r\n"[2 - self._need:]:
+                if buffer[at:at + 2] != b"\r\n":
                     raise ValueError("a chunk does not end where its size says")
-                at += self._need
-                self._need = 0
+                at, self._need = at + 2, 0
                 continue
             line_end = buffer.find(b"\r\n", at)
             if line_end < 0:
@@ -1018,18 +1010,34 @@ class ChunkDecoder:
         self.rest = buffer[at:]
 
     def _size_line(self, line: bytes) -> None:
-        if self._in_trailer:
+        if self._trailers:
             self.finished = not line
             self._trailers += 1
-            if self._trailers > MAX_TRAILERS:
+            if self._trailers > MAX_TRAILERS + 1:
                 raise ValueError("more header lines follow it than anybody sends")
             return
         size = CHUNK_SIZE.fullmatch(line.decode("latin-1"))
         if not size:
             raise ValueError(f"{clean(line.decode('latin-1'), 40)!r} is no chunk size")
         length = int(size.group(1), 16)
-        self._in_trailer = not length
-        self._need = length + 2 if length else 0
+        if length:
+            self._need = length + 2
+        else:
+            self._trailers = 1
+
+
+class LengthDecoder:
+    """Take a body of known length off what comes; works as ChunkDecoder does."""
+
+    def __init__(self, length: int) -> None:
+        self._left, self.rest = length, b""
+        self.finished = not length
+
+    def feed(self, data: bytes) -> bytes:
+        piece, self.rest = data[:self._left], data[self._left:]
+        self._left -= len(piece)
+        self.finished = not self._left
+        return piece
 
 
 # ============================== 6. REQUEST IN ==============================
@@ -3186,6 +3194,7 @@ class Failure(NamedTuple):
 
 
 Part = Union[TextDelta, ThinkingDelta, NativeCall, Finish, Failure]
+Parts = List[Part]
 
 MODEL_MISSING = Pattern(r"model\b.*\bnot found|try pulling it", re.IGNORECASE)
 NO_TOOLS_ERROR = Pattern(r"does not support tools", re.IGNORECASE)
@@ -3202,6 +3211,23 @@ LASTING_FAILURE = Pattern(
 HTML_TAG = Pattern(r"<[^<>]{0,500}>")
 
 
+# What a status means: the error, the words before Ollama's own and those behind them.
+Refusal = Tuple[Type[ShimError], str, str]
+DENIED: Refusal = (UpstreamDeniedError, "Ollama denied the request",
+                   " Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
+NO_SUCH_CALL: Refusal = (UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
+                         " Is it an Ollama server?")
+NO_ANSWER: Refusal = (UpstreamDeniedError, "The server at OLLAMA_BASE_URL gave no answer",
+                      " It may point elsewhere: set OLLAMA_BASE_URL to Ollama itself.")
+BUSY: Refusal = (BusyError, "Ollama is busy", "")
+LATE: Refusal = (UpstreamTimeoutError, "Ollama timed out", "")
+REFUSALS: Dict[int, Refusal] = {
+    401: DENIED, 403: DENIED, 404: NO_SUCH_CALL, 405: NO_SUCH_CALL, 408: LATE, 504: LATE,
+    413: (BodyTooLargeError, "The server at OLLAMA_BASE_URL takes no request of this size", ""),
+    429: (RateLimitError, "Ollama's rate limit is reached", ""), 503: BUSY, 529: BUSY,
+}
+
+
 def upstream_error(
     status: int, body: str, model: str, *, retry_after: Optional[str] = None,
     prompt_tokens: int = 0, window: int = 0,
@@ -3212,9 +3238,9 @@ def upstream_error(
     """
     overflow = parse_overflow(body, status)
     if overflow:
-        needed, limit = overflow
-        told, limit = bool(limit), limit or window or 4096
-        return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit, loaded=told)
+        needed, told = overflow
+        limit = told or window or 4096
+        return PromptTooLongError(max(needed or prompt_tokens, limit + 1), limit, loaded=bool(told))
     page = body.lstrip()[:1] == "<"  # a proxy's; tags that Ollama's parsers name stay
     text = HTML_TAG.sub(" ", body) if page else unwrap_error(body)
     text = clean(text, MAX_ERROR_CHARS).strip()
@@ -3222,35 +3248,15 @@ def upstream_error(
     if MODEL_MISSING.search(text) and status in (404, 400, 500):
         return ModelMissingError(
             f"Ollama has no model {model!r}. Get it with: ollama pull {model}  (Ollama said{said})")
-    made = REFUSALS.get(status) or (_NO_ANSWER if status < 400 else None)
-    if made:
-        return made(f"({status}){said}", retry_after)
+    refusal = REFUSALS.get(status) or (NO_ANSWER if status < 400 else None)
+    if refusal:
+        kind, before, after = refusal
+        return kind(f"{before} ({status}){said}{after}", retry_after)
     if status < 500:
         return BadRequestError(f"Ollama refused the request ({status}){said}")
     return UpstreamFailedError(
         f"Ollama failed ({status}){said}", not LASTING_FAILURE.search(text),
         status if status in (500, 502) else 502)
-
-
-def _refusal(
-    kind: Type[ShimError], before: str, after: str = "",
-) -> Callable[[str, Optional[str]], ShimError]:
-    return lambda said, retry_after: kind(f"{before} {said}{after}", retry_after)
-
-
-_DENIED = _refusal(UpstreamDeniedError, "Ollama denied the request",
-                   " Check OLLAMA_AUTH_TOKEN and OLLAMA_BASE_URL.")
-_NO_SUCH_CALL = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL lacks this call",
-                         " Is it an Ollama server?")
-_NO_ANSWER = _refusal(UpstreamDeniedError, "The server at OLLAMA_BASE_URL gave no answer",
-                      " It may point elsewhere: set OLLAMA_BASE_URL to Ollama itself.")
-_BUSY = _refusal(BusyError, "Ollama is busy")
-_LATE = _refusal(UpstreamTimeoutError, "Ollama timed out")
-REFUSALS: Dict[int, Callable[[str, Optional[str]], ShimError]] = {
-    401: _DENIED, 403: _DENIED, 404: _NO_SUCH_CALL, 405: _NO_SUCH_CALL, 408: _LATE, 504: _LATE,
-    413: _refusal(BodyTooLargeError, "The server at OLLAMA_BASE_URL takes no request of this size"),
-    429: _refusal(RateLimitError, "Ollama's rate limit is reached"), 503: _BUSY, 529: _BUSY,
-}
 
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -3264,6 +3270,26 @@ def held_prefix(text: str, mark: str) -> int:
     return 0
 
 
+def split_at(text: str, marks: Sequence[str]) -> Tuple[str, str, str]:
+    """Split at the first mark: the text before it, the mark, the rest.
+
+    Where none is met the mark is "", and the rest is what may begin one.
+    """
+    found = [(text.find(mark), mark) for mark in marks if mark in text]
+    if found:
+        at, mark = min(found)
+        return text[:at], mark, text[at + len(mark):]
+    at = len(text) - max((held_prefix(text, mark) for mark in marks), default=0)
+    return text[:at], "", text[at:]
+
+
+# How ThinkSplitter goes on: behind a tag, once its line ends are over; and at the mark
+# that ends a state. A stray end of a thought, on a line of its own, is taken out once.
+AFTER_TAG = {"opened": "thinking", "closed": "text"}
+END_MARKS = {"thinking": ((THINK_CLOSE,), "closed"), "text": (("\n" + THINK_CLOSE,), "rest"),
+             "rest": ((), "")}
+
+
 class ThinkSplitter:
     """Split `<think>` blocks off the text, in pieces cut anywhere.
 
@@ -3275,106 +3301,79 @@ class ThinkSplitter:
     def __init__(self, thinking: bool = False) -> None:
         self._state = "opened" if thinking else "start"
         self._held = ""
-        self._stray = False
 
-    def feed(self, text: str) -> List[Part]:
+    def feed(self, text: str) -> Parts:
         if self._state == "text" and not self._held and "<" not in text and text[-1:] != "\n":
             return [TextDelta(text)]  # nearly every token
         self._held += text
-        parts: List[Part] = []
-        while self._step(parts):
+        parts: Parts = []
+        while self._held and self._step(parts):
             pass
         return parts
 
-    def _step(self, parts: List[Part]) -> bool:
+    def _step(self, parts: Parts) -> bool:
         """Take one piece off what is held; False when more is needed."""
-        return bool(getattr(self, "_in_" + self._state)(parts))
+        if self._state == "start":
+            return self._begin()
+        if self._state in AFTER_TAG:
+            self._held = self._held.lstrip("\r\n")
+            if self._held:
+                self._state = AFTER_TAG[self._state]
+            return True
+        return self._take(parts)
 
-    def _in_start(self, _parts: List[Part]) -> bool:
+    def _begin(self) -> bool:
         body = self._held.lstrip()
         for mark, state in ((THINK_OPEN, "opened"), (THINK_CLOSE, "closed")):
             if body.startswith(mark):
                 self._state, self._held = state, body[len(mark):]
                 return True
-        if body and not THINK_OPEN.startswith(body) and not THINK_CLOSE.startswith(body):
-            self._state = "text"
-            return True
-        return False
+            if mark.startswith(body):
+                return False
+        self._state = "text"
+        return True
 
-    def _in_opened(self, _parts: List[Part]) -> bool:
-        self._held = self._held.lstrip("\r\n")
-        if self._held:
-            self._state = "thinking"
-        return bool(self._held)
+    def _take(self, parts: Parts) -> bool:
+        """Take what is certain before the mark, or before what may begin it."""
+        thinking = self._state == "thinking"
+        marks, after = END_MARKS[self._state]
+        ready, mark, self._held = split_at(self._held, marks)
+        if mark:
+            ready, self._state = ready + mark[:-len(THINK_CLOSE)], after
+        if thinking:
+            spaced, ready = ready, ready.rstrip()
+            self._held = self._held if mark else spaced[len(ready):] + self._held
+        if ready:
+            parts.append(ThinkingDelta(ready) if thinking else TextDelta(ready))
+        return bool(mark)
 
-    def _in_thinking(self, parts: List[Part]) -> bool:
-        end = self._held.find(THINK_CLOSE)
-        if end >= 0:
-            thought = self._held[:end].rstrip()
-            self._held, self._state = self._held[end + len(THINK_CLOSE):], "closed"
-        else:
-            held = held_prefix(self._held, THINK_CLOSE)
-            ready = self._held[:len(self._held) - held].rstrip()
-            thought, self._held = ready, self._held[len(ready):]
-        if thought:
-            parts.append(ThinkingDelta(thought))
-        return end >= 0
-
-    def _in_closed(self, _parts: List[Part]) -> bool:
-        self._held = self._held.lstrip("\r\n")
-        if self._held:
-            self._state = "text"
-        return bool(self._held)
-
-    def _in_text(self, parts: List[Part]) -> bool:
-        text, at = self._held, -1
-        if not self._stray:
-            at = text.find("\n" + THINK_CLOSE) + 1 or -1
-        if at >= 0:
-            self._stray, self._held = True, text[at + len(THINK_CLOSE):]
-            text = text[:at]
-        else:
-            keep = 0 if self._stray else held_prefix(text, "\n" + THINK_CLOSE)
-            self._held, text = text[len(text) - keep:], text[:len(text) - keep]
-        if text:
-            parts.append(TextDelta(text))
-        return at >= 0 and bool(self._held)
-
-    def close(self) -> List[Part]:
+    def close(self) -> Parts:
         """Release what is still held."""
         text, self._held = self._held, ""
-        if not text or self._state in ("opened", "closed"):
-            return []
         if self._state == "thinking":
-            return [ThinkingDelta(text.rstrip())] if text.rstrip() else []
-        return [TextDelta(text)]
+            text = text.rstrip()
+            return [ThinkingDelta(text)] if text else []
+        return [TextDelta(text)] if text else []
 
 
 def _count(value: Any) -> Optional[int]:
     return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
-def _seconds(value: Any) -> float:
-    return (_count(value) or 0) / 1e9
-
-
 def _finish(line: Json) -> Finish:
     reason = line.get("done_reason")
-    return Finish(
-        reason if isinstance(reason, str) else "",
-        _count(line.get("prompt_eval_count")), _count(line.get("eval_count")),
-        _seconds(line.get("prompt_eval_duration")), _seconds(line.get("eval_duration")),
-        _seconds(line.get("load_duration")))
+    seconds = (natural(line.get(key)) / 1e9 for key in (
+        "prompt_eval_duration", "eval_duration", "load_duration"))
+    return Finish(reason if isinstance(reason, str) else "", _count(line.get("prompt_eval_count")),
+                  _count(line.get("eval_count")), *seconds)
 
 
-def _calls_of(value: Any) -> List[Part]:
+def _calls_of(value: Any) -> Parts:
     """Read tool_calls; odd ones go out with what can be read."""
-    calls: List[Part] = []
-    for entry in value if isinstance(value, list) else ():
-        function = entry.get("function") if isinstance(entry, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            calls.append(NativeCall(function["name"], function.get("arguments")))
-    return calls
+    entries = value if isinstance(value, list) else []
+    functions = [_mapping(_mapping(entry).get("function")) for entry in entries]
+    return [NativeCall(one["name"], one.get("arguments")) for one in functions
+            if isinstance(one.get("name"), str)]
 
 
 class ChatDecoder:
@@ -3385,17 +3384,24 @@ class ChatDecoder:
     broken stream (contract/ollama.md 2).
     """
 
+    way, path, verbatim, key = "chat", "/api/chat", False, "content"
+
     def __init__(self, model: str, thinking: bool = False) -> None:
         self.model = model
-        self.finished = False
-        self.failed = False
+        self.finished = self.failed = self._ended = False
         self.lines = 0
         self._lines = LineSplitter()
         self._think = ThinkSplitter(thinking)
+        self._raw: List[str] = []
 
-    def feed(self, data: bytes) -> List[Part]:
-        parts: List[Part] = []
-        if self.finished or self.failed:
+    @property
+    def raw(self) -> str:
+        """The answer's text so far with its think blocks, as the next turn's history wants it."""
+        return "".join(self._raw)
+
+    def feed(self, data: bytes) -> Parts:
+        parts: Parts = []
+        if self._ended:
             return parts
         try:
             whole = self._lines.feed(data)
@@ -3405,98 +3411,87 @@ class ChatDecoder:
             self._fail(parts, error)
         return parts
 
-    def _read(self, whole: bytes, parts: List[Part]) -> None:
+    def _read(self, whole: bytes, parts: Parts) -> None:
         """Decode whole lines: one sweep costs a third of json.loads a line."""
+        broken = False
         try:
             text = whole.decode("utf-8")
         except UnicodeDecodeError as problem:
-            good = whole[:whole.rfind(b"\n", 0, problem.start) + 1]
-            if good:
-                self._read(good, parts)
-            if self.finished or self.failed:
-                return
-            raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.") from None
+            text, broken = whole[:whole.rfind(b"\n", 0, problem.start) + 1].decode("utf-8"), True
         at, end = 0, len(text)
         run: List[str] = []
-        while at < end and not (self.finished or self.failed):
+        while at < end and not self._ended:
             if text[at] in " \t\r\n":
                 at += 1
                 continue
             try:
                 line, at = _scan_json(text, at)
             except (ValueError, RecursionError):
-                self._flush(run, parts)
+                self._show(run, parts)
                 raise self._garbage(text[at:at + 200]) from None
             self.lines += 1
             piece = self._plain_text(line)
             if piece is None:
-                self._flush(run, parts)
+                self._show(run, parts)
+                run.clear()
                 self._line(line, parts)
             elif piece:
                 run.append(piece)
-        self._flush(run, parts)
+        self._show(run, parts)
+        if broken and not self._ended:
+            raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.")
 
-    @staticmethod
-    def _plain_text(line: Any) -> Optional[str]:
+    def _plain_text(self, line: Any) -> Optional[str]:
         """Return the text of a line that holds nothing else, else None."""
         if type(line) is dict and line.get("done") is False and "error" not in line:
-            message = line.get("message")
-            if type(message) is dict and "tool_calls" not in message and "thinking" not in message:
-                content = message.get("content")
-                if type(content) is str:
-                    return content
+            body = line if self.verbatim else line.get("message")
+            if type(body) is dict and "tool_calls" not in body and "thinking" not in body:
+                text = body.get(self.key)
+                if type(text) is str:
+                    return text
         return None
 
-    def _flush(self, run: List[str], parts: List[Part]) -> None:
+    def _show(self, run: List[str], parts: Parts) -> None:
         if run:
+            self._raw.extend(run)
             parts.extend(self._think.feed("".join(run)))
-            run.clear()
 
     def _garbage(self, text: str) -> ShimError:
         return UpstreamGarbageError(
             f"Ollama sent an invalid streaming response: not JSON: {clean(text, 80)!r}")
 
-    def _fail(self, parts: List[Part], error: ShimError) -> None:
+    def _fail(self, parts: Parts, error: ShimError) -> None:
         parts.extend(self._think.close())
         parts.append(Failure(error))
-        self.failed = True
+        self.failed = self._ended = True
 
-    def _line(self, line: Any, parts: List[Part]) -> None:
+    def _line(self, line: Any, parts: Parts) -> None:
+        """Take thinking, text and calls, in the order that Ollama means (OL 2)."""
         if not isinstance(line, dict):
-            self._fail(parts, self._garbage(to_json(line)))
-            return
+            raise self._garbage(to_json(line))
         if "error" in line:
-            self._fail(parts, upstream_error(500, to_json(line), self.model))
-            return
-        self._content(line, parts)
+            raise upstream_error(500, to_json(line), self.model)
+        body = line if self.verbatim else _mapping(line.get("message"))
+        thinking, text = body.get("thinking"), body.get(self.key)
+        if isinstance(thinking, str) and thinking:
+            parts.append(ThinkingDelta(thinking))
+        if isinstance(text, str) and text:
+            self._show([text], parts)
+        parts.extend(_calls_of(body.get("tool_calls")))
         if line.get("done") is True:
-            self.finished = True
+            self.finished = self._ended = True
             parts.extend(self._think.close())
             parts.append(_finish(line))
 
-    def _content(self, line: Json, parts: List[Part]) -> None:
-        """Take thinking, content and calls, in the order that Ollama means (OL 2)."""
-        message = _mapping(line.get("message"))
-        thinking, content = message.get("thinking"), message.get("content")
-        if isinstance(thinking, str) and thinking:
-            parts.append(ThinkingDelta(thinking))
-        if isinstance(content, str) and content:
-            parts.extend(self._think.feed(content))
-        parts.extend(_calls_of(message.get("tool_calls")))
-
-    def close(self) -> List[Part]:
+    def close(self) -> Parts:
         """End of the stream: release held text, or tell what is missing."""
-        parts: List[Part] = []
-        if self.finished or self.failed:
-            return parts
-        tail = self._lines.rest()
-        if tail.strip():
-            parts.extend(self.feed(b"\n"))
+        parts: Parts = []
+        if not self._ended and self._lines.rest().strip():
+            parts = self.feed(b"\n")
             if self.failed and self.lines:  # cut within a line
                 parts[-1] = Failure(self._cut_off())
-            if self.finished or self.failed:
-                return parts
-        self._fail(parts, self._cut_off())
+        if not self._ended:
+            self._fail(parts, self._cut_off())
         return parts
 
     def _cut_off(self) -> ShimError:
@@ -3509,38 +3504,9 @@ class ChatDecoder:
 
 
 class GenerateDecoder(ChatDecoder):
-    """Read the NDJSON of /api/generate with raw:true: the model's own text.
+    """Read the NDJSON of /api/generate with raw:true: the model's own text."""
 
-    raw is that text so far, as the next turn's history wants it.
-    """
-
-    def __init__(self, model: str, thinking: bool = False) -> None:
-        super().__init__(model, thinking)
-        self._raw: List[str] = []
-
-    @property
-    def raw(self) -> str:
-        return "".join(self._raw)
-
-    def _flush(self, run: List[str], parts: List[Part]) -> None:
-        self._raw.extend(run)
-        super()._flush(run, parts)
-
-    @staticmethod
-    def _plain_text(line: Any) -> Optional[str]:
-        if type(line) is dict and line.get("done") is False and "error" not in line:
-            response = line.get("response")
-            if type(response) is str and "thinking" not in line:
-                return response
-        return None
-
-    def _content(self, line: Json, parts: List[Part]) -> None:
-        thinking, response = line.get("thinking"), line.get("response")
-        if isinstance(thinking, str) and thinking:
-            parts.append(ThinkingDelta(thinking))
-        if isinstance(response, str) and response:
-            self._raw.append(response)
-            parts.extend(self._think.feed(response))
+    way, path, verbatim, key = "verbatim", "/api/generate", True, "response"
 
 
 USER_TURN = "<|im_start|>user\n"
@@ -3598,20 +3564,6 @@ def restored(prompt: str, answers: Sequence[str]) -> str:
     return ANSWER_START.join([*made, parts[-1]])
 
 
-class Dialect(NamedTuple):
-    """One way to ask Ollama: its route and its decoder."""
-
-    way: str
-    path: str
-    decoder: Type[ChatDecoder]
-
-
-DIALECTS: Dict[str, Dialect] = {
-    "chat": Dialect("chat", "/api/chat", ChatDecoder),
-    "verbatim": Dialect("verbatim", "/api/generate", GenerateDecoder),
-}
-
-
 # ============================== 9. TOOL CALLS IN TEXT ==============================
 # A call in text is opened by a tag, a word, a bracket or a fence (TOOL_FORMATS), after
 # which comes one of four bodies: JSON, Python arguments, parameters in tags, or a line.
@@ -3620,7 +3572,7 @@ DIALECTS: Dict[str, Dialect] = {
 
 
 Tools = Mapping[str, Tool]
-Events = List[Tuple[str, str]]  # what a reader of parameters found: kind and text
+ReaderEvents = List[Tuple[str, str]]  # what a reader of parameters found: kind and text
 
 
 class ToolFormat(NamedTuple):
@@ -3963,7 +3915,7 @@ class InputReader:
     """
 
     def __init__(self) -> None:
-        self.events: Events = []
+        self.events: ReaderEvents = []
         self.done = self.cut = self.lost = self._final = False
         self.rest = ""
         self._scanned = 0
@@ -4248,7 +4200,7 @@ class InputWriter:
         self._name = self._key = self.written = ""
         self.known = self.streaming = False
 
-    def write(self, events: Events) -> None:
+    def write(self, events: ReaderEvents) -> None:
         for kind, text in events:
             if kind == "key":
                 self._open(text)
@@ -5140,7 +5092,7 @@ class ToolTextParser:
         """Read parameters one by one; those of a tool that is given go out as they come."""
         self._step, self._wake = self._parameters, None
         self._reader, self._writer = reader, InputWriter(streamed) if streamed else None
-        self._events: Events = []
+        self._events: ReaderEvents = []
 
     def _stream_json(self) -> bool:
         """Begin to stream a body whose first keys name one tool and its arguments."""
@@ -5184,7 +5136,7 @@ class ToolTextParser:
         calls = None if cut else self._named(tagged_values(self._events))
         return self._accept(calls, body, len(body) - len(reader.rest))
 
-    def _send(self, writer: InputWriter, events: Events) -> None:
+    def _send(self, writer: InputWriter, events: ReaderEvents) -> None:
         """Let the input go out once it names a parameter that the tool knows."""
         writer.write(events)
         if writer.known and self._found.kind != "open":
@@ -5273,7 +5225,7 @@ def call_key(call: Call) -> str:
     return json.dumps([call.name, call.input], sort_keys=True, default=str)
 
 
-def tagged_values(events: Events) -> Dict[str, str]:
+def tagged_values(events: ReaderEvents) -> Dict[str, str]:
     """Gather a reader's events into parameters and their text."""
     values: Dict[str, List[str]] = {}
     key = ""
@@ -5316,21 +5268,6 @@ class CannotCarryError(ValueError):
     """The operation does not fit into a command; the message says why."""
 
 
-class Exit(NamedTuple):
-    """The operation named in `verification failed: NAME`, and its exit code.
-
-    The code is used in style "coded"; "plain" ends with 1, because the analyser
-    refuses `exit` (contract/claude-code.md C2).
-    """
-
-    operation: str
-    code: int
-
-
-REPLACE_ABSENT = Exit("replace", 93)
-RENAME_KEPT = Exit("rename", 98)
-
-
 # ------------------------------ quoting ------------------------------
 
 # The analyser refuses a backslash before white space even inside quotes ("Contains
@@ -5350,7 +5287,7 @@ def shell_word(text: str) -> str:
 
 def shell_path(path: str) -> str:
     """Quote a path: "~/" at the start stays the home folder, "-" no option."""
-    if path.startswith("~/") and len(path) > 2:
+    if path.startswith("~/"):
         return "~/" + shell_word(path[2:])
     return shell_word("./" + path if path.startswith("-") else path)
 
@@ -5375,10 +5312,10 @@ def parent_step(path: str) -> str:
 # ------------------------------ carrying content ------------------------------
 
 # What the analyser refuses even in a quoted heredoc, and so is hidden from it: a brace
-# with a quote after it ("expansion obfuscation"), "=" at the start of a word ("zsh =cmd"),
-# and what BACKSLASH_BEFORE is for. The CLI itself rejects control characters (C1).
-CONTROL = Pattern("[\x00-\x08\x0b-\x1f\x7f]")
-WORD_OF_EQUALS = Pattern(r"(?:^|\s)=[A-Za-z_]")
+# with a quote after it ("expansion obfuscation"), what BACKSLASH_BEFORE is for, and "="
+# at the start of a word ("zsh =cmd"). The CLI itself rejects control characters (C1).
+HIDDEN = Pattern(
+    "[\x00-\x08\x0b-\x1f\x7f]|\\{(?=[^{}]*['\"])|\\\\(?=[ \t\nu])|(?<!\\S)=(?=[A-Za-z_])")
 # Refused too ("Contains Unicode whitespace", control characters); as tr knows only
 # single bytes, a text with one of these is carried in base64.
 WIDE_REFUSED = Pattern("[\x80-\xa0\u1680\u2000-\u200b\u2028\u2029\u202f\u205f\u3000\ufeff]")
@@ -5391,42 +5328,35 @@ def octal(content: bytes) -> str:
     return "".join(f" {byte:03o}" for byte in content)
 
 
+def sha256(content: bytes) -> str:
+    return str(late("hashlib").sha256(content).hexdigest())
+
+
 def hidden_characters(text: str) -> str:
     """Return the characters of text that may not stand in a heredoc."""
-    hidden = set(CONTROL.findall(text))
-    parts = text.split("}")
-    parts[-1] += "'" if "{" in parts[-1] else ""  # the command goes on with quotes
-    for part in parts:
-        opened = part.partition("{")[2]
-        if "'" in opened or '"' in opened:
-            hidden.add("{")
-    if BACKSLASH_BEFORE.search(text + "\n"):
-        hidden.add("\\")
-    if WORD_OF_EQUALS.search(text):
-        hidden.add("=")
-    return "".join(sorted(hidden))
+    return "".join(sorted(set(HIDDEN.findall(text + "\n'"))))  # the command goes on with quotes
 
 
-def fits_heredoc(text: str) -> bool:
-    return not (hidden_characters(text) or WIDE_REFUSED.search(text))
+HEREDOC = "{tool} > {target} <<'{tag}'\n{text}{tag}\n"
+FROM_BASE64 = "base64 -d < {0}64{1} > {0} || base64 -D < {0}64{1} > {0}\n"  # -D: macOS up to 12
 
 
 def heredoc(tool: str, target: str, text: str) -> str:
     """Return lines that write text, which ends with a newline or is empty."""
-    lines, tag, number = set(text.split("\n")), "EOF", 1
+    lines, tag, number = set(text.split("\n")), "EOF", 0
     while tag in lines:
-        tag, number = f"EOF_{number}", number + 1
-    return f"{tool} > {target} <<'{tag}'\n{text}{tag}"
+        number += 1
+        tag = f"EOF_{number}"
+    return HEREDOC.format(tool=tool, target=target, tag=tag, text=text)
 
 
-def from_base64(target: str, content: bytes, then: str = "") -> List[str]:
-    """Return lines that write bytes from base64; macOS up to 12 knows only -D."""
-    coded = f"{target}64"
-    ways = [f"base64 {flag} < {coded}{then} > {target}" for flag in ("-d", "-D")]
-    return [heredoc("cat", coded, late("base64").encodebytes(content).decode()), " || ".join(ways)]
+def from_base64(target: str, content: bytes, then: str = "") -> str:
+    """Return lines that write bytes from base64."""
+    coded = late("base64").encodebytes(content).decode()
+    return heredoc("cat", target + "64", coded) + FROM_BASE64.format(target, then)
 
 
-def work_copy(text: str, target: str) -> List[str]:
+def work_copy(text: str, target: str) -> str:
     """Return lines that write the text to target, as readable as it can be.
 
     Hidden characters have stand-ins in the heredoc, which tr exchanges. Every heredoc
@@ -5439,60 +5369,60 @@ def work_copy(text: str, target: str) -> List[str]:
     body = text.translate(str.maketrans(hidden, free))
     tool = f"tr '{free}' '{octal(hidden.encode()).replace(' ', chr(92))}'" if hidden else "cat"
     if not text or text.endswith("\n"):
-        return [heredoc(tool, target, body)]
+        return heredoc(tool, target, body)
     size = f"head -c {len(text.encode())}"
     if not hidden:
-        return [heredoc(size, target, body + "\n")]
-    return [heredoc(tool, f"{target}line", body + "\n"), f"{size} {target}line > {target}"]
+        return heredoc(size, target, body + "\n")
+    return heredoc(tool, f"{target}line", body + "\n") + f"{size} {target}line > {target}\n"
 
 
-def proven_copy(text: str, source: str, target: str, by_hash: bool) -> List[str]:
+SUM_CHECK = ("printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null"
+             " && cp {source} {target}\n")
+OCTAL_CHECK = ("od -An -v -to1 {source} | tr -d ' \\n' | grep -qx '{digits}'"
+               " && cp {source} {target}\n")
+LENGTH_CHECK = "wc -c < {target} | grep -qx ' *{size}' || rm -f -- {target}\n"
+LINE_CHECK = """\
+cp {source} {target} && echo >> {target} && cmp {target} {target}line && cp {source} {target}
+"""
+PACKED_CHECK = """\
+printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null\
+ || printf '%s  %s\\n' {digest} {source} | shasum -a 256 -c > /dev/null && cp {source} {target}
+"""
+
+
+def proven_copy(text: str, source: str, target: str, by_hash: bool) -> str:
     """Return lines that make target only if source holds exactly the text.
 
     A heredoc read by another tool where one carries the text, with its length, since a
     full disk cuts both copies at one place; else its bytes in octal when they are few,
     which every system can check; else SHA-256, whose tool old versions of macOS lack.
     """
-    content = text.encode()
-    whole = f"wc -c < {target} | grep -qx ' *{len(content)}' || rm -f -- {target}"
-    if by_hash or (len(content) > MAX_OCTAL_BYTES and not fits_heredoc(text)):
-        digest = late("hashlib").sha256(content).hexdigest()
-        check = f"printf '%s  %s\\n' {digest} {source} | sha256sum -c > /dev/null"
-        return [f"{check} && cp {source} {target}"]
-    if not fits_heredoc(text):
-        digits = octal(content).replace(" ", "")
-        return [f"od -An -v -to1 {source} | tr -d ' \\n' | grep -qx '{digits}'"
-                f" && cp {source} {target}"]
-    if not text or text.endswith("\n"):
-        return [heredoc("tail -c +1", target, text), whole]
-    line = f"{target}line"
-    return [
-        heredoc("tail -c +1", line, text + "\n"),
-        f"cp {source} {target} && echo >> {target} && cmp {target} {line}"
-        f" && cp {source} {target}",
-        whole,
-    ]
+    content, second, check = text.encode(), "", LENGTH_CHECK
+    readable = not (hidden_characters(text) or WIDE_REFUSED.search(text))
+    if by_hash or (len(content) > MAX_OCTAL_BYTES and not readable):
+        check = SUM_CHECK
+    elif not readable:
+        check = OCTAL_CHECK
+    elif not text or text.endswith("\n"):
+        second = heredoc("tail -c +1", target, text)
+    else:
+        second, check = heredoc("tail -c +1", f"{target}line", text + "\n"), LINE_CHECK + check
+    return second + check.format(
+        source=source, target=target, size=len(content), digest=sha256(content),
+        digits=octal(content).replace(" ", "") if check is OCTAL_CHECK else "")
 
 
-def packed_copy(text: str, source: str, target: str) -> List[str]:
-    """Return lines for a content so long that it must be compressed."""
-    packer = late("zlib").compressobj(9, late("zlib").DEFLATED, 31)
-    content = text.encode()
-    digest = late("hashlib").sha256(content).hexdigest()
-    sums = [f"printf '%s  %s\\n' {digest} {source} | {tool} -c > /dev/null"
-            for tool in ("sha256sum", "shasum -a 256")]
-    lines = from_base64(source, packer.compress(content) + packer.flush(), " | gzip -dc")
-    return [*lines, f"{sums[0]} || {sums[1]} && cp {source} {target}"]
-
-
-def carried(text: str, source: str, target: str, effort: int) -> List[str]:
+def carried(text: str, source: str, target: str, effort: int) -> str:
     """Return lines that make two independent files of the text.
 
     effort 0: readable, proven by a second copy. 1: proven by its hash. 2: compressed.
     """
-    if effort == 2:
-        return packed_copy(text, source, target)
-    return [*work_copy(text, source), *proven_copy(text, source, target, effort == 1)]
+    if effort < 2:
+        return work_copy(text, source) + proven_copy(text, source, target, effort == 1)
+    zlib, content = late("zlib"), text.encode()
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return from_base64(source, packer.compress(content) + packer.flush(), " | gzip -dc") + \
+        PACKED_CHECK.format(source=source, target=target, digest=sha256(content))
 
 
 # ------------------------------ steps ------------------------------
@@ -5501,11 +5431,11 @@ def carried(text: str, source: str, target: str, effort: int) -> List[str]:
 class Step(NamedTuple):
     """One operation on its way to become lines of Bash.
 
-    lines come first; whether the operation is done is the exit status of proof.
+    script comes first; whether the operation is done is the exit status of proof.
     done says so in words, "" for what only reads: its output speaks for itself.
     """
 
-    lines: List[str]
+    script: str
     proof: str
     done: str = ""
 
@@ -5525,134 +5455,130 @@ class Job(NamedTuple):
     max_read_bytes: int
 
     @property
-    def gate(self) -> str:
-        """What a step's conditions begin with, inside their brackets."""
-        return f"-e {self.after} && " if self.after else ""
+    def file(self) -> str:
+        """The operation's path as a word of Bash; raises CannotCarryError."""
+        here = "." if self.op.kind == "list" else ""
+        return shell_path(usable_path(self.op.path or here))
+
+    def fill(self, template: str, **words: str) -> str:
+        """Put names into a template; {gate} begins the conditions within brackets."""
+        gate = f"-e {self.after} && " if self.after else ""
+        return template.format(base=self.base, gate=gate, **words)
 
 
-def ending(known: Exit, files: List[str], coded: bool) -> str:
+def ending(operation: str, code: int, files: List[str], coded: bool) -> str:
     """Return what a failed step ends with: tidy up, say so, be an error.
 
     The error is a keyword's: unlike false it cannot be replaced by a program, and the
-    CLI does not take its exit 1 for success as it does for `test` (C1).
+    CLI does not take its exit 1 for success as it does for `test` (C1). The code is
+    that of style "coded": the analyser refuses `exit` (contract/claude-code.md C2).
     """
-    tidy = ["rm -f -- " + " ".join(files)] if files else []
-    return "\n".join([*tidy, f"echo 'verification failed: {known.operation}' >&2",
-                      f"exit {known.code}" if coded else "[[ failed = done ]]"])
+    tidy = f"rm -f -- {' '.join(files)}\n" if files else ""
+    return f"{tidy}echo 'verification failed: {operation}' >&2\n" + (
+        f"exit {code}" if coded else "[[ failed = done ]]")
 
 
-def leave(job: Job, say: str, known: Exit, files: List[str]) -> str:
+def leave(job: Job, say: str, operation: str, code: int, *files: str) -> str:
     """Return what ends a command of style "coded" at once, with a code of its own."""
-    left = [*files, *([job.after] if job.after else [])]
-    return f"{{ {say}\n{ending(known, left, True)}; }}"
+    left = [*files, job.after] if job.after else [*files]
+    return f"{{ {say}\n{ending(operation, code, left, True)}; }}"
 
 
-def exists(path: str) -> str:
-    return f"-e {path} || -L {path}"
+PUT_NEW = """\
+if cmp -s {base}.check {base}.new && [[ {gate}-e {base}.check && ! -e {file} && ! -L {file} ]]\
+ && {folder}cp {base}.new {base}.copy
+then mv {base}.copy {file}"""
+PUT_OLD = """\
+if cmp -s {base}.check {base}.new && [[ {gate}-e {base}.check && -f {file} && ! -e {base}.old ]]\
+ && cmp {file} {base}.first && mv {base}.first {base}.old
+then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}"""
+FIRST = """\
+if [[ -e {file} || -L {file} ]]
+then cp {file} {base}.first
+else printf '' > {base}.first
+fi
+"""
+KEPT = "[[ -e {file} || -L {file} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2\n"
+# Two tools compare: where nothing was to be done, one broken tool must not be believed.
+SAME = ("[[ -e {base}.check ]] && cmp -s {base}.check {base}.new && cmp -s {base}.check {file}"
+        " && diff -q {base}.check {file}")
 
 
-def missing(path: str) -> str:
-    return f"! -e {path} && ! -L {path}"
-
-
-def commit(job: Job, lines: List[str], done: str, new: bool, old: bool) -> Step:
+def commit(job: Job, script: str, done: str, new: bool, old: bool) -> Step:
     """Put .new in place once .check agrees with it, and compare again.
 
     new and old say whether the target may be missing, and whether it may exist; then
-    its content is noted as .first, from which lines may work. That copy becomes the
-    backup .old, which stays if it could not be put back, and is never overwritten.
+    its content is noted as .first, from which the script may work. That copy becomes
+    the backup .old, which stays if it could not be put back, and is never overwritten.
     """
-    path = usable_path(job.op.path)
-    file, base = shell_path(path), job.base
-    agree = f"cmp -s {base}.check {base}.new"
-    ready = f"{agree} && [[ {job.gate}-e {base}.check"
-    branches = []
-    if new:
-        branches.append(
-            f"if {ready} && {missing(file)} ]] && {parent_step(path)}cp {base}.new {base}.copy\n"
-            f"then mv {base}.copy {file}")
-    if old:
-        branches.append(
-            f"if {ready} && -f {file} && ! -e {base}.old ]]"
-            f" && cmp {file} {base}.first && mv {base}.first {base}.old\n"
-            f"then cp {base}.new {file} && cmp {base}.check {file} || cp {base}.old {file}")
-        lines = [f"if [[ {exists(file)} ]]\nthen cp {file} {base}.first\n"
-                 f"else printf '' > {base}.first\nfi", *lines]
-    lines = [*lines, "\nel".join(branches) + "\nfi"]
-    if not old:
-        kept = shell_word(f"{job.op.path} holds something else, which is kept")
-        lines.append(f"[[ {exists(file)} ]] && ! cmp -s {base}.check {file} && echo {kept} >&2")
-    # Two tools compare: where nothing was to be done, one broken tool must not be believed.
-    proof = (f"[[ -e {base}.check ]] && {agree} && cmp -s {base}.check {file}"
-             f" && diff -q {base}.check {file}")
-    return Step(lines, proof, f"{done} {job.op.path}")
+    kept = shell_word(f"{job.op.path} holds something else, which is kept")
+    put = "\nel".join([PUT_NEW] * new + [PUT_OLD] * old) + "\nfi\n" + ("" if old else KEPT)
+    words = {"file": job.file, "folder": parent_step(usable_path(job.op.path)), "kept": kept}
+    first = job.fill(FIRST, **words) if old else ""
+    return Step(first + script + job.fill(put, **words), job.fill(SAME, **words),
+                f"{done} {job.op.path}")
 
 
 def create_step(job: Job) -> Step:
-    lines = carried(job.op.text, f"{job.base}.new", f"{job.base}.check", job.effort)
+    script = carried(job.op.text, f"{job.base}.new", f"{job.base}.check", job.effort)
     overwrite = job.op.kind == "write"
-    return commit(job, lines, "written" if overwrite else "created", new=True, old=overwrite)
+    return commit(job, script, "written" if overwrite else "created", new=True, old=overwrite)
+
+
+# cat makes the new content, tail its proof. A file that cannot be written to the end
+# (full disk) is removed, so that two cut copies are never taken for equal ones.
+PREPEND = """\
+cat {base}.text {base}.first > {base}.new || rm -f -- {base}.new
+tail -c +1 {base}.twin > {base}.check && tail -c +1 {base}.first >> {base}.check\
+ || rm -f -- {base}.check
+"""
+APPEND = """\
+cat {base}.first {base}.text > {base}.new || rm -f -- {base}.new
+tail -c +1 {base}.first > {base}.check || rm -f -- {base}.check
+tail -c +1 {base}.twin >> {base}.check || rm -f -- {base}.check
+"""
+# cut ends every line with a newline; tail and cmp see whether the last one has it.
+APPEND_LINE = """\
+cut -b 1- {base}.first | cat - {base}.text > {base}.new || rm -f -- {base}.new
+tail -c +1 {base}.first > {base}.check || rm -f -- {base}.check
+tail -c 1 {base}.first > {base}.last
+echo > {base}.line
+[[ -s {base}.last ]] && ! cmp -s {base}.last {base}.line && echo >> {base}.check
+tail -c +1 {base}.twin >> {base}.check || rm -f -- {base}.check
+"""
 
 
 def join_step(job: Job) -> Step:
-    """Append or prepend: cat makes the new content, tail its proof.
-
-    A file that cannot be written to the end (full disk) is removed, so that two cut
-    copies are never taken for equal ones.
-    """
-    base = job.base
-    new, check, first = f"{base}.new", f"{base}.check", f"{base}.first"
-    lines = carried(job.op.text, f"{base}.text", f"{base}.twin", job.effort)
-    if job.op.kind == "prepend":
-        lines += [f"cat {base}.text {first} > {new} || rm -f -- {new}",
-                  f"tail -c +1 {base}.twin > {check} && tail -c +1 {first} >> {check}"
-                  f" || rm -f -- {check}"]
-        return commit(job, lines, "prepended to", new=False, old=True)
-    joined, gap = f"cat {first} {base}.text", []
-    if job.op.kind == "append_line":
-        # cut ends every line with a newline; tail and cmp see whether the last one has it.
-        joined = f"cut -b 1- {first} | cat - {base}.text"
-        gap = [f"tail -c 1 {first} > {base}.last", f"echo > {base}.line",
-               f"[[ -s {base}.last ]] && ! cmp -s {base}.last {base}.line && echo >> {check}"]
-    lines += [f"{joined} > {new} || rm -f -- {new}",
-              f"tail -c +1 {first} > {check} || rm -f -- {check}", *gap,
-              f"tail -c +1 {base}.twin >> {check} || rm -f -- {check}"]
-    return commit(job, lines, "appended to", new=True, old=True)
+    """Append or prepend."""
+    kind = job.op.kind
+    script = {"prepend": PREPEND, "append": APPEND, "append_line": APPEND_LINE}[kind]
+    text = carried(job.op.text, f"{job.base}.text", f"{job.base}.twin", job.effort)
+    return commit(job, text + job.fill(script), "prepended to" if kind == "prepend"
+                  else "appended to", new=kind != "prepend", old=True)
 
 
 # What the analyser lets through in s///: printable ASCII without these.
-SED_TEXT = Pattern(r"[ -~]+")
-SED_REFUSED = Pattern(r"[;{}#/]")
+SED_TEXT = Pattern(r"(?:(?![;{}#/])[ -~])+")
 SED_OLD_SPECIAL = Pattern(r"[\\.*\[^$]")
 SED_NEW_SPECIAL = Pattern(r"[\\&]")
 
 
 def sed_text(old: str, new: str, lined: bool) -> str:
     """Return a readable s/// for the two texts or lines, or "" where there is none."""
-    for text in (old, new or ("" if lined else "x")):
-        if not SED_TEXT.fullmatch(text) or SED_REFUSED.search(text):
-            return ""
+    if not SED_TEXT.fullmatch(old + new) or (lined and not new):
+        return ""
     pattern = SED_OLD_SPECIAL.sub(r"\\\g<0>", old)
     replacement = SED_NEW_SPECIAL.sub(r"\\\g<0>", new)
     return shell_word(f"s/^{pattern}$/{replacement}/" if lined else f"s/{pattern}/{replacement}/g")
 
 
-# Stand-ins among octal bytes where whole lines are looked for: 777 begins a line, 776
-# ends one, 775 ends the file. No byte is that large.
-MARK_LINES = (r" | sed 's/ 012/ 776 012 777/g' | sed 's/^/ 777/' | sed 's/ *$/ 776 775/'")
-UNMARK_LINES = " | sed 's/ 77[5-7]//g'"
+def substitution(op: FileOp) -> Tuple[str, str, Tuple[str, ...]]:
+    """Return what a replacement or an insertion exchanges for what.
 
-
-class Substitution(NamedTuple):
-    """Old and new bytes in octal; after: what may follow the old ones and goes too."""
-
-    old: str
-    new: str
-    after: Tuple[str, ...] = ("",)
-
-
-def substitution(op: FileOp) -> Substitution:
-    """Return what a replacement or an insertion exchanges for what."""
+    These are old and new bytes in octal, and what may follow the old ones and goes too.
+    Where whole lines are looked for, 777 begins a line, 776 ends one and 775 ends the
+    file: no byte is that large.
+    """
     if not op.other:
         raise CannotCarryError("The text to look for is empty.")
     kind, lined, _ = op.kind.partition("_line")
@@ -5660,63 +5586,70 @@ def substitution(op: FileOp) -> Substitution:
     new = {"replace": text, "insert_before": text + gap + old,
            "insert_after": old + gap + text}[kind]
     if not lined:
-        return Substitution(old, new)
+        return old, new, ("",)
     old = " 777" + old.replace(" 012", " 776 012 777") + " 776"
-    if not op.text:
-        return Substitution(old, "", (" 012", " 775"))
-    return Substitution(old, f" 777{new} 776")
+    return (old, f" 777{new} 776", ("",)) if op.text else (old, "", (" 012", " 775"))
+
+
+MARK_LINES = " | sed 's/ 012/ 776 012 777/g' | sed 's/^/ 777/' | sed 's/ *$/ 776 775/'"
+UNMARK_LINES = " | sed 's/ 77[5-7]//g'"
+EXCHANGE = ("tr -d '\\n' < {base}.bytes{exchange}{unmark} | tr ' ' '\\n'"
+            " | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'")
+# sed does the work. The proof cuts the file's bytes, in octal, into occurrences and
+# single bytes with grep (leftmost first, as the edit must), numbers these lines,
+# exchanges the occurrences and sorts them back; that the octal lines were the whole
+# file is proven too, by writing them as bytes and comparing.
+REPLACE = """\
+od -An -v -to1 {base}.first | tr -s ' \\n' ' '{mark}\
+ | grep -oE '{wanted}| [0-7][0-7][0-7]' > {base}.bytes
+grep -qx '{hit}' {base}.bytes || {absent}
+{work} > {base}.new || rm -f -- {base}.new
+grep -nvx '{hit}' {base}.bytes > {base}.parts
+{kept}grep -nx '{hit}' {base}.bytes{one} | cut -d: -f1 | xargs printf '%s:{new}\\n' >> {base}.parts
+sort -n {base}.parts | cut -d: -f2-{unmark} | tr -d ' \\n' > {base}.want
+grep -qx '{hit}' {base}.bytes\
+ && cat {base}.bytes{unmark} | sed 's/ /\\\\\\\\0/g' | xargs printf '%b' | cmp - {base}.first\
+ && od -An -v -to1 {base}.new | tr -d ' \\n' | cmp - {base}.want && cp {base}.new {base}.check
+"""
+KEPT_HITS = "grep -nx '{hit}' {base}.bytes | tail -n +2 >> {base}.parts\n"
 
 
 def replace_step(job: Job) -> Step:
-    """Replace every occurrence, or insert at the first one.
-
-    sed does the work. The proof cuts the file's bytes, in octal, into occurrences and
-    single bytes with grep (leftmost first, as the edit must), numbers these lines,
-    exchanges the occurrences and sorts them back; that the octal lines were the whole
-    file is proven too, by writing them as bytes and comparing.
-    """
+    """Replace every occurrence, or insert at the first one."""
     old, new, after = substitution(job.op)
-    base, file, first = job.base, f"{job.base}.first", job.op.kind.startswith("insert")
-    lined = job.op.kind.endswith("_line")
-    mark, unmark = (MARK_LINES, UNMARK_LINES) if lined else ("", "")
-    wanted = "|".join(old + end for end in after)
-    hit = " .* .*" if len(old) > 4 else old  # only an occurrence has two bytes a line
-    script = "" if first else sed_text(job.op.other, job.op.text, lined)
-    exchange = "".join(f" | sed 's/{old}{end}/{new}/{'' if first else 'g'}'" for end in after)
-    work = f"sed {script} {file}" if script else (
-        f"tr -d '\\n' < {base}.bytes{exchange}{unmark}"
-        f" | tr ' ' '\\n' | sed 's/^[0-7]/\\\\\\\\0&/' | xargs printf '%b'"
-    )
-    hits = f"grep -nx '{hit}' {base}.bytes"
-    kept = [f"{hits} | tail -n +2 >> {base}.parts"] if first else []
-    one = " | head -n 1" if first else ""
+    insert, lined = job.op.kind.startswith("insert"), job.op.kind.endswith("_line")
     absent = "echo " + shell_word(f"the text to look for is not in {job.op.path}") + " >&2"
-    if job.coded and not first:
-        absent = leave(job, absent, REPLACE_ABSENT, [file, f"{base}.bytes"])
-    lines = [
-        f"od -An -v -to1 {file} | tr -s ' \\n' ' '{mark}"
-        f" | grep -oE '{wanted}| [0-7][0-7][0-7]' > {base}.bytes",
-        f"grep -qx '{hit}' {base}.bytes || {absent}",
-        f"{work} > {base}.new || rm -f -- {base}.new",
-        f"grep -nvx '{hit}' {base}.bytes > {base}.parts",
-        *kept,
-        f"{hits}{one} | cut -d: -f1 | xargs printf '%s:{new}\\n' >> {base}.parts",
-        f"sort -n {base}.parts | cut -d: -f2-{unmark} | tr -d ' \\n' > {base}.want",
-        f"grep -qx '{hit}' {base}.bytes"
-        f" && cat {base}.bytes{unmark} | sed 's/ /\\\\\\\\0/g' | xargs printf '%b' | cmp - {file}"
-        f" && od -An -v -to1 {base}.new | tr -d ' \\n' | cmp - {base}.want"
-        f" && cp {base}.new {base}.check",
-    ]
-    return commit(job, lines, "inserted into" if first else "replaced in", new=False, old=True)
+    if job.coded and not insert:
+        absent = leave(job, absent, "replace", 93, f"{job.base}.first", f"{job.base}.bytes")
+    script = "" if insert else sed_text(job.op.other, job.op.text, lined)
+    words = {
+        "new": new, "absent": absent, "wanted": "|".join(old + end for end in after),
+        "hit": " .* .*" if len(old) > 4 else old,  # only an occurrence has two bytes a line
+        "mark": MARK_LINES if lined else "", "unmark": UNMARK_LINES if lined else "",
+        "one": " | head -n 1" if insert else "",
+        "exchange": "".join(f" | sed 's/{old}{end}/{new}/{'' if insert else 'g'}'"
+                            for end in after)}
+    words["kept"] = job.fill(KEPT_HITS, **words) if insert else ""
+    words["work"] = f"sed {script} {job.base}.first" if script else job.fill(EXCHANGE, **words)
+    return commit(job, job.fill(REPLACE, **words), "inserted into" if insert else "replaced in",
+                  new=False, old=True)
 
 
-def delete_step(job: Job) -> Step:
-    """Delete a file, a link or an empty folder; never what a folder holds."""
-    file = shell_path(usable_path(job.op.path))
-    proof = (f"[[ {job.gate}-d {file} && ! -L {file} ]] && rmdir -- {file}"
-             f" || [[ {job.gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]]"
-             f" && rm -f -- {file} && [[ {missing(file)} ]]")
-    return Step([], proof, f"deleted {job.op.path}")
+# A file, a link or an empty folder; never what a folder holds.
+DELETE = """\
+[[ {gate}-d {file} && ! -L {file} ]] && rmdir -- {file}\
+ || [[ {gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]] && rm -f -- {file}\
+ && [[ ! -e {file} && ! -L {file} ]]"""
+
+
+# What needs no lines before its proof: it, and what is said when it holds.
+PLAIN = {"delete": (DELETE, "deleted"), "list": ("ls -la -- {file}", ""),
+         "mkdir": ("mkdir -p -- {file} && [[ -d {file} ]]", "made folder")}
+
+
+def plain_step(job: Job) -> Step:
+    proof, done = PLAIN[job.op.kind]
+    return Step("", job.fill(proof, file=job.file), done and f"{done} {job.op.path}")
 
 
 def destination(op: FileOp) -> Tuple[str, str]:
@@ -5730,69 +5663,77 @@ def destination(op: FileOp) -> Tuple[str, str]:
     return source, target
 
 
-def snapshot(path: str, target: str) -> str:
-    """Return an if-statement that notes what stands at path: names, link or bytes."""
-    return (f"if [[ -d {path} && ! -L {path} ]]\nthen ls -A -- {path} > {target}\n"
-            f"elif [[ -L {path} ]]\nthen readlink {path} > {target}\n"
-            f"else cp {path} {target}\nfi")
+# What stands at source and then at target is noted: names, link or bytes.
+RENAME = """\
+if [[ -d {source} && ! -L {source} ]]
+then ls -A -- {source} > {base}.check
+elif [[ -L {source} ]]
+then readlink {source} > {base}.check
+else cp {source} {base}.check
+fi
+if [[ {gate}-e {base}.check && ( -e {source} || -L {source} ) && ( {free} ) ]]\
+ && {folder}mv {source} {target}
+then if [[ -d {target} && ! -L {target} ]]
+then ls -A -- {target} > {base}.new
+elif [[ -L {target} ]]
+then readlink {target} > {base}.new
+else cp {target} {base}.new
+fi
+fi
+"""
+# Whether the new name is free, and the old one gone; where on macOS and Windows both
+# name one file, in another case, the folder's list tells.
+OTHER_NAME = ("! -e {target} && ! -L {target}", "[[ ! -e {source} && ! -L {source} ]]")
+OTHER_CASE = ("( ! -e {target} && ! -L {target} ) || {source} -ef {target}",
+              "ls -A -- {listed} | grep -qxF -- {name}")
 
 
 def rename_step(job: Job) -> Step:
     """Move to a free name; a second look at source and destination proves it."""
     old, new = destination(job.op)
-    source, target, base = shell_path(old), shell_path(new), job.base
-    free, gone = missing(target), f"[[ {missing(source)} ]]"
-    if old.casefold() == new.casefold():  # on macOS and Windows both name one file
-        free = f"( {free} ) || {source} -ef {target}"
-        folder, _, name = new.rpartition("/")
-        gone = f"ls -A -- {shell_path(folder or '.')} | grep -qxF -- {shell_word(name)}"
-    lines = [
-        snapshot(source, f"{base}.check"),
-        f"if [[ {job.gate}-e {base}.check && ( {exists(source)} ) && ( {free} ) ]]"
-        f" && {parent_step(new)}mv {source} {target}\nthen {snapshot(target, f'{base}.new')}\nfi",
-    ]
+    folder, _, name = new.rpartition("/")
+    words = {"source": shell_path(old), "target": shell_path(new), "folder": parent_step(new),
+             "listed": shell_path(folder or "."), "name": shell_word(name)}
+    free, gone = (job.fill(template, **words) for template in (
+        OTHER_CASE if old.casefold() == new.casefold() else OTHER_NAME))
+    script = job.fill(RENAME, free=free, **words)
     if job.coded:
-        lines.append(f"{gone} || " + leave(job, "", RENAME_KEPT, [f"{base}.check"]))
-    return Step(lines, f"cmp -s {base}.check {base}.new && {gone}", f"renamed {old} to {new}")
+        script += f"{gone} || {leave(job, '', 'rename', 98, job.base + '.check')}\n"
+    proof = job.fill("cmp -s {base}.check {base}.new && ") + gone
+    return Step(script, proof, f"renamed {old} to {new}")
+
+
+COPY = """\
+if [[ {gate}! -e {target} && ! -L {target} ]] && cp {source} {base}.new && cmp {source} {base}.new
+then {folder}mv {base}.new {target} && echo > {base}.moved
+fi
+"""
 
 
 def copy_step(job: Job) -> Step:
     """Copy a file to a free name."""
     old, new = destination(job.op)
-    source, target, base = shell_path(old), shell_path(new), job.base
-    copied = f"cp {source} {base}.new && cmp {source} {base}.new"
-    lines = [f"if [[ {job.gate}{missing(target)} ]] && {copied}\nthen {parent_step(new)}"
-             f"mv {base}.new {target} && echo > {base}.moved\nfi"]
-    return Step(lines, f"[[ -e {base}.moved ]] && cmp {source} {target}", f"copied {old} to {new}")
+    words = {"source": shell_path(old), "target": shell_path(new), "folder": parent_step(new)}
+    proof = job.fill("[[ -e {base}.moved ]] && cmp {source} {target}", **words)
+    return Step(job.fill(COPY, **words), proof, f"copied {old} to {new}")
 
 
-def mkdir_step(job: Job) -> Step:
-    folder = shell_path(usable_path(job.op.path))
-    return Step([], f"mkdir -p -- {folder} && [[ -d {folder} ]]", f"made folder {job.op.path}")
-
-
-def list_step(job: Job) -> Step:
-    folder = shell_path(usable_path(job.op.path or "."))
-    return Step([], f"ls -la -- {folder}")
-
-
-# Bytes that `file` holds for no text: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
-BINARY_OCTAL = " (00[0-6]|01[67]|02[0-7]|03[0-24-7]|177)"
+# Shows a file: a binary one is named, a long one cut, each with a notice. The bytes that
+# no text holds: controls but BEL, BS, TAB, LF, VT, FF, CR and ESC.
+BINARY = ("head -c 8000 {file} 2> /dev/null | od -An -v -to1"
+          " | grep -qE ' (00[0-6]|01[67]|02[0-7]|03[0-24-7]|177)'")
+READ = BINARY + """ && echo {binary}
+tail -c +{next} {file} 2> /dev/null | head -c 1 | od -An -to1 | grep -q '[0-7]' && echo {cut}
+""" + BINARY + " || head -c {most} {file}\n"
 
 
 def read_step(job: Job) -> Step:
-    """Show a file: a binary one is named, a long one cut, each with a notice."""
-    file, most = shell_path(usable_path(job.op.path)), job.max_read_bytes
-    binary = f"head -c 8000 {file} 2> /dev/null | od -An -v -to1 | grep -qE '{BINARY_OCTAL}'"
-    told = shell_word(f"[shim] Binary file detected: {job.op.path}")
-    cut = shell_word(f"[shim] File truncated to {most} bytes: {job.op.path}")
-    lines = [
-        f"{binary} && echo {told}",
-        f"tail -c +{most + 1} {file} 2> /dev/null | head -c 1 | od -An -to1"
-        f" | grep -q '[0-7]' && echo {cut}",
-        f"{binary} || head -c {most} {file}",
-    ]
-    return Step(lines, f"[[ -f {file} && -r {file} ]]")
+    file, most, path = job.file, job.max_read_bytes, job.op.path
+    return Step(READ.format(
+        file=file, most=most, next=most + 1,
+        binary=shell_word(f"[shim] Binary file detected: {path}"),
+        cut=shell_word(f"[shim] File truncated to {most} bytes: {path}"),
+    ), f"[[ -f {file} && -r {file} ]]")
 
 
 def run_step(job: Job) -> Step:
@@ -5800,7 +5741,7 @@ def run_step(job: Job) -> Step:
     if not job.op.words:
         raise CannotCarryError("The operation names no command.")
     words = (word if PLAIN_WORD.fullmatch(word) else shell_word(word) for word in job.op.words)
-    return Step([], " ".join(words))
+    return Step("", " ".join(words))
 
 
 # ------------------------------ whole commands ------------------------------
@@ -5809,106 +5750,97 @@ def run_step(job: Job) -> Step:
 TEMPORARY = Pattern(r"\.shim-[0-9a-f]{6}\.[a-z0-9]+")
 # Rejected by the CLI in every mode (C1).
 FORBIDDEN_IN_COMMAND = Pattern("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-COMPARED = "; a second copy or a hash of the content proves it"
-CHECKED = "; other tools prove the whole result"
-FREE = " if that name is free; its content is compared"
 
 
-class Recipe(NamedTuple):
-    """How one kind of FileOp is built, and said in words."""
-
-    build: Callable[[Job], Step]
-    exit: Exit
-    words: str
-
-
-INSERT = Exit("insert", 96)
+# How a kind of FileOp is built, what its failure is called, its exit code in style
+# "coded", and it in words.
+Recipe = Tuple[Callable[[Job], Step], str, int, str]
 RECIPES: Dict[str, Recipe] = {
-    "create": Recipe(create_step, Exit("create", 91),
-                     "Create {path}, keeping other content that is there" + COMPARED),
-    "write": Recipe(create_step, Exit("write", 91), "Write {path}" + COMPARED),
-    "append": Recipe(join_step, Exit("append", 92), "Append to {path}" + COMPARED),
-    "append_line": Recipe(join_step, Exit("append", 92), "Append a line to {path}" + COMPARED),
-    "prepend": Recipe(join_step, INSERT, "Put text at the top of {path}" + COMPARED),
-    "replace": Recipe(replace_step, Exit("replace", 94),
-                      "Replace every {old} by {new} in {path}" + CHECKED),
-    "insert_before": Recipe(replace_step, INSERT,
-                            "Insert {new} before the first {old} in {path}" + CHECKED),
-    "insert_after": Recipe(replace_step, INSERT,
-                           "Insert {new} after the first {old} in {path}" + CHECKED),
-    "replace_line": Recipe(replace_step, Exit("replace", 94),
-                           "Replace every line {old} by {new} in {path}" + CHECKED),
-    "insert_before_line": Recipe(replace_step, INSERT,
-                                 "Insert {new} before the first line {old} in {path}" + CHECKED),
-    "insert_after_line": Recipe(replace_step, INSERT,
-                                "Insert {new} after the first line {old} in {path}" + CHECKED),
-    "rename": Recipe(rename_step, Exit("rename", 99), "Rename {path} to {other}" + FREE),
-    "copy": Recipe(copy_step, Exit("copy", 99), "Copy {path} to {other}" + FREE),
-    "delete": Recipe(delete_step, Exit("delete", 97),
-                     "Delete {path} (a folder only if empty) and check that it is gone"),
-    "mkdir": Recipe(mkdir_step, Exit("mkdir", 100),
-                    "Create the folder {path} and check that it is one"),
-    "list": Recipe(list_step, Exit("list", 95), "List {path}"),
-    "read": Recipe(read_step, Exit("read", 95), "Show {path}"),
-    "run": Recipe(run_step, Exit("run", 95), "Run {words}"),
+    "create": (create_step, "create", 91, "Create {path}, keeping other content that is there"),
+    "write": (create_step, "write", 91, "Write {path}"),
+    "append": (join_step, "append", 92, "Append to {path}"),
+    "append_line": (join_step, "append", 92, "Append a line to {path}"),
+    "prepend": (join_step, "insert", 96, "Put text at the top of {path}"),
+    "replace": (replace_step, "replace", 94, "Replace every {old} by {new} in {path}"),
+    "insert_before": (replace_step, "insert", 96, "Insert {new} before the first {old} in {path}"),
+    "insert_after": (replace_step, "insert", 96, "Insert {new} after the first {old} in {path}"),
+    "rename": (rename_step, "rename", 99, "Rename {path} to {other}"),
+    "copy": (copy_step, "copy", 99, "Copy {path} to {other}"),
+    "delete": (plain_step, "delete", 97,
+               "Delete {path} (a folder only if empty) and check that it is gone"),
+    "mkdir": (plain_step, "mkdir", 100, "Create the folder {path} and check that it is one"),
+    "list": (plain_step, "list", 95, "List {path}"),
+    "read": (read_step, "read", 95, "Show {path}"),
+    "run": (run_step, "run", 95, "Run {words}"),
 }
+COMPARED = "; a second copy or a hash of the content proves it"
+FREE = " if that name is free; its content is compared"
+PROVEN: Dict[object, str] = {
+    create_step: COMPARED, join_step: COMPARED, rename_step: FREE, copy_step: FREE,
+    replace_step: "; other tools prove the whole result"}
+
+
+def recipe_of(op: FileOp) -> Recipe:
+    """Return the recipe of a kind; replacing and inserting have one for texts and lines."""
+    return RECIPES.get(op.kind) or RECIPES[op.kind.partition("_line")[0]]
 
 
 def brief(text: str) -> str:
     """Return text for a description: one line, at most 60 characters."""
-    line = WIDE_REFUSED.sub(" ", CONTROL.sub(" ", " ".join(text[:400].split())))
+    line = WIDE_REFUSED.sub(" ", FORBIDDEN_IN_COMMAND.sub(" ", " ".join(text[:400].split())))
     return line if len(line) <= 60 else line[:57] + "..."
 
 
 def in_words(op: FileOp) -> str:
-    return RECIPES[op.kind].words.format(
+    build, _, _, words = recipe_of(op)
+    line = "line " if op.kind.endswith("_line") else ""
+    return words.format(
         path=brief(op.path or "."), other=brief(op.other), words=brief(" ".join(op.words)),
-        old=f'"{brief(op.other)}"', new=f'"{brief(op.text)}"',
-    )
+        old=f'{line}"{brief(op.other)}"', new=f'"{brief(op.text)}"',
+    ) + PROVEN.get(build, "")
 
 
-def temporary_files(job: Job, step: Step) -> List[str]:
-    """Return the temporary files that a step names, and its predecessor's."""
-    found = TEMPORARY.findall("\n".join([*step.lines, step.proof]))
-    own = {name for name in found if name.startswith(job.base + ".")}
-    return sorted(own) + ([job.after] if job.after else [])
+BACKUP_KEPT = """\
+cmp -s {base}.old {file} && rm -f -- {base}.old
+[[ -e {base}.old ]] && echo 'the old content is in {base}.old' >&2
+"""
 
 
 def failure(job: Job, files: List[str]) -> str:
     """Return what runs when a proof fails; a backup goes only if it is not needed."""
-    lines, backup = [], f"{job.base}.old"
-    if backup in files:
-        file = shell_path(usable_path(job.op.path))
-        lines = [f"cmp -s {backup} {file} && rm -f -- {backup}",
-                 f"[[ -e {backup} ]] && echo 'the old content is in {backup}' >&2"]
+    _, operation, code, _ = recipe_of(job.op)
+    backup = f"{job.base}.old"
     others = [name for name in files if name != backup]
-    return "\n".join([*lines, ending(RECIPES[job.op.kind].exit, others, job.coded)])
+    return (job.fill(BACKUP_KEPT, file=job.file) if backup in files else "") + \
+        ending(operation, code, others, job.coded)
 
 
 def finished(job: Job, step: Step, last: bool) -> str:
     """Return a step's lines; one that is not the last leaves a file that says: done."""
-    mark = f"echo > {job.base}.done"
-    gate = [f"[[ -e {job.after} ]]"] if job.after else []
+    named = set(TEMPORARY.findall(step.script + step.proof))
+    files = sorted(name for name in named if name.startswith(job.base + "."))
+    ready = []
+    if job.after:
+        files.append(job.after)
+        ready = [f"[[ -e {job.after} ]]"]
+    tidy = [f"rm -f -- {' '.join(files)}"] if files else []
+    mark = [] if last else [f"echo > {job.base}.done"]
     if not step.done:
-        gate += [f"rm -f -- {job.after}"] if job.after else []
-        return "\n".join([*step.lines, " && ".join([*gate, step.proof, *([] if last else [mark])])])
-    files = temporary_files(job, step)
-    tidy = [f"rm -f -- {' '.join(files)}", f"[[ ! -e {files[0]} ]]"] if files else []
-    return "\n".join([
-        *step.lines, f"if {' && '.join([*gate, step.proof, *tidy])}",
-        f"then echo {shell_word(step.done)}", *([] if last else [mark]),
-        "else", failure(job, files), "fi",
-    ])
+        return step.script + " && ".join([*ready, *tidy, step.proof, *mark])
+    tidy += [f"[[ ! -e {files[0]} ]]"] if files else []
+    return step.script + "\n".join([
+        f"if {' && '.join([*ready, step.proof, *tidy])}", f"then echo {shell_word(step.done)}",
+        *mark, "else", failure(job, files), "fi"])
 
 
 def build(ops: Sequence[FileOp], effort: int, coded: bool, max_read_bytes: int) -> str:
     """Return the lines of all operations, each one's success the condition of the next."""
     parts, after = [], ""
     for place, op in enumerate(ops):
-        digest = late("hashlib").sha256(repr((place, op)).encode()).hexdigest()
-        job = Job(op, f".shim-{digest[:6]}", after, effort, coded, max_read_bytes)
-        parts.append(finished(job, RECIPES[op.kind].build(job), place == len(ops) - 1))
-        after = f"{job.base}.done"
+        base = f".shim-{sha256(repr((place, op)).encode())[:6]}"
+        job = Job(op, base, after, effort, coded, max_read_bytes)
+        parts.append(finished(job, recipe_of(op)[0](job), place == len(ops) - 1))
+        after = f"{base}.done"
     return "\n".join(parts)
 
 
@@ -5919,28 +5851,24 @@ def bash_bytes(command: str) -> int:
 
 # Efforts to make a command fit, with the limit under which each is taken: readable and
 # approvable first, then whatever bash can take.
-EFFORTS: Tuple[Tuple[int, Callable[[str], bool]], ...] = (
-    (0, lambda command: len(command) <= MAX_APPROVABLE_CHARS),
-    (1, lambda command: len(command) <= MAX_APPROVABLE_CHARS),
-    (0, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
-    (1, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
-    (2, lambda command: bash_bytes(command) <= MAX_BASH_BYTES),
-)
+EFFORTS: Tuple[Tuple[int, Callable[[str], int], int], ...] = (
+    (0, len, MAX_APPROVABLE_CHARS), (1, len, MAX_APPROVABLE_CHARS),
+    (0, bash_bytes, MAX_BASH_BYTES), (1, bash_bytes, MAX_BASH_BYTES),
+    (2, bash_bytes, MAX_BASH_BYTES))
 
 
 def commands_for(
-    ops: Sequence[FileOp], style: str = "plain", max_read_bytes: int = 200000
+    ops: Sequence[FileOp], style: str = "plain", max_read_bytes: int = 200000,
 ) -> ShellCommand:
     """Return one command for all operations; the first that fails ends it.
 
     style is "plain" or "coded" (the exit codes of RECIPES). Raises CannotCarryError with a
     sentence when there is no operation, a name is unusable or the content too long.
     """
-    coded = style == "coded"
     try:
-        for effort, fits in EFFORTS:
-            command = build(ops, effort, coded, max_read_bytes)
-            if fits(command):
+        for effort, size, limit in EFFORTS:
+            command = build(ops, effort, style == "coded", max_read_bytes)
+            if size(command) <= limit:
                 break
         else:
             raise CannotCarryError("The content is too long for a shell command.")
@@ -5953,13 +5881,6 @@ def commands_for(
     return ShellCommand(command, "; ".join(in_words(op) for op in ops))
 
 
-def command_for(
-    op: FileOp, style: str = "plain", max_read_bytes: int = 200000
-) -> ShellCommand:
-    """Return the command for one operation; see commands_for."""
-    return commands_for((op,), style, max_read_bytes)
-
-
 # ------------------------------ the client's tools ------------------------------
 
 SHELL_NAMES = ("Bash", "run_shell_command")
@@ -5968,37 +5889,24 @@ WRITE_NAMES = ("Write", "write_file")
 FILLED_KEYS = {"command", "description", "is_background"}
 
 
-def requires_text(tool: Tool, keys: AbstractSet[str], needed: str) -> bool:
-    """Say whether a tool requires the text `needed` and nothing beyond keys."""
-    properties = tool.schema.get("properties")
-    required = tool.schema.get("required")
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        return False
-    about = properties.get(needed)
-    return (needed in required and set(required) <= keys
-            and isinstance(about, dict) and about.get("type") == "string")
+def tool_for(
+    tools: Mapping[str, Tool], names: Sequence[str], keys: AbstractSet[str], needed: str,
+) -> Optional[Tool]:
+    """Return the first tool of these that requires the text `needed`, nothing beyond keys."""
+    for name in names:
+        schema = tools[name].schema if name in tools else {}
+        required = schema.get("required")
+        about = _mapping(_mapping(schema.get("properties")).get(needed))
+        if isinstance(required, list) and needed in required and set(required) <= keys \
+                and about.get("type") == "string":
+            return tools[name]
+    return None
 
 
 def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     """Return the client's shell: Bash, run_shell_command, or one that looks like it."""
-    known = [tools[name] for name in SHELL_NAMES if name in tools]
-    alike = [tool for name, tool in tools.items() if SHELL_LIKE.search(name)]
-    return next((tool for tool in known + alike
-                 if requires_text(tool, FILLED_KEYS, "command")), None)
-
-
-def write_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
-    """Return the client's tool that writes a whole file."""
-    known = (tools[name] for name in WRITE_NAMES if name in tools)
-    return next((tool for tool in known
-                 if requires_text(tool, {"file_path", "content"}, "content")), None)
-
-
-def shell_call(tool: Tool, command: ShellCommand) -> Tuple[str, Json]:
-    """Return the call that runs the command, with the keys that the tool has."""
-    values: Json = {"command": command.command, "description": command.description,
-                    "is_background": False}
-    return tool.name, {key: values[key] for key in values if key in tool.schema["properties"]}
+    alike = [name for name in tools if SHELL_LIKE.search(name)]
+    return tool_for(tools, [*SHELL_NAMES, *alike], FILLED_KEYS, "command")
 
 
 def rescue_call(
@@ -6015,33 +5923,30 @@ def rescue_call(
     shell = shell_tool(tools)
     if shell is None:
         return None
-    writer = write_tool(tools)
-    lone = ops[0] if len(ops) == 1 and ops[0].kind in ("create", "write") else None
+    writer = tool_for(tools, WRITE_NAMES, {"file_path", "content"}, "content")
+    if len(ops) != 1 or ops[0].kind not in ("create", "write"):
+        writer = None
     try:
         command = commands_for(ops, style, max_read_bytes)
     except CannotCarryError:
-        if writer is None or lone is None or not (is_new or lone.kind == "write"):
-            raise
-        return write_call(writer, lone, cwd)
-    if writer and lone and is_new and len(command.command) > MAX_APPROVABLE_CHARS:
-        return write_call(writer, lone, cwd)
-    return shell_call(shell, command)
+        if writer and (is_new or ops[0].kind == "write"):
+            return write_call(writer, ops[0], cwd)
+        raise
+    if writer and is_new and len(command.command) > MAX_APPROVABLE_CHARS:
+        return write_call(writer, ops[0], cwd)
+    values = {**command._asdict(), "is_background": False}
+    return shell.name, {key: values[key] for key in values if key in shell.schema["properties"]}
 
 
 # What the CLI would decode in an input: an odd number of backslashes, u, four digits.
-UNICODE_ESCAPE = Pattern(r"(\\+)(?=u[0-9a-fA-F]{4})")
-
-
-def undecoded(match: re.Match[str]) -> str:
-    run = match.group()
-    return run[:-1] + "\\u005c" if len(run) % 2 else run
+UNICODE_ESCAPE = Pattern(r"(?<!\\)((?:\\\\)*)\\(?=u[0-9a-fA-F]{4})")
 
 
 def write_call(tool: Tool, op: FileOp, cwd: str) -> Tuple[str, Json]:
     """Return the call of a Write tool; it wants an absolute path."""
     path = usable_path(op.path)
     absolute = path.startswith(("/", "~/")) or not cwd
-    text = UNICODE_ESCAPE.sub(undecoded, op.text) if tool.name == "Write" else op.text
+    text = UNICODE_ESCAPE.sub(r"\1\\u005c", op.text) if tool.name == "Write" else op.text
     return tool.name, {"file_path": path if absolute else f"{cwd.rstrip('/')}/{path}",
                        "content": text}
 
@@ -6179,7 +6084,7 @@ CLOSING = {
 }
 BRACKET = Pattern(r"[(\[{]")
 UNPAIRED = Pattern("[\"`\u201c\u201d\u00ab\u00bb]")
-FENCE_LINE = Pattern(r"(?P<before>)(?P<indent>[ \t]*)(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)")
+FENCE_OPENING = Pattern(r"(?P<before>)(?P<indent>[ \t]*)(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)")
 FENCE_IN_LINE = Pattern(
     r"(?P<before>.*\S)(?P<indent>)[ \t]+(?P<mark>`{3,})(?P<info>[\w+-]*)[ \t]*\r?")
 # What stands after a closing fence in its line: "``` in a.txt" goes on with the request.
@@ -6231,7 +6136,7 @@ def _split_fences(text: str) -> Tuple[str, Tuple[Fence, ...]]:
     fences: List[Fence] = []
     opened: Optional[re.Match[str]] = None
     for line in text.split("\n"):
-        mark = FENCE_LINE.fullmatch(line)
+        mark = FENCE_OPENING.fullmatch(line)
         if opened is None:
             opened = mark or (FENCE_IN_LINE.fullmatch(line) if line.count("```") == 1 else None)
             before = opened["before"] if opened else line
@@ -7692,17 +7597,18 @@ class Usage(NamedTuple):
 
     input_tokens: int = 0
     output_tokens: int = 0
-    cache_read: int = 0
-    cache_creation: int = 0
-
-    def payload(self) -> Json:
-        return {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens,
-                "cache_read_input_tokens": self.cache_read,
-                "cache_creation_input_tokens": self.cache_creation}
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
 
 
 # Thinking is echoed with its signature, which nobody here checks (CC A6).
 SIGNATURE = "cXdlbmNvZGU="
+TEXT_BLOCK: Json = {"type": "text", "text": ""}
+THINKING_BLOCK: Json = {"type": "thinking", "thinking": "", "signature": ""}
+# The type and the key of what fills a block.
+DELTA_KINDS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+               "signature": ("signature_delta", "signature"),
+               "tool_use": ("input_json_delta", "partial_json")}
 
 
 class StreamTranslator:
@@ -7715,98 +7621,71 @@ class StreamTranslator:
     def __init__(self, message_id: str, model: str, new_id: Callable[[], str]) -> None:
         self._message_id, self._model, self._new_id = message_id, model, new_id
         self._index = -1
-        self._open = ""
+        self.open = ""  # kind of the open block
         self.call_ids: List[str] = []
-
-    @property
-    def in_text(self) -> bool:
-        return self._open == "text"
 
     def start(self, usage: Usage) -> Event:
         return Event("message_start", {"type": "message_start", "message": {
             "id": self._message_id, "type": "message", "role": "assistant", "model": self._model,
-            "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage.payload()}})
+            "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage._asdict()}})
 
-    def translate(self, deltas: Iterable[Delta]) -> List[Event]:
-        events: List[Event] = []
+    def translate(self, deltas: Iterable[Delta]) -> Events:
+        events: Events = []
         for delta in deltas:
-            TRANSLATIONS[type(delta)](self, delta, events)
+            if isinstance(delta, (TextDelta, ThinkingDelta)):
+                block = TEXT_BLOCK if isinstance(delta, TextDelta) else THINKING_BLOCK
+                if self.open != block["type"]:
+                    self._open_block(block, events)
+                events.append(self._delta(block["type"], delta.text))
+            elif isinstance(delta, CallInput):
+                events.append(self._delta("tool_use", delta.json))
+            elif isinstance(delta, CallEnd):
+                self._close_block(events)
+            else:
+                self._call(delta, events)
         return events
 
-    def _open_block(self, kind: str, block: Json, events: List[Event]) -> None:
+    def _open_block(self, block: Json, events: Events) -> None:
         self._close_block(events)
         self._index += 1
-        self._open = kind
+        self.open = block["type"]
         events.append(Event("content_block_start", {
             "type": "content_block_start", "index": self._index, "content_block": block}))
 
-    def _close_block(self, events: List[Event]) -> None:
-        if not self._open:
-            return
-        if self._open == "thinking":
-            events.append(self._delta("signature_delta", "signature", SIGNATURE))
-        self._open = ""
-        events.append(Event("content_block_stop",
-                            {"type": "content_block_stop", "index": self._index}))
+    def _close_block(self, events: Events) -> None:
+        if self.open == "thinking":
+            events.append(self._delta("signature", SIGNATURE))
+        if self.open:
+            events.append(Event("content_block_stop",
+                                {"type": "content_block_stop", "index": self._index}))
+        self.open = ""
 
-    def _delta(self, kind: str, key: str, text: str) -> Event:
+    def _delta(self, block: str, text: str) -> Event:
+        kind, key = DELTA_KINDS[block]
         return Event("content_block_delta", {
             "type": "content_block_delta", "index": self._index,
             "delta": {"type": kind, key: text}})
 
-    def _text(self, delta: TextDelta, events: List[Event]) -> None:
-        if self._open != "text":
-            self._open_block("text", {"type": "text", "text": ""}, events)
-        events.append(self._delta("text_delta", "text", delta.text))
-
-    def _thinking(self, delta: ThinkingDelta, events: List[Event]) -> None:
-        if self._open != "thinking":
-            block = {"type": "thinking", "thinking": "", "signature": ""}
-            self._open_block("thinking", block, events)
-        events.append(self._delta("thinking_delta", "thinking", delta.text))
-
-    def _call_start(self, delta: Union[Call, CallStart], events: List[Event]) -> None:
-        call_id = self._new_id()
-        self.call_ids.append(call_id)
-        self._open_block("tool_use", {
-            "type": "tool_use", "id": call_id, "name": delta.name, "input": {}}, events)
-
-    def _call_input(self, delta: CallInput, events: List[Event]) -> None:
-        events.append(self._delta("input_json_delta", "partial_json", delta.json))
-
-    def _call_end(self, _delta: CallEnd, events: List[Event]) -> None:
-        self._close_block(events)
-
-    def _call(self, delta: Call, events: List[Event]) -> None:
-        self._call_start(delta, events)
-        self._call_input(CallInput(to_json(delta.input)), events)
-        self._close_block(events)
+    def _call(self, delta: Union[Call, CallStart], events: Events) -> None:
+        self.call_ids.append(self._new_id())
+        self._open_block({"type": "tool_use", "id": self.call_ids[-1], "name": delta.name,
+                          "input": {}}, events)
+        if isinstance(delta, Call):
+            events.append(self._delta("tool_use", to_json(delta.input)))
+            self._close_block(events)
 
     def keep_alive(self) -> Event:
         """Make an event that the CLI counts as life: pings do not (CC B3)."""
-        kinds = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
-                 "tool_use": ("input_json_delta", "partial_json")}
-        if self._open:
-            return self._delta(*kinds[self._open], "")
-        return Event("message_delta", {
+        return self._delta(self.open, "") if self.open else Event("message_delta", {
             "type": "message_delta", "delta": {}, "usage": {"output_tokens": 0}})
 
-    def finish(self, reason: str, stop_sequence: Optional[str], usage: Usage) -> List[Event]:
-        events: List[Event] = []
+    def finish(self, reason: str, stop_sequence: Optional[str], usage: Usage) -> Events:
+        events: Events = []
         self._close_block(events)
-        events.append(Event("message_delta", {
+        return [*events, Event("message_delta", {
             "type": "message_delta",
             "delta": {"stop_reason": reason, "stop_sequence": stop_sequence},
-            "usage": usage.payload()}))
-        events.append(Event("message_stop", {"type": "message_stop"}))
-        return events
-
-
-TRANSLATIONS: Dict[type, Callable[[StreamTranslator, Any, List[Event]], None]] = {
-    TextDelta: StreamTranslator._text, ThinkingDelta: StreamTranslator._thinking,
-    Call: StreamTranslator._call, CallStart: StreamTranslator._call_start,
-    CallInput: StreamTranslator._call_input, CallEnd: StreamTranslator._call_end,
-}
+            "usage": usage._asdict()}), Event("message_stop", {"type": "message_stop"})]
 
 
 def error_event(error: ShimError) -> Event:
@@ -7821,40 +7700,33 @@ def fold(events: Iterable[Event]) -> Json:
     A call that the model left unfinished gets the input {}.
     """
     message: Json = {}
-    pieces: Dict[int, List[str]] = {}
+    pieces: List[str] = []
     for name, payload in events:
         if name == "message_start":
             message = {**payload["message"], "content": []}
         elif name == "content_block_start":
-            message["content"].append(dict(payload["content_block"]))
-            pieces[payload["index"]] = []
+            message["content"].append({**payload["content_block"]})
+            pieces = []
         elif name == "content_block_delta":
-            _fold_delta(message["content"][payload["index"]], payload["delta"],
-                        pieces[payload["index"]])
+            _, (key, text) = payload["delta"].items()
+            if key == "signature":
+                message["content"][-1][key] = text
+            else:
+                pieces.append(text)
         elif name == "content_block_stop":
-            _fold_block(message["content"][payload["index"]], pieces.pop(payload["index"]))
+            _fold_block(message["content"][-1], "".join(pieces))
         elif name == "message_delta" and payload["delta"]:
             message.update(payload["delta"])
             message["usage"] = {**message["usage"], **payload["usage"]}
     return message
 
 
-def _fold_delta(block: Json, delta: Json, pieces: List[str]) -> None:
-    if delta["type"] == "signature_delta":
-        block["signature"] = delta["signature"]
-    else:
-        pieces.append(str(delta.get("text", delta.get("thinking", delta.get("partial_json", "")))))
-
-
-def _fold_block(block: Json, pieces: List[str]) -> None:
-    joined = "".join(pieces)
+def _fold_block(block: Json, joined: str) -> None:
     if block["type"] != "tool_use":
         block[block["type"]] = joined
         return
-    try:
+    with contextlib.suppress(ValueError):
         block["input"] = json.loads(joined or "{}")
-    except ValueError:
-        block["input"] = {}
 
 
 # ------------------------------ answers without the model ------------------------------
@@ -7865,7 +7737,7 @@ class LocalAnswer(NamedTuple):
 
     rule: str
     text: str
-    stop_reason: str = "end_turn"
+    stop_reason: str
 
 
 TITLE_WORDS, TITLE_CHARS = 7, 50
@@ -7887,40 +7759,39 @@ def is_title_request(request: Request) -> bool:
         and bool(SESSION_TEXT.search(last_user_text(request)))
 
 
-def _title(request: Request) -> LocalAnswer:
+def _title(request: Request) -> str:
     found = SESSION_TEXT.search(last_user_text(request))
     words = (found.group(1) if found else "").split()
     title = " ".join(words[:TITLE_WORDS])[:TITLE_CHARS].strip()
-    return LocalAnswer("title", to_json({"title": title or "Session"}))
+    return to_json({"title": title or "Session"})
 
 
-def _safety(_request: Request) -> LocalAnswer:
+def _safety(_request: Request) -> str:
     raise ForbiddenError(
         "Auto mode's safety check is not answered by a local model. Start claude with"
         " --permission-mode default, acceptEdits or plan.")
 
 
 # One row for each kind of background request that would push the conversation out of
-# the model's cache (OL 5b): name, how it is recognised, the answer.
+# the model's cache (OL 5b): name, how it is recognised, the answer and how it ends.
 LOCAL_RULES: Tuple[
-    Tuple[str, Callable[[Request], bool], Callable[[Request], LocalAnswer]], ...] = (
-    ("title", is_title_request, _title),
-    ("probe", lambda request: request.max_tokens == 1,
-     lambda request: LocalAnswer("probe", ".", "max_tokens")),
+    Tuple[str, Callable[[Request], bool], Callable[[Request], str], str], ...] = (
+    ("title", is_title_request, _title, "end_turn"),
+    ("probe", lambda request: request.max_tokens == 1, lambda request: ".", "max_tokens"),
     ("suggestion", lambda request: last_user_text(request).startswith(SUGGESTION_START),
-     lambda request: LocalAnswer("suggestion", "")),
+     lambda request: "", "end_turn"),
     ("safety", lambda request: any(SAFETY_CHECK_START in text for text in request.system),
-     _safety),
+     _safety, ""),
 )
 
 
 def local_answer(request: Request, config: Config) -> Optional[LocalAnswer]:
     """Answer a background request here, or None where the model must."""
-    for name, fits, answer in LOCAL_RULES:
+    for name, fits, answer, stop_reason in LOCAL_RULES:
         if name in config.local_answers and fits(request):
             if name == "title" and config.small_model:
                 return None
-            return answer(request)
+            return LocalAnswer(name, answer(request), stop_reason)
     return None
 
 
@@ -7946,21 +7817,11 @@ class StopScanner:
         self._held = ""
 
     def feed(self, text: str) -> Tuple[str, Optional[str]]:
-        if not self._held:
-            for character in self._begin:
-                if character in text:
-                    break
-            else:
-                return text, None  # nearly every token
-        text = self._held + text
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            at, stop = min(found)
-            self._held = ""
-            return text[:at], stop
-        keep = max(held_prefix(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep:]
-        return text[:len(text) - keep], None
+        if not self._held and self._begin.isdisjoint(text):
+            return text, None  # nearly every token
+        text, stop, rest = split_at(self._held + text, self._stops)
+        self._held = "" if stop else rest
+        return text, stop or None
 
     def close(self) -> str:
         held, self._held = self._held, ""
@@ -7991,52 +7852,39 @@ CUT_BEFORE_ANYTHING = (
 OWN_FORMATS = ("tool_call", "function_xml")
 
 
-class TurnTools(NamedTuple):
-    """What a turn may do beyond translating.
-
-    rescue(answer) returns a call and its rule, or None; it is asked once, at the end.
-    """
-
-    offered: Mapping[str, Tool]
-    text_calls: bool
-    stream_inputs: bool
-    rescue: Callable[[str], Optional[Call]]
-
-
 class Turn:
     """One request from Ollama's first byte to the last event.
 
     The only place that composes decoder, parser, rescue and translator. feed() and
     close() return the events that became certain; afterwards `done` says that the
     stream ended well, `error` that it cannot go on. message_start and keep-alives are
-    the caller's, who has the clock.
+    the caller's, who has the clock. rescue(answer) returns a call and its rule, or None;
+    it is asked once, at the end.
     """
 
-    def __init__(
-        self, decoder: ChatDecoder, translator: StreamTranslator, tools: TurnTools,
-        stops: Sequence[str], usage_of: Callable[[Finish, int], Usage],
-    ) -> None:
-        verbatim = isinstance(decoder, GenerateDecoder)
-        self._decoder, self._translator, self._tools = decoder, translator, tools
-        self._parser = ToolTextParser(tools.offered, stream_inputs=tools.stream_inputs and verbatim,
-                                      enabled=tools.text_calls)
-        self._stops, self._ends = tuple(stops), CHATML_ENDS if verbatim else ()
-        self._scanner = StopScanner(self._stops + self._ends)
-        self._blank = ""
-        self._text: List[str] = []
-        self._shown_chars = 0
-        self._unfinished = False
-        self._usage_of = usage_of
-        self.calls: List[Tuple[str, str]] = []
-        self.done = False
-        self.error: Optional[ShimError] = None
-        self.finish: Optional[Finish] = None
-        self.stop_reason = ""
-        self.usage = Usage()
+    done = False
+    error: Optional[ShimError] = None
+    finish: Optional[Finish] = None
+    stop_reason = ""
+    usage = Usage()
+    _shown_chars = 0
+    _unfinished = False
+    _blank = ""
 
-    @property
-    def model(self) -> str:
-        return self._decoder.model
+    def __init__(
+        self, decoder: ChatDecoder, translator: StreamTranslator, tools: Mapping[str, Tool],
+        stops: Sequence[str], usage_of: Callable[[Finish, int], Usage],
+        *, rescue: Callable[[str], Optional[Call]], text_calls: bool = True,
+    ) -> None:
+        self._decoder, self._translator, self._tools = decoder, translator, tools
+        self._usage_of, self._rescue = usage_of, rescue
+        self._parser = ToolTextParser(tools, stream_inputs=decoder.verbatim, enabled=text_calls)
+        self._ends = CHATML_ENDS if decoder.verbatim else ()
+        self._scanner = StopScanner([*stops, *self._ends])
+        self._text: List[str] = []
+        self._events: Events = []
+        self.calls: List[Tuple[str, str]] = []
+        self.model = decoder.model
 
     @property
     def heard(self) -> bool:
@@ -8050,86 +7898,64 @@ class Turn:
     @property
     def raw(self) -> Optional[str]:
         """The model's own text up to its end, where the dialect brings it."""
-        if not isinstance(self._decoder, GenerateDecoder):
-            return None
-        return str(CHATML_END.split(self._decoder.raw, 1)[0])
+        return str(CHATML_END.split(self._decoder.raw, 1)[0]) if self._decoder.verbatim else None
 
-    @property
-    def call_ids(self) -> Tuple[str, ...]:
-        return tuple(self._translator.call_ids)
-
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> Events:
         return self._take(self._decoder.feed(data))
 
-    def close(self) -> List[Event]:
+    def close(self) -> Events:
         """The upstream's stream ended."""
         return self._take(self._decoder.close())
 
-    def _take(self, parts: List[Part]) -> List[Event]:
-        events: List[Event] = []
+    def _take(self, parts: Parts) -> Events:
         for part in parts:
             if self.done or self.error:
                 break
             if isinstance(part, TextDelta):
-                self._take_text(part.text, events)
+                text, stop = self._scanner.feed(part.text)
+                self._show(self._parser.feed(text))
+                if stop is not None:
+                    self._end(Finish("stop"), None if stop in self._ends else stop)
             elif isinstance(part, ThinkingDelta):
-                self._show(self._parser.thought(part.text), events)
-            elif isinstance(part, NativeCall):
-                self._take_call(part, events)
+                self._show(self._parser.thought(part.text))
             elif isinstance(part, Finish):
-                self._end(part, None, events)
-            else:
-                self._show(self._parser.feed(self._scanner.close()), events)
-                self._show(self._parser.close("error"), events)
+                self._end(part, None)
+            elif isinstance(part, Failure):
+                self._release("error")
                 self.error = part.error
+            elif resolve_tool(part.name, self._tools):
+                self._show(self._parser.native(part.name, part.arguments))
+            else:  # Ollama's parsers do not look whether a tool is offered (OL 8)
+                self._show(self._parser.feed(call_markup(part.name, part.arguments)))
+        events, self._events = self._events, []
         return events
 
-    def _take_call(self, call: NativeCall, events: List[Event]) -> None:
-        """Pass a call on; one of a tool that is not offered is shown as it was meant.
+    def _release(self, reason: str) -> None:
+        """Show what was held back: nothing follows."""
+        self._show(self._parser.feed(self._scanner.close()))
+        self._show(self._parser.close(reason))
 
-        Ollama's parsers do not look whether a tool exists (OL 8).
-        """
-        if resolve_tool(call.name, self._tools.offered):
-            self._show(self._parser.native(call.name, call.arguments), events)
-        else:
-            self._show(self._parser.feed(call_markup(call.name, call.arguments)), events)
-
-    def _take_text(self, text: str, events: List[Event]) -> None:
-        text, stop = self._scanner.feed(text)
-        if text:
-            self._show(self._parser.feed(text), events)
-        if stop is not None:
-            self._end(Finish("stop"), None if stop in self._ends else stop, events)
-
-    def _show(self, deltas: List[Delta], events: List[Event]) -> None:
+    def _show(self, deltas: List[Delta]) -> None:
         """Pass deltas on; white space that would open a block of its own waits."""
         kept: List[Delta] = []
         for delta in deltas:
             if isinstance(delta, TextDelta):
-                shown = self._with_blank(delta.text)
-                if shown:
-                    kept.append(TextDelta(shown))
+                in_text = self._translator.open == "text"
+                text = delta.text if in_text else self._blank + delta.text
+                self._blank = "" if in_text or text.strip() else text
+                if not self._blank:
+                    self._text.append(text)
+                    self._shown_chars += len(text)
+                    kept.append(TextDelta(text))
                 continue
             self._blank = ""
-            self._note_call(delta)
+            self._note(delta)
             kept.append(delta)
-        if kept:
-            events.extend(self._translator.translate(kept))
+        self._events.extend(self._translator.translate(kept))
 
-    def _with_blank(self, text: str) -> str:
-        if not self._translator.in_text:
-            text = self._blank + text
-            if not text.strip():
-                self._blank = text
-                return ""
-            self._blank = ""
-        self._text.append(text)
-        self._shown_chars += len(text)
-        return text
-
-    def _note_call(self, delta: Delta) -> None:
+    def _note(self, delta: Delta) -> None:
         if isinstance(delta, (Call, CallStart)):
-            own = isinstance(self._decoder, GenerateDecoder) and delta.rule in OWN_FORMATS
+            own = self._decoder.verbatim and delta.rule in OWN_FORMATS
             self.calls.append((delta.name, "" if own else delta.rule))
         if isinstance(delta, Call):
             self._shown_chars += len(to_json(delta.input)) + len(delta.name)
@@ -8140,48 +7966,39 @@ class Turn:
         elif isinstance(delta, ThinkingDelta):
             self._shown_chars += len(delta.text)
 
-    def _end(self, finish: Finish, stop: Optional[str], events: List[Event]) -> None:
+    def _end(self, finish: Finish, stop: Optional[str]) -> None:
         """The model is done: release what is held, rescue, and close the message."""
-        held = self._scanner.close() if stop is None else ""
-        if held:
-            self._show(self._parser.feed(held), events)
-        self._show(self._parser.close(finish.reason), events)
+        self._release(finish.reason)
         self.finish = finish
+        cut = finish.reason == "length"
         self.error = self._loss(finish) if stop is None else None
         if self.error:
             return
-        if not self.calls and stop is None and finish.reason != "length" and self._text:
-            call = self._tools.rescue(self.answer)
-            if call:
-                self._show([call], events)
-        self.stop_reason = self._reason(finish, stop)
-        self.usage = self._count_usage(finish)
-        events.extend(self._translator.finish(self.stop_reason, stop, self.usage))
-        self.done = True
-
-    def _reason(self, finish: Finish, stop: Optional[str]) -> str:
+        if self._text and not self.calls and stop is None and not cut:
+            call = self._rescue(self.answer)
+            self._show([call] if call else [])
+        self.stop_reason = "tool_use" if self.calls else "end_turn"
         if stop is not None:
-            return "stop_sequence"
-        if finish.reason == "length" and (self._unfinished or not self.calls):
-            return "max_tokens"
-        return "tool_use" if self.calls else "end_turn"
-
-    def _count_usage(self, finish: Finish) -> Usage:
+            self.stop_reason = "stop_sequence"
+        elif cut and (self._unfinished or not self.calls):
+            self.stop_reason = "max_tokens"
         output = finish.output_tokens
-        return self._usage_of(finish, max(1, self._shown_chars // 4) if output is None else output)
+        self.usage = self._usage_of(
+            finish, max(1, self._shown_chars // 4) if output is None else output)
+        self._events.extend(self._translator.finish(self.stop_reason, stop, self.usage))
+        self.done = True
 
     def _loss(self, finish: Finish) -> Optional[ShimError]:
         """Tell an answer of which nothing or little arrived: never an empty success."""
-        model, tokens = self._decoder.model, finish.output_tokens or 0
-        if not self._shown_chars and not self.calls:
+        tokens, shown = finish.output_tokens or 0, self._shown_chars
+        if not shown and not self.calls:
             words = CUT_BEFORE_ANYTHING if finish.reason == "length" else NOTHING_SHOWN
-            return UpstreamLostError(words.format(model=model, tokens=tokens))
-        possible = self._shown_chars / CHARS_PER_TOKEN_LEAST
-        verbatim = isinstance(self._decoder, GenerateDecoder)
-        if verbatim or tokens <= LOST_TOKENS + LOST_RATIO * possible:
+        elif not self._decoder.verbatim and \
+                tokens > LOST_TOKENS + LOST_RATIO * shown / CHARS_PER_TOKEN_LEAST:
+            words = SWALLOWED
+        else:
             return None
-        return UpstreamLostError(SWALLOWED.format(
-            model=model, tokens=tokens, shown=self._shown_chars // 4))
+        return UpstreamLostError(words.format(model=self.model, tokens=tokens, shown=shown // 4))
 
 
 # ============================== 14. STATUS ==============================
@@ -9328,10 +9145,10 @@ class Upstream:
 class Log:
     """Write one line per message to stderr; secrets never pass."""
 
-    LEVELS: ClassVar[Dict[str, int]] = {"error": 0, "warn": 1, "info": 2, "debug": 3}
+    LEVELS = ("error", "warn", "info", "debug")
 
     def __init__(self, config: Config) -> None:
-        self._limit = self.LEVELS[config.log]
+        self._limit = self.LEVELS.index(config.log)
         self._json = config.log_format == "json"
         self._secrets = secrets_of(config)
         self._colour = sys.stderr is not None and sys.stderr.isatty() \
@@ -9340,32 +9157,26 @@ class Log:
         self._lock = threading.Lock()
 
     def on(self, level: str) -> bool:
-        return self.LEVELS[level] <= self._limit
+        return self.LEVELS.index(level) <= self._limit
 
     def write(self, level: str, message: str) -> None:
         """Log a message; a debug message may be of any length."""
-        if not self.on(level):
-            return
         text = clean(redact(message, self._secrets), 10_000_000 if level == "debug" else 2000)
         stamp = time.strftime("%H:%M:%S")
-        line = to_json({"time": stamp, "level": level, "message": text}) if self._json else \
-            f"{stamp} {'' if level == 'info' else level + ': '}{text}"
-        self.line(line)
+        self._line(level, to_json({"time": stamp, "level": level, "message": text}) if self._json
+                   else f"{stamp} {'' if level == 'info' else level + ': '}{text}")
 
     def turn(self, record: TurnRecord) -> None:
         """Write the line of a turn."""
-        if not self.on("warn" if record.error else "info"):
-            return
-        if self._json:
-            self.line(turn_json(record, self._secrets))
-        else:
-            self.line(turn_line(record, self._colour, self._utc_offset_s, self._secrets))
+        self._line("warn" if record.error else "info",
+                   turn_json(record, self._secrets) if self._json else
+                   turn_line(record, self._colour, self._utc_offset_s, self._secrets))
 
-    def line(self, text: str) -> None:
-        """Write a finished line as it is."""
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+    def _line(self, level: str, text: str) -> None:
+        if self.on(level):
+            with self._lock, contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
 
 
 # ------------------------------ the connection to a client ------------------------------
@@ -9502,21 +9313,6 @@ class ClientLink(Waiter):
             self._flush()
 
 
-class Progress:
-    """The deadline of a body: MIN_PROGRESS_BYTES of it put it off."""
-
-    def __init__(self) -> None:
-        self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
-
-    def await_more(self, link: ClientLink, got: int) -> None:
-        """Wait for input after got bytes; raise SlowRequestError where they dribble."""
-        self._got += got
-        if self._got >= MIN_PROGRESS_BYTES:
-            self._until, self._got = time.monotonic() + HEAD_PROGRESS_S, 0
-        if not link.wait(None, False, self._until):
-            raise SlowRequestError("The request's body stopped arriving.")
-
-
 # ------------------------------ the head of a request ------------------------------
 
 class HttpRequest(NamedTuple):
@@ -9538,7 +9334,6 @@ HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]
 # Two of these could mean one thing to us and another to whoever stands before us.
 SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "content-type", "origin",
                   "authorization", "x-api-key")
-DOUBLED_V1 = Pattern(r".*(/v1/.*)")
 CONTENT_LENGTH = Pattern(r"[0-9]{1,15}", re.ASCII)
 
 
@@ -9551,6 +9346,7 @@ def parse_head(head: bytes) -> HttpRequest:
     first = REQUEST_LINE.fullmatch(lines[0])
     if not first:
         raise BadRequestError("This is not an HTTP/1.1 request.")
+    method, target, version = first.groups()
     if len(lines) > MAX_HEADERS + 1:
         raise HeadTooLargeError(f"More than {MAX_HEADERS} headers.")
     headers: Dict[str, str] = {}
@@ -9562,18 +9358,15 @@ def parse_head(head: bytes) -> HttpRequest:
         if name in headers and name in SINGLE_HEADERS:
             raise BadRequestError(f"The header {name} is repeated.")
         headers[name] = match.group(2).strip(" \t")
-    if first.group(3) == "1.1" and "host" not in headers:
+    if version == "1.1" and "host" not in headers:
         raise BadRequestError("The Host header is missing.")
-    path = first.group(2).partition("?")[0].partition("#")[0]
-    v1 = DOUBLED_V1.fullmatch(path)
-    return HttpRequest(first.group(1), first.group(2), v1.group(1) if v1 else path,
-                       first.group(3), headers)
+    path = target.partition("?")[0].partition("#")[0]
+    return HttpRequest(method, target, path[max(path.rfind("/v1/"), 0):], version, headers)
 
 
 # Types that a page may post to any host without a preflight (reliability 1).
 SIMPLE_TYPES = Pattern(
     r"\s*(?:text/plain|multipart/form-data|application/x-www-form-urlencoded)", re.IGNORECASE)
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 HOST_HEADER = Pattern(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]*))(?::[0-9]{1,5})?")
 LOOPBACK_V4 = Pattern(r"127(?:\.[0-9]{1,3}){3}")
 ORIGIN = Pattern(r"(?:https?|vscode-webview|app|tauri|file)://(.*)")
@@ -9582,7 +9375,7 @@ ORIGIN = Pattern(r"(?:https?|vscode-webview|app|tauri|file)://(.*)")
 def is_loopback(host: str) -> bool:
     """Say whether a host name or address is this machine's loopback."""
     host = host.lower().rstrip(".")
-    return host in LOCAL_HOSTS or host.endswith(".localhost") or bool(LOOPBACK_V4.fullmatch(host))
+    return host in LOCAL_NAMES or host.endswith(".localhost") or bool(LOOPBACK_V4.fullmatch(host))
 
 
 def header_host(value: str) -> Optional[str]:
@@ -9603,41 +9396,32 @@ class Gate:
 
     @contextlib.contextmanager
     def place(self, waiter: Waiter) -> Iterator[None]:
-        """Hold a place for a with block."""
-        self._enter(waiter)
-        try:
-            yield
-        finally:
-            self._leave()
-
-    def _enter(self, waiter: Waiter) -> None:
-        """Wait for a place; raise BusyError where too many wait already."""
+        """Hold a place for a with block; raise BusyError where too many wait already."""
+        mine = wake = None
         with self._lock:
             if self._working < self._limit and not self._waiting:
                 self._working += 1
-                return
-            if len(self._waiting) >= self._queue:
+            elif len(self._waiting) >= self._queue:
                 raise BusyError("Too many requests are waiting; try again in a moment.", "5")
-            mine, wake = socket.socketpair()
-            self._waiting.append(wake)
-        with mine, wake:
-            try:
-                while not waiter.wait(mine, False, time.monotonic() + 3600.0):
-                    pass
-            except BaseException:
-                self._withdraw(wake)
-                raise
+            else:
+                mine, wake = socket.socketpair()
+                self._waiting.append(wake)
+        try:
+            while mine and not waiter.wait(mine, False, time.monotonic() + 3600.0):
+                pass
+            yield
+        finally:
+            self._leave(wake)
+            if mine and wake:
+                mine.close()
+                wake.close()
 
-    def _withdraw(self, wake: socket.socket) -> None:
+    def _leave(self, wake: Optional[socket.socket]) -> None:
+        """Leave the queue, or the place, which the next one takes."""
         with self._lock:
             if wake in self._waiting:
                 self._waiting.remove(wake)
-                return
-        self._leave()  # the place had been given already
-
-    def _leave(self) -> None:
-        with self._lock:
-            if self._waiting:
+            elif self._waiting:
                 self._waiting.pop(0).send(b"x")
             else:
                 self._working -= 1
@@ -9663,6 +9447,19 @@ class LocalModel(NamedTuple):
     reason: str = ""
 
 
+def model_rows(tags: Any) -> List[Json]:
+    """Take the models out of /api/tags or /api/ps; rows without a name are left out."""
+    rows = _mapping(tags).get("models")
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)] \
+        if isinstance(rows, list) else []
+
+
+def told_version(answer: Answer) -> str:
+    """Return the version that Ollama tells, "" where it does not."""
+    version = _mapping(answer.body).get("version")
+    return version if isinstance(version, str) else ""
+
+
 class Registry:
     """What is known of Ollama's models; asked once and remembered for a while."""
 
@@ -9685,42 +9482,44 @@ class Registry:
         Ollama says the model is missing.
         """
         model = self.known(name)
-        if model:
-            return model
-        with self._gate.place(waiter):
-            model = self.known(name) or self._learn(name, waiter, until)
-            if len(self._models) > MAX_MODELS:
-                self._models.clear()
-            ttl_s = FACTS_TTL_S if model.facts.path else NO_FACTS_TTL_S
-            self._models[name] = (time.monotonic() + ttl_s, model)
+        if not model:
+            with self._gate.place(waiter):
+                model = self.known(name) or self._learn(name, waiter, until)
+                if len(self._models) > MAX_MODELS:
+                    self._models.clear()
+                ttl_s = FACTS_TTL_S if model.facts.path else NO_FACTS_TTL_S
+                self._models[name] = (time.monotonic() + ttl_s, model)
         return model
 
-    def ask(self, method: str, path: str, body: Union[str, Json, None], waiter: Waiter,
-            until: float) -> Answer:
+    def _ask(self, path: str, body: Optional[Json], waiter: Waiter, until: float) -> Answer:
         """Ask on the shim's own account; silence and nonsense count as no answer."""
-        payload = to_json(body) if isinstance(body, dict) else body
         try:
-            return self._upstream.ask(method, path, payload, waiter, until)
+            return self._upstream.ask("POST" if body else "GET", path,
+                                      to_json(body) if body else None, waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
             return Answer(0, "", None)
 
     def _learn(self, name: str, waiter: Waiter, until: float) -> LocalModel:
         config = self._config
-        answer = self.ask("POST", "/api/show", {"model": name}, waiter, until)
+        answer = self._ask("/api/show", {"model": name}, waiter, until)
         if answer.status != 200:
             error = upstream_error(answer.status, answer.text, name)
             if isinstance(error, ModelMissingError):
                 raise error
             return LocalModel(ModelFacts(name), config.num_ctx, config.num_ctx or 0)
         facts = facts_from_show(name, answer.body)
-        before = self._models.get(name)
-        if before and before[1].facts.digest == facts.digest and before[1].window:
-            model = before[1]._replace(facts=facts)
+        _, before = self._models.get(name, (0.0, None))
+        if before and before.facts.digest == facts.digest and before.window:
+            model = before._replace(facts=facts)
         else:
             model = self._choose_window(facts, _mapping(answer.body).get("model_info"),
                                         waiter, until)
         if facts.path == "B" or (facts.path and config.verbatim != "off"):
-            model = model._replace(facts=self._probe(model, waiter, until))
+            shown = self._ask("/api/chat", probe_body(name, load_options(model.num_ctx)),
+                              waiter, until)
+            rendered = rendered_prompt(shown.text) if shown.status == 200 else None
+            if rendered:
+                model = model._replace(facts=facts_from_probe(facts, rendered.prompt))
         return model
 
     def _choose_window(
@@ -9734,30 +9533,27 @@ class Registry:
                 f"all that the model was trained for, of the {explicit} that were set"
             return LocalModel(facts, explicit, window, judge_explicit(window, FIRST_PROMPT_TOKENS)
                               or f"window of {window} tokens, {said}")
-        if self._config.auto_ctx.lower() == "off" or facts.remote or not facts.path:
-            row = self._loaded_row(facts, waiter, until)
-            window = natural(_mapping(row).get("context_length")) or facts.num_ctx or 0
-            return LocalModel(facts, None, window, "window left to Ollama")
         row = self._loaded_row(facts, waiter, until)
+        loaded = natural(_mapping(row).get("context_length"))
+        if self._config.auto_ctx.lower() == "off" or facts.remote or not facts.path:
+            return LocalModel(facts, None, loaded or facts.num_ctx or 0, "window left to Ollama")
         kv_bytes = kv_bytes_per_token(info)
-        choice = choose_window(
-            facts.trained, natural(_mapping(row).get("context_length")) or None, facts.num_ctx,
-            kv_bytes)
-        judged = self._load(facts, choice.window, kv_bytes, waiter, until)
-        asked, reason = choice.window, f"{choice.reason}; {judged.reason}"
+        asked, reason, _ = choose_window(facts.trained, loaded or None, facts.num_ctx, kv_bytes)
+        judged = self.load(facts, asked, kv_bytes, waiter, until)
+        reason += "; "
         if judged.step_down:
             asked = judged.step_down
-            judged = self._load(facts, asked, kv_bytes, waiter, until)
-            reason = f"{reason}, so {asked} it is: {judged.reason}"
+            reason += f"{judged.reason}, so {asked} it is: "
+            judged = self.load(facts, asked, kv_bytes, waiter, until)
         return LocalModel(facts, asked, judged.window,
-                          f"window of {judged.window} tokens: {reason}")
+                          f"window of {judged.window} tokens: {reason}{judged.reason}")
 
-    def _load(
+    def load(
         self, facts: ModelFacts, num_ctx: int, kv_bytes: Optional[int], waiter: Waiter,
         until: float,
     ) -> WindowChoice:
         """Load the model without a prompt (OL 4) and see what came of it."""
-        answer = self.ask("POST", "/api/generate", {
+        answer = self._ask("/api/generate", {
             "model": facts.name, "options": load_options(num_ctx), "shift": False, "stream": False,
             "keep_alive": keep_alive_value(self._config.keep_alive)}, waiter, until)
         row = self._loaded_row(facts, waiter, until) if answer.status == 200 else None
@@ -9765,26 +9561,12 @@ class Registry:
             return WindowChoice(num_ctx, "not confirmed by /api/ps")
         return judge_window(num_ctx, row, kv_bytes)
 
-    def load_again(self, model: LocalModel, waiter: Waiter, until: float) -> None:
-        """Load a known model where Ollama has unloaded it meanwhile."""
-        if model.num_ctx:
-            self._load(model.facts, model.num_ctx, None, waiter, until)
-
     def _loaded_row(self, facts: ModelFacts, waiter: Waiter, until: float) -> Optional[Json]:
-        """Find the model in /api/ps, by name or by its blob's digest."""
-        rows = _mapping(self.ask("GET", "/api/ps", None, waiter, until).body).get("models")
+        """Find the model in /api/ps, None where it is not loaded."""
         names = (facts.name, facts.name + ":latest")
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and (row.get("name") in names or row.get("model") in names):
-                return row
-        return None
-
-    def _probe(self, model: LocalModel, waiter: Waiter, until: float) -> ModelFacts:
-        facts = model.facts
-        answer = self.ask("POST", "/api/chat", probe_body(
-            facts.name, load_options(model.num_ctx)), waiter, until)
-        rendered = rendered_prompt(answer.text) if answer.status == 200 else None
-        return facts_from_probe(facts, rendered.prompt) if rendered else facts
+        rows = model_rows(self._ask("/api/ps", None, waiter, until).body)
+        return next((row for row in rows
+                     if row["name"] in names or row.get("model") in names), None)
 
     def amend(self, model: LocalModel) -> None:
         """Remember what a refusal has taught."""
@@ -9796,12 +9578,9 @@ class Registry:
 
     def version(self, waiter: Waiter, until: float) -> str:
         """Ask Ollama's version; "" where it does not tell."""
-        if self._version[0] > time.monotonic():
-            return self._version[1]
-        answer = self.ask("GET", "/api/version", None, waiter, until)
-        version = _mapping(answer.body).get("version") if answer.status == 200 else ""
-        version = version if isinstance(version, str) else ""
-        self._version = (time.monotonic() + FACTS_TTL_S, version)
+        if self._version[0] <= time.monotonic():
+            version = told_version(self._ask("/api/version", None, waiter, until))
+            self._version = (time.monotonic() + FACTS_TTL_S, version)
         return self._version[1]
 
     def verbatim(self, request: Request, facts: ModelFacts, waiter: Waiter, until: float) -> bool:
@@ -9815,10 +9594,11 @@ class Registry:
         if mode == "off" or facts.remote or not facts.chatml \
                 or (facts.digest or facts.name) in self._no_render:
             return False
-        images = not facts.lacks("vision") and any(
-            isinstance(b, Image) or (isinstance(b, ToolResult) and b.images)
-            for m in request.messages for b in m.blocks)
-        if images or (request.schema is not None and wants_thinking(request, facts)):
+        if request.schema is not None and wants_thinking(request, facts):
+            return False
+        blocks = (block for message in request.messages for block in message.blocks)
+        if not facts.lacks("vision") and any(
+                isinstance(block, Image) or getattr(block, "images", ()) for block in blocks):
             return False
         return mode == "on" or new_enough(self.version(waiter, until))
 
@@ -9836,9 +9616,7 @@ VERSION_NUMBER = Pattern(r"v?([0-9]{1,6})\.([0-9]{1,6})")
 def new_enough(version: str) -> bool:
     """Say whether verbatim was tried with this Ollama: 0.24 or newer, or built from source."""
     match = VERSION_NUMBER.match(version)
-    if not match:
-        return False
-    number = (int(match.group(1)), int(match.group(2)))
+    number = tuple(map(int, match.groups())) if match else ()
     return number >= (0, 24) or version.startswith("0.0.0")
 
 
@@ -9951,42 +9729,21 @@ class RawTurns:
         return (*(ids or (session, index)), text)
 
 
-class Cancellable(Waiter):
-    """Wait for an upstream socket until cancel() is called from another thread."""
-
-    def __init__(self) -> None:
-        self._mine, self._sender = socket.socketpair()
-
-    def cancel(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sender.send(b"x")
-
-    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
-        left = until - time.monotonic()
-        ready = wait_ready((self._mine,), (sock,), left) if writing else \
-            wait_ready((self._mine, sock), (), left)
-        if self._mine in ready:
-            raise ClientGoneError
-        return bool(ready)
-
-    def close(self) -> None:
-        self._mine.close()
-        self._sender.close()
-
-
-class Warmer:
+class Warmer(Waiter):
     """Load the model, and read the last session's prefix, before a request needs them.
 
     One token after system text and tools: the real request then reads 140 tokens
     instead of 12,300 (OL 5b). prefix is (path, body) of that reading.
     """
 
+    prefix: Optional[Tuple[str, str]] = None
+    _offered = ""
+    _reading = False
+
     def __init__(self, server: ShimServer) -> None:
         self._server = server
         self._lock = threading.Lock()
-        self._reading: Optional[Cancellable] = None
-        self._offered = ""
-        self.prefix: Optional[Tuple[str, str]] = None
+        self._cancelled, self._canceller = socket.socketpair()
 
     def offer(self, text: str, make: Callable[[], Tuple[str, str]]) -> None:
         """Take a session's prefix; its request is made only when the text is a new one."""
@@ -10000,32 +9757,41 @@ class Warmer:
 
     def cancel(self) -> None:
         """A real request came: stop reading, so that it need not wait."""
-        reading = self._reading
-        if reading:
-            reading.cancel()
+        if self._reading:
+            self._canceller.send(b"x")
+
+    def wait(self, sock: socket.socket, writing: bool, until: float) -> bool:
+        """Wait for Ollama until cancel() is called from another thread."""
+        left = until - time.monotonic()
+        ready = wait_ready((self._cancelled,), (sock,), left) if writing else \
+            wait_ready((self._cancelled, sock), (), left)
+        if self._cancelled in ready:
+            raise ClientGoneError
+        return bool(ready)
 
     def _run(self) -> None:
         if not self._lock.acquire(blocking=False):
             return
-        server, waiter = self._server, Cancellable()
+        server = self._server
         try:
             until = time.monotonic() + server.config.first_token_timeout_ms / 1000
             known = server.registry.known(server.config.model)
             model = server.registry.model(server.config.model, Waiter(), until)
             if not known:
                 server.log.write("info", f"{model.facts.name}: {model.reason or 'ready'}")
-            self._reading = waiter  # before the look: a request cancels what it sees
+            if wait_ready((self._cancelled,), (), 0.0):  # it was meant for an earlier reading
+                self._cancelled.recv(READ_BYTES)
+            self._reading = True  # before the look: a request cancels what it sees
             if self.prefix and not server.gate.load[0]:
-                server.upstream.ask("POST", *self.prefix, waiter, until)
-            elif known and not server.gate.load[0]:
-                server.registry.load_again(model, waiter, until)
+                server.upstream.ask("POST", *self.prefix, self, until)
+            elif known and model.num_ctx and not server.gate.load[0]:
+                server.registry.load(model.facts, model.num_ctx, None, self, until)
         except ShimError as error:
             server.log.write("warn", error.message)
         except ClientGoneError:
             server.log.write("debug", "warming was cancelled by a request")
         finally:
-            self._reading = None
-            waiter.close()
+            self._reading = False
             self._lock.release()
 
 
@@ -10212,10 +9978,10 @@ class Exchange:
             started=time.time() - (now - self.begun_at),
             first_s=self.first_at - self.begun_at if self.first_at else None,
             total_s=now - self.begun_at, output_tokens=usage.output_tokens,
-            prompt_tokens=usage.input_tokens + usage.cache_read + usage.cache_creation,
+            prompt_tokens=sum(usage) - usage.output_tokens,
             new_tokens=None if finish.prompt_tokens is None
-            else usage.input_tokens + usage.cache_creation,
-            cached_tokens=usage.cache_read, prefill_s=finish.prompt_s,
+            else usage.input_tokens + usage.cache_creation_input_tokens,
+            cached_tokens=usage.cache_read_input_tokens, prefill_s=finish.prompt_s,
             tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
@@ -10299,12 +10065,12 @@ class Exchange:
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
         prompt = prompt._replace(messages_json="")  # a long answer need not hold it
-        dialect, prefix, self.opening = DIALECTS["chat"], None, ""
+        dialect, prefix, self.opening = ChatDecoder, None, ""
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
             rendered = self._render(facts, body, prompt.answers, own_until)
             if rendered:
                 text = rendered.prompt
-                dialect, self.opening = DIALECTS["verbatim"], opening_of(text)
+                dialect, self.opening = GenerateDecoder, opening_of(text)
                 prefix = text[:max(text.find(USER_TURN), 0)]
                 if False in self.recalled[-1:]:
                     self.notes.append("the last answer went back in the template's form")
@@ -10317,7 +10083,7 @@ class Exchange:
                                       " answers as the model wrote them")
             server.log.write("debug", f"{dialect.path} {body}")
         thinking = self.opening.rstrip().endswith(THINK_OPEN)
-        turn = self.turn = self._make_turn(dialect.decoder(facts.name, thinking), prompt)
+        turn = self.turn = self._make_turn(dialect(facts.name, thinking), prompt)
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.audience, until) as call:
             del body
@@ -10447,10 +10213,10 @@ class Exchange:
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
-        tools = TurnTools(table.offered, "text" in self.config.rescue, True,
-                          lambda answer: self._rescue(answer, table))
-        return Turn(decoder, self.translator, tools, self.request.stop_sequences,
-                    lambda finish, output: self.server.usage(decoder.model, prompt, finish, output))
+        return Turn(decoder, self.translator, table.offered, self.request.stop_sequences,
+                    lambda finish, output: self.server.usage(decoder.model, prompt, finish, output),
+                    rescue=lambda answer: self._rescue(answer, table),
+                    text_calls="text" in self.config.rescue)
 
     def _rescue(self, answer: str, table: ToolTable) -> Optional[Call]:
         """Carry out what was asked or described; at most one verified command."""
@@ -10466,7 +10232,7 @@ class Exchange:
         except CannotCarryError as problem:
             self.server.log.write("info", f"no rescue: {problem}")
             return None
-        if not call or not self.server.bash_accepts(call[1].get("command")):
+        if not call or not bash_parses(call[1].get("command", "")):
             return None
         choice = self.request.tool_choice
         if choice.kind == "tool" and choice.name != call[0]:
@@ -10527,8 +10293,9 @@ class Exchange:
             return
         text = closed_thought(self.opening + turn.raw)
         if text:
+            ids = tuple(self.translator.call_ids)
             self.server.raw_turns.remember(RawTurns.key(
-                self.session_id, len(self.request.messages), turn.call_ids, turn.answer), text)
+                self.session_id, len(self.request.messages), ids, turn.answer), text)
 
     def _begin(self) -> None:
         self._open_stream()
@@ -10599,27 +10366,22 @@ def fresh_id() -> str:
     return os.urandom(12).hex()
 
 
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-           404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-           413: "Content Too Large", 429: "Too Many Requests",
-           431: "Request Header Fields Too Large", 500: "Internal Server Error",
-           501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
-           504: "Gateway Timeout", 529: "Overloaded"}
-
-
 # ------------------------------ requests and routes ------------------------------
 
 class Handler:
     """One client connection: read requests, guard them, route them, answer."""
 
+    http = HttpRequest("GET", "/", "/", "1.1", {})  # until one has come
+    request_id = join_key = ""
+    body = _unsent = b""
+    streaming = False
+    keep = True
+    _unread = False  # a body that would be taken for the next request
+
     def __init__(self, sock: socket.socket, _address: Any, server: ShimServer) -> None:
         self.server = server
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.link = ClientLink(sock, server.stop_signal)
-        self.http = HttpRequest("GET", "/", "/", "1.1", {})
-        self.request_id = ""
-        self.streaming = False
-        self.keep = True
         with contextlib.suppress(ClientGoneError):
             while self.keep:
                 self._serve_one()
@@ -10630,9 +10392,8 @@ class Handler:
         until, stop = time.monotonic() + LINGER_S, self.server.stop_signal
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-            while time.monotonic() < until:
-                ready = wait_ready((sock, stop), (), until - time.monotonic())
-                if sock not in ready or not sock.recv(READ_BYTES):
+            while wait_ready((sock, stop), (), until - time.monotonic()) == [sock]:
+                if not sock.recv(READ_BYTES) or time.monotonic() >= until:
                     break
 
     @property
@@ -10642,23 +10403,25 @@ class Handler:
 
     def _serve_one(self) -> None:
         """Read and answer one request."""
-        self.streaming, self.request_id = False, "req_" + fresh_id()
-        self.link.serving = False
-        self.http = HttpRequest("GET", "/", "/", "1.1", {})
-        self.keep = False
+        self.request_id, self.http = "req_" + fresh_id(), Handler.http
+        self.streaming = self.keep = self._unread = self.link.serving = False
+        self.body = self._unsent = b""
         try:
             head = self._read_head()
             self.link.serving = True
             self.http = parse_head(head)
-            self.keep = self._wants_keep()
+            self._unread = "transfer-encoding" in self.http.headers \
+                or self.http.headers.get("content-length", "0") != "0"
+            wish = self.http.header("connection").lower()
+            self.keep = "close" not in wish if self.http.version != "1.0" else "keep-alive" in wish
             self._guard()
             handle = self._route()
+            self.body = self._read_body()
             handle(self)
         except ClientGoneError:
             raise
         except Exception as problem:  # as_told knows errors from bugs; the server goes on
-            # What was not read would be taken for the next request.
-            self.keep = self.keep and (self._body_done or not self._body_announced())
+            self.keep = self.keep and not self._unread
             self.reply_error(self.as_told(problem))
         self.link.drain()
 
@@ -10669,7 +10432,8 @@ class Handler:
         if isinstance(problem, RecursionError):  # in the body, or what the model made of it
             error = BadRequestError("This is nested too deeply.")
         elif error is not problem:
-            self.server.log.write("error", f"internal error: {problem!r} {trace_of(problem)}")
+            trace = late("traceback").format_exc(limit=-3)
+            self.server.log.write("error", f"internal error: {problem!r} {trace}")
         error.message = redact(error.message, self._secrets())
         return error
 
@@ -10679,15 +10443,8 @@ class Handler:
         own = (self.http.header("x-api-key"), bearer)
         return (*self.server.secrets, *(text for text in own if len(text) >= MIN_SECRET_CHARS))
 
-    _body_done = False
-
-    def _body_announced(self) -> bool:
-        return self.http.header("content-length") != "0" and any(
-            name in self.http.headers for name in ("content-length", "transfer-encoding"))
-
     def _read_head(self) -> bytes:
         """Read up to the empty line; raise for what is too long or too slow."""
-        self._body_done = False
         link = self.link
         while link.input[:2] == b"\r\n":  # an empty line before a request (RFC 9112 2.2)
             del link.input[:2]
@@ -10696,7 +10453,7 @@ class Handler:
         until = time.monotonic() + HEAD_PROGRESS_S
         while True:
             end = link.input.find(b"\r\n\r\n")
-            if end >= 0 and end <= MAX_HEAD_BYTES:
+            if 0 <= end <= MAX_HEAD_BYTES:
                 head = bytes(link.input[:end])
                 del link.input[:end + 4]
                 return head
@@ -10705,19 +10462,12 @@ class Handler:
             if not link.wait(None, False, until):
                 raise SlowRequestError("The request's headers did not arrive in time.")
 
-    def _wants_keep(self) -> bool:
-        connection = self.http.header("connection").lower()
-        if self.http.version == "1.0":
-            return "keep-alive" in connection
-        return "close" not in connection
-
     def _guard(self) -> None:
         """Refuse foreign hosts, origins and keys before anything is read."""
         config, http = self.server.config, self.http
-        if is_loopback(config.host):
-            host = header_host(http.header("host"))
-            if host is None or (host and not is_loopback(host)):
-                raise ForbiddenError("This Host is not served here: use localhost or 127.0.0.1.")
+        host = header_host(http.header("host"))
+        if is_loopback(config.host) and (host is None or (host and not is_loopback(host))):
+            raise ForbiddenError("This Host is not served here: use localhost or 127.0.0.1.")
         origin = http.header("origin")
         crossing = http.header("sec-fetch-site") == "cross-site" and not config.cors_wildcard
         if crossing or (origin and not self._origin_allowed(origin)):
@@ -10725,138 +10475,111 @@ class Handler:
         if http.method == "POST" and SIMPLE_TYPES.match(http.header("content-type")):
             raise ForbiddenError("Send JSON as application/json: a web page of any origin can send"
                                  " the type that was given.")
-        if config.api_key and self._needs_key() and not self.has_key():
+        # The status page asks for the key itself, so that it must be shown without one.
+        shown = http.path == "/health" or http.method == "OPTIONS" \
+            or (http.path == "/" and self._wants_page())
+        if config.api_key and not shown and not self.has_key():
             raise UnauthorizedError("A key is needed here: send SHIM_API_KEY as x-api-key"
                                     " or as Bearer token.")
-
-    def _needs_key(self) -> bool:
-        """The status page asks for the key itself, so that it must be shown without one."""
-        return not (self.http.path == "/health" or self.http.method == "OPTIONS"
-                    or (self.http.path == "/" and self._wants_page()))
 
     def _wants_page(self) -> bool:
         return self.http.method == "GET" and "text/html" in self.http.header("accept")
 
     def has_key(self) -> bool:
         """Compare in constant time; bytes, since text beyond ASCII would raise."""
-        hmac = late("hmac")
+        compare = late("hmac").compare_digest
         wanted = self.server.config.api_key.encode("utf-8", "surrogateescape")
-        bearer = self.http.header("authorization")
-        given = [self.http.header("x-api-key")]
-        if bearer[:7].lower() == "bearer ":
-            given.append(bearer[7:].strip())
-        same = [hmac.compare_digest(text.encode("latin-1", "replace"), wanted) for text in given]
+        scheme, _, token = self.http.header("authorization").partition(" ")
+        given = [self.http.header("x-api-key"), token.strip() if scheme.lower() == "bearer" else ""]
+        same = [compare(text.encode("latin-1", "replace"), wanted) for text in given]
         return any(same)
 
     def _origin_allowed(self, origin: str) -> bool:
-        if self.server.config.cors_wildcard:
-            return True
         match = ORIGIN.fullmatch(origin)
-        if not match:
-            return False
-        host = header_host(match.group(1))
-        return bool(host) and is_loopback(host or "")
+        host = header_host(match.group(1)) if match else None
+        return self.server.config.cors_wildcard or bool(host and is_loopback(host))
 
     def _route(self) -> Callable[[Handler], None]:
         """Find the row of ROUTES; raise 404 or 405."""
-        path, method = self.http.path, self.http.method
+        path, method = self.http.path.removesuffix("/"), self.http.method
         if method == "OPTIONS":
             return Handler.options
-        for pattern, methods in ROUTES:
-            if pattern.fullmatch(path):
-                if method in methods:
-                    return methods[method]
-                allow = ", ".join([*methods, "OPTIONS"])
-                raise MethodNotAllowedError(f"{method} is not possible here, only {allow}.", allow)
-        raise NotFoundError(f"There is no {clean(path, 100)} here.")
+        row = ROUTES.get("/v1/models/*" if path.startswith("/v1/models/") else path)
+        if not row:
+            raise NotFoundError(f"There is no {clean(self.http.path, 100)} here.")
+        allow, handle = row
+        if method not in allow.split(", "):
+            raise MethodNotAllowedError(f"{method} is not possible here, only {allow}.", allow)
+        return handle
 
-    def read_body(self) -> bytes:
-        """Read the request's body, by length or chunked; raise 4xx for what is not plain."""
-        length = self._body_length()
-        if length == 0:
-            return b""
-        if self.http.header("expect").lower() == "100-continue" and not self.link.input:
-            self.link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunks() if length is None else self._read_length(length)
-        self._body_done = True
-        return body
+    def _read_body(self) -> bytes:
+        """Read the request's body; raise 4xx for what is not plain, too long or too slow."""
+        decoder, link = self._body_decoder(), self.link
+        if not decoder.finished and not link.input \
+                and self.http.header("expect").lower() == "100-continue":
+            link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces: List[bytes] = []
+        size, enough, until = 0, 0, 0.0
+        while not decoder.finished:
+            if size >= enough:  # so much of it puts the deadline off
+                enough, until = size + MIN_PROGRESS_BYTES, time.monotonic() + HEAD_PROGRESS_S
+            if pieces and not link.wait(None, False, until):
+                raise SlowRequestError("The request's body stopped arriving.")
+            try:
+                pieces.append(decoder.feed(bytes(link.input)))
+            except ValueError as problem:
+                raise BadRequestError(f"The chunked body is malformed: {problem}.") from None
+            link.input.clear()
+            size += len(pieces[-1])
+            if size > MAX_BODY_BYTES:
+                raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
+        link.input += decoder.rest
+        self._unread = False
+        return b"".join(pieces)
 
-    def _body_length(self) -> Optional[int]:
-        """Return the body's length in bytes, None where it comes in chunks."""
-        headers, version = self.http.headers, self.http.version
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is not None and (length is not None or version == "1.0"):
-            raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
-        if coding is not None and coding.lower() != "chunked":
-            raise NotImplementedCodingError(
-                f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
-        if coding is not None or length is None:
-            return 0 if coding is None else None
+    def _body_decoder(self) -> Union[ChunkDecoder, LengthDecoder]:
+        """Choose how the body is read: in chunks, or by its length, which may be 0."""
+        headers = self.http.headers
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
+        if coding is not None:
+            if "content-length" in headers or self.http.version == "1.0":
+                raise BadRequestError("Both Content-Length and Transfer-Encoding are given.")
+            if coding.lower() != "chunked":
+                raise NotImplementedCodingError(
+                    f"Transfer-Encoding {clean(coding, 40)!r} is not known.")
+            return ChunkDecoder()
         if not CONTENT_LENGTH.fullmatch(length):
             raise BadRequestError(f"Content-Length {clean(length, 40)!r} is no length.")
         if int(length) > MAX_BODY_BYTES:
             raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
-        return int(length)
+        return LengthDecoder(int(length))
 
-    def _read_length(self, length: int) -> bytes:
-        link, progress = self.link, Progress()
-        pieces, missing = [], length
-        while True:
-            with memoryview(link.input) as arrived:
-                piece = bytes(arrived[:missing])
-            del link.input[:len(piece)]
-            pieces.append(piece)
-            missing -= len(piece)
-            if not missing:
-                return b"".join(pieces)
-            progress.await_more(link, len(piece))
-
-    def _read_chunks(self) -> bytes:
-        link, progress, decoder = self.link, Progress(), ChunkDecoder()
-        pieces, size = [], 0
-        while True:
-            try:
-                piece = decoder.feed(bytes(link.input))
-            except ValueError as problem:
-                raise BadRequestError(f"The chunked body is malformed: {problem}.") from None
-            link.input.clear()
-            pieces.append(piece)
-            size += len(piece)
-            if size > MAX_BODY_BYTES:
-                raise BodyTooLargeError(f"The body is over {MAX_BODY_BYTES} bytes.")
-            if decoder.finished:
-                link.input += decoder.rest
-                return b"".join(pieces)
-            progress.await_more(link, len(piece))
-
-    def read_json(self) -> Any:
-        return self.json_of(self.read_body())
-
-    @staticmethod
-    def json_of(body: bytes) -> Any:
-        """Parse a body; raise 400 with the reason."""
+    def _request(self) -> Request:
+        """Take the body as a Messages request; raise 400 with the reason."""
+        body, self.body = self.body, b""  # a long answer need not hold it
         try:
-            return read_body(body)
+            value = read_body(body)
         except ValueError as problem:
             raise BadRequestError(f"The body is not JSON: {clean(str(problem))}.") from None
+        return parse_request(value)
 
-    def _head(self, status: int, headers: Dict[str, str]) -> bytes:
-        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}"]
+    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """Write an answer's head; a header without a value is left out."""
+        reason = BaseHTTPRequestHandler.responses.get(status, ("Overloaded", ""))[0]
         origin = self.http.header("origin")
-        if origin and self._origin_allowed(origin):
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Vary"] = "Origin"
-        headers["request-id"] = self.request_id
-        headers["Connection"] = "keep-alive" if self.keep else "close"
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        allowed = origin and self._origin_allowed(origin)
+        rows = {**headers, "Access-Control-Allow-Origin": origin if allowed else "",
+                "Vary": "Origin" if allowed else "", "request-id": self.request_id,
+                "Connection": "keep-alive" if self.keep else "close"}
+        lines = [f"{name}: {value}\r\n" for name, value in rows.items() if value]
+        return f"HTTP/1.1 {status} {reason}\r\n{''.join(lines)}\r\n".encode("latin-1")
 
     def reply(self, status: int, body: bytes, kind: str = "application/json",
-              headers: Optional[Dict[str, str]] = None) -> None:
+              headers: Optional[Mapping[str, str]] = None) -> None:
         """Answer with a whole body."""
-        made = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
-        made.update(headers or {})
-        head = self._head(status, made)
+        size = str(len(body)) if status != 204 else ""
+        head = self._head(
+            status, {"Content-Type": kind, "Content-Length": size, **(headers or {})})
         self.link.send(head if self.http.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any) -> None:
@@ -10864,27 +10587,17 @@ class Handler:
 
     def reply_error(self, error: ShimError) -> None:
         """Answer with the Messages API error object."""
-        headers = {}
-        if not error.retry:
-            headers["x-should-retry"] = "false"
-        if error.retry_after:
-            headers["retry-after"] = clean(error.retry_after, 60)
-        if isinstance(error, MethodNotAllowedError):
-            headers["Allow"] = error.allow
-        self.reply(error.status, to_json(error_body(error, self.request_id)).encode(),
-                   headers=headers)
+        body = to_json(error_body(error, self.request_id)).encode()
+        self.reply(error.status, body, headers={
+            "x-should-retry": "" if error.retry else "false", "Allow": getattr(error, "allow", ""),
+            "retry-after": clean(error.retry_after or "", 60)})
 
     def start_stream(self, kind: str) -> None:
         """Send the head of a body of unknown length; HTTP/1.0 gets it until the close."""
-        self.streaming = True
-        headers = {"Content-Type": kind, "Cache-Control": "no-cache"}
-        if self.http.version == "1.0":
-            self.keep = False
-        else:
-            headers["Transfer-Encoding"] = "chunked"
-        self._unsent = self._head(200, headers)
-
-    _unsent = b""
+        chunked = self.http.version != "1.0"
+        self.streaming, self.keep = True, self.keep and chunked
+        self._unsent = self._head(200, {"Content-Type": kind, "Cache-Control": "no-cache",
+                                        "Transfer-Encoding": "chunked" if chunked else ""})
 
     def send_piece(self, data: bytes) -> None:
         if self.http.version != "1.0":
@@ -10898,46 +10611,34 @@ class Handler:
 
     # ---- routes ----
 
-    join_key = ""
-
     def messages(self) -> None:
         """Answer a Messages request; one of a known session may join its own retry."""
-        body = self.read_body()
-        self.join_key = ""
-        if self.http.header("x-claude-code-session-id"):
-            self.join_key = f"{self.session_id} {hash(body)}"
-        request = parse_request(self.json_of(body))
-        del body  # a long answer need not hold it
-        Exchange(self, request).run()
-        del request
+        known = self.http.header("x-claude-code-session-id")
+        self.join_key = f"{self.session_id} {hash(self.body)}" if known else ""
+        Exchange(self, self._request()).run()
         self.server.tidy()
 
     def count_tokens(self) -> None:
-        self.reply_json({"input_tokens": count_request(parse_request(self.read_json()))})
+        self.reply_json({"input_tokens": count_request(self._request())})
 
     def models(self) -> None:
-        self.read_body()
         query = late("urllib.parse").parse_qsl(self.http.target.partition("?")[2][:2000])
         self.reply_json(model_page(self.server.model_names(self.link), dict(query)))
 
     def model(self) -> None:
-        self.read_body()
         self.reply_json(model_row(clean(self.http.path[len("/v1/models/"):], 200)))
 
     def health(self) -> None:
-        self.read_body()
         full = not self.server.config.api_key or self.has_key()
         self.reply_json(self.server.health(self.link, full))
 
     def status(self) -> None:
         """Tell what the status page shows."""
-        self.read_body()
         server = self.server
         self.reply_json(status_json(server.stats, server.config, server.recent_health(self.link),
                                     time.time()))
 
     def metrics(self) -> None:
-        self.read_body()
         text = redact(metrics_text(self.server.stats, self.server.config), self._secrets())
         self.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -10946,7 +10647,6 @@ class Handler:
 
         The CLI knocks with HEAD / when it starts (CC A1): time to warm the model.
         """
-        self.read_body()
         if self.http.method == "HEAD":
             self.server.warmer.start()
         if self._wants_page():
@@ -10957,25 +10657,23 @@ class Handler:
 
     def options(self) -> None:
         """Answer a CORS preflight; _guard has refused foreign origins."""
-        self.read_body()
-        self.reply(204, b"", headers={
+        self.reply(204, b"", "", {
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
             "Access-Control-Allow-Headers": "content-type, x-api-key, authorization,"
                                             " anthropic-version, anthropic-beta",
             "Access-Control-Max-Age": "600"})
 
 
-Route = Callable[[Handler], None]
-ROUTES: Tuple[Tuple[Pattern, Dict[str, Route]], ...] = (
-    (Pattern(r"/v1/messages/?"), {"POST": Handler.messages}),
-    (Pattern(r"/v1/messages/count_tokens/?"), {"POST": Handler.count_tokens}),
-    (Pattern(r"/v1/models/?"), {"GET": Handler.models, "HEAD": Handler.models}),
-    (Pattern(r"/v1/models/.+"), {"GET": Handler.model, "HEAD": Handler.model}),
-    (Pattern(r"/health/?"), {"GET": Handler.health, "HEAD": Handler.health}),
-    (Pattern(r"/status/?"), {"GET": Handler.status, "HEAD": Handler.status}),
-    (Pattern(r"/metrics/?"), {"GET": Handler.metrics, "HEAD": Handler.metrics}),
-    (Pattern(r"/|/v1/?|/api/hello"), {"GET": Handler.root, "HEAD": Handler.root}),
-)
+READS, POSTS = "GET, HEAD, OPTIONS", "POST, OPTIONS"
+# By path, without a slash at its end: the methods and what answers.
+ROUTES: Dict[str, Tuple[str, Callable[[Handler], None]]] = {
+    "/v1/messages": (POSTS, Handler.messages),
+    "/v1/messages/count_tokens": (POSTS, Handler.count_tokens),
+    "/v1/models": (READS, Handler.models), "/v1/models/*": (READS, Handler.model),
+    "/health": (READS, Handler.health), "/status": (READS, Handler.status),
+    "/metrics": (READS, Handler.metrics), "": (READS, Handler.root), "/v1": (READS, Handler.root),
+    "/api/hello": (READS, Handler.root),
+}
 
 
 # The CLI's picker shows ids that begin so, and drops all others (CC A9).
@@ -10984,8 +10682,8 @@ PICKER_PREFIX = "claude-"
 
 def picked_model(requested: str) -> str:
     """Return the local model of a picker's id, "" for Anthropic's own, which have no tag."""
-    prefix, name = requested[:len(PICKER_PREFIX)], requested[len(PICKER_PREFIX):]
-    return name if prefix == PICKER_PREFIX and ":" in name else ""
+    name = requested[len(PICKER_PREFIX):] if requested.startswith(PICKER_PREFIX) else ""
+    return name if ":" in name else ""
 
 
 def model_row(model_id: str) -> Json:
@@ -11004,24 +10702,24 @@ def model_page(names: Sequence[str], query: Mapping[str, str]) -> Json:
     ids = [*names, *dict.fromkeys(PICKER_PREFIX + name for name in tagged)]
     limit = query.get("limit", "")
     most = max(1, min(int(limit), 1000)) if WHOLE_NUMBER.fullmatch(limit) else 1000
-    start = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
-    end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
-    if "before_id" in query and "after_id" not in query:
-        start = max(0, end - most)
-    page = ids[start:min(end, start + most)]
-    more = start > 0 if "before_id" in query else start + len(page) < end
-    return {"data": [model_row(one) for one in page], "has_more": more,
-            "first_id": page[0] if page else None, "last_id": page[-1] if page else None}
+    before, after = query.get("before_id"), query.get("after_id")
+    if before in ids:
+        ids = ids[:ids.index(before)]
+    if after in ids:
+        ids = ids[ids.index(after) + 1:]
+    page = ids[-most:] if before is not None and after is None else ids[:most]
+    first, last = (page[0], page[-1]) if page else (None, None)
+    return {"data": [model_row(one) for one in page], "has_more": len(page) < len(ids),
+            "first_id": first, "last_id": last}
 
 
 def read_counts(config: Config, log: Log) -> TokenCounter:
     """Read what earlier runs learned of token counts; nothing where there is no file."""
-    if not config.counts_file or not os.path.exists(config.counts_file):
-        return TokenCounter()
+    path = config.counts_file
     try:
-        return kept_counts(config.counts_file)
+        return kept_counts(path) if path and os.path.exists(path) else TokenCounter()
     except (OSError, ValueError) as problem:
-        log.write("warn", f"SHIM_COUNTS_FILE: {config.counts_file} cannot be read"
+        log.write("warn", f"SHIM_COUNTS_FILE: {path} cannot be read"
                   f" ({reason_of(problem)}): counts are neither taken from it nor kept in it."
                   " Name another file, or remove this one.")
         return TokenCounter()
@@ -11063,12 +10761,7 @@ PAGE_HEADERS = {  # what the page may load stands in the page itself
     "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 
 
-def trace_of(problem: BaseException) -> str:
-    """Name where an internal error arose: the last three places."""
-    places = late("traceback").extract_tb(problem.__traceback__)[-3:]
-    return " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
-
-
+@cache
 def heap_trimmer() -> Callable[[], object]:
     """Make what gives freed memory back to the system: malloc_trim, where libc is glibc.
 
@@ -11091,6 +10784,10 @@ class ShimServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
+    _health: Tuple[float, Json] = (0.0, {})
+    _last_way: Optional[str] = None  # how the last answer of the model was read
+    _tidy_at = 0.0
+    _connections = 0
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -11107,14 +10804,8 @@ class ShimServer(ThreadingHTTPServer):
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
         self._lock = threading.Lock()
-        self._health: Tuple[float, Json] = (0.0, {})
-        self._last_way: Optional[str] = None  # how the last answer of the model was read
-        self._sessions: Dict[str, Session] = {}
-        self._bash_shapes: Dict[str, bool] = {}
-        self._tidy_at = 0.0
-        self._trim: Optional[Callable[[], object]] = None
+        self._session_of = lru_cache(MAX_SESSIONS)(lambda key: Session())
         self.stop_signal, self._stop_sender = socket.socketpair()
-        self._connections = 0
         self._idle = threading.Condition()
         if ":" in config.host:
             self.address_family = socket.AF_INET6
@@ -11181,17 +10872,12 @@ class ShimServer(ThreadingHTTPServer):
         now = time.monotonic()
         if now >= self._tidy_at and not self.gate.load[0]:
             self._tidy_at = now + TIDY_S
-            self._trim = self._trim or heap_trimmer()
-            self._trim()
+            heap_trimmer()()
 
     def session(self, key: str) -> Session:
         """Return the conversation's session; the least recently used go first."""
         with self._lock:
-            session = self._sessions.pop(key, None) or Session()
-            self._sessions[key] = session
-            while len(self._sessions) > MAX_SESSIONS:
-                del self._sessions[next(iter(self._sessions))]
-            return session
+            return self._session_of(key)
 
     def local_model(self, request: Request) -> str:
         """Choose the model: by kind, the picker's, SHIM_MODEL_MAP by role, the request's own."""
@@ -11223,7 +10909,7 @@ class ShimServer(ThreadingHTTPServer):
 
     def note_turn(self, exchange: Exchange, record: TurnRecord) -> None:
         """Count a request that has ended and write its line."""
-        if record.way in DIALECTS:
+        if record.way in (ChatDecoder.way, GenerateDecoder.way):
             self._last_way = record.way
         self.stats.end(exchange, record)
         self.log.turn(record)
@@ -11244,14 +10930,11 @@ class ShimServer(ThreadingHTTPServer):
     def model_names(self, waiter: Waiter) -> List[str]:
         """List the configured model and what Ollama has."""
         try:
-            answer = self.upstream.ask("GET", "/api/tags", None, waiter,
-                                       time.monotonic() + HEALTH_S)
+            tags = self.upstream.ask("GET", "/api/tags", None, waiter,
+                                     time.monotonic() + HEALTH_S).body
         except ShimError:
-            return [self.config.model]
-        rows = _mapping(answer.body).get("models")
-        names = [row["name"] for row in rows if isinstance(row, dict)
-                 and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
-        return [self.config.model, *(name for name in names if name != self.config.model)]
+            tags = None
+        return list(dict.fromkeys([self.config.model, *(row["name"] for row in model_rows(tags))]))
 
     def recent_health(self, waiter: Waiter) -> Json:
         """Return what health() said in the last seconds: the page asks every second."""
@@ -11266,25 +10949,23 @@ class ShimServer(ThreadingHTTPServer):
         model: Json = {"name": self.config.model, "present": None}
         try:
             answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
-            upstream["reachable"] = True
-            version = _mapping(answer.body).get("version")
-            upstream["version"] = version if isinstance(version, str) else None
+            upstream.update(reachable=True, version=told_version(answer) or None)
             show = self.upstream.ask("POST", "/api/show", to_json({"model": self.config.model}),
                                      waiter, until)
             facts = facts_from_show(self.config.model, show.body)
-            missing = show.status != 200 and isinstance(
-                upstream_error(show.status, show.text, self.config.model), ModelMissingError)
-            model["present"] = show.status == 200 if show.status == 200 or missing else None
-            model["capabilities"] = sorted(facts.capabilities or ())
-            model["context_length"] = facts.trained
             known = self.registry.known(self.config.model)
-            model["window"] = known.window or None if known else None
-            model["way"] = self._last_way
-            if missing:
+            model.update(
+                capabilities=sorted(facts.capabilities or ()), context_length=facts.trained,
+                window=known.window or None if known else None, way=self._last_way)
+            if show.status == 200:
+                model["present"] = True
+            elif isinstance(upstream_error(show.status, show.text, self.config.model),
+                            ModelMissingError):
+                model["present"] = False
                 upstream["error"] = (f"model {self.config.model} is missing:"
                                      f" ollama pull {self.config.model}")
         except ShimError as error:
-            upstream["error"] = redact(error.message, secrets_of(self.config))
+            upstream["error"] = redact(error.message, self.secrets)
         ok = bool(upstream["reachable"])
         if not full:
             return {"ok": ok, "status": "ok" if ok else "down"}
@@ -11293,28 +10974,16 @@ class ShimServer(ThreadingHTTPServer):
                 "shim": "qwencode", "version": __version__, "upstream": upstream, "model": model,
                 "requests": {"working": working, "waiting": waiting}}
 
-    def bash_accepts(self, command: Any) -> bool:
-        """Check a rescue's command with `bash -n`, where a bash is at hand."""
-        if not isinstance(command, str):
-            return True
-        known = self._bash_shapes.get(command)
-        if known is None:
-            known = bash_parses(command)
-            if len(self._bash_shapes) > 256:
-                self._bash_shapes.clear()
-            self._bash_shapes[command] = known
-        return known
 
-
+@lru_cache(maxsize=256)
 def bash_parses(command: str) -> bool:
     """Run `bash -n` on a command, bounded; True where there is no bash to ask."""
     subprocess, bash = late("subprocess"), late("shutil").which("bash")
-    if not bash:
+    if not bash or not command:
         return True
     try:
-        done = subprocess.run(
-            [bash, "-n"], input=command.encode("utf-8", "replace"), check=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=BASH_CHECK_S)
+        done = subprocess.run([bash, "-n"], input=command.encode("utf-8", "replace"), check=False,
+                              capture_output=True, timeout=BASH_CHECK_S)
     except (OSError, subprocess.TimeoutExpired):
         return True
     return bool(done.returncode == 0)
@@ -12356,11 +12025,6 @@ def wait_for_model(doctor: Doctor, log: str) -> Env:
 # ------------------------------ models and explain ------------------------------
 
 
-def model_rows(tags: Any) -> List[Json]:
-    """Take the models out of /api/tags; rows without a name are left out."""
-    rows = _mapping(tags).get("models")
-    return [row for row in rows if isinstance(_mapping(row).get("name"), str)] \
-        if isinstance(rows, list) else []
 
 
 # Families from the best at tools on; a model that none of them names comes last.

@@ -62,6 +62,8 @@ CARRIERS = {
     "OPTIONS with a body": (announce("OPTIONS /", LENGTH, "Connection: close"), [204]),
     "chunked, no such route": (announce("POST /nope", "Transfer-Encoding: chunked",
                                         body=CHUNKED_BODY), [404]),
+    "no length, and chunks": (announce("POST /v1/messages", "Content-Length: 0",
+                                       "Transfer-Encoding: chunked"), [400]),
     "empty length": (announce("POST /v1/messages", "Content-Length:"), [400]),
     "empty coding": (announce("POST /v1/messages", "Transfer-Encoding:", LENGTH), [400]),
     "two codings": (announce("POST /v1/messages", "Transfer-Encoding: chunked, chunked",

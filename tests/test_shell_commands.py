@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from qwencode import CannotCarryError, FileOp, Tool, command_for, commands_for, rescue_call
+from qwencode import CannotCarryError, FileOp, Tool, commands_for, rescue_call
 
 BASH = shutil.which("bash")
 SYSTEM = "/usr/bin:/bin"
+
+
+def command_for(op, style="plain", max_read_bytes=200000):
+    return commands_for((op,), style, max_read_bytes)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from qwencode import (
     StopScanner,
     StreamTranslator,
     Turn,
-    TurnTools,
     Usage,
     error_event,
     fold,
@@ -29,8 +28,8 @@ def run(decoder, pieces, tools=TOOLS, stops=(), rescue=lambda answer: None):
     """Feed pieces of bytes to a turn; return it and its events."""
     ids = iter(range(1000))
     translator = StreamTranslator("msg_1", "m", lambda: f"toolu_{next(ids)}")
-    turn = Turn(decoder, translator, TurnTools(tools, True, True, rescue), stops,
-                lambda finish, output: Usage(finish.prompt_tokens or 0, output))
+    turn = Turn(decoder, translator, tools, stops,
+                lambda finish, output: Usage(finish.prompt_tokens or 0, output), rescue=rescue)
     events = [translator.start(Usage(5, 1))]
     for piece in pieces:
         if not (turn.done or turn.error):
