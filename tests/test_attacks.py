@@ -529,8 +529,10 @@ def test_a_signal_ends_streams_with_an_error_event(number, code):
 def test_a_second_interrupt_ends_at_once():
     big = text("x" * 20_000_000, pieces=1)  # waits for a client that takes nothing
     with MockOllama([text("Hel") + big + done()], model=MODEL) as mock, \
-            process(mock.url) as (shim, port), stream_begun(port):
+            process(mock.url) as (shim, port), stream_begun(port) as sock:
         mock.turns[0].finished.wait(5)
+        while b"xxx" not in sock.recv(4096):  # now the rest waits in the shim
+            pass
         shim.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             shim.wait(0.5)
