@@ -9902,6 +9902,7 @@ class Exchange:
         self.events: List[Event] = []
         self.way, self.model, self.window = "chat", self.config.model, 0
         self.turn: Optional[Turn] = None
+        self.facts = ModelFacts(self.model)
         self.opening = self.unrendered = ""
         self.recalled: List[bool] = []  # earlier answers: as the model wrote them?
         self.notes: List[str] = []
@@ -10083,13 +10084,12 @@ class Exchange:
                                       " answers as the model wrote them")
             server.log.write("debug", f"{dialect.path} {body}")
         thinking = self.opening.rstrip().endswith(THINK_OPEN)
-        turn = self.turn = self._make_turn(dialect(facts.name, thinking), prompt)
+        self.facts, turn = facts, self._make_turn(dialect(facts.name, thinking), prompt)
+        self.turn = turn
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
         with server.upstream.open("POST", dialect.path, body, self.audience, until) as call:
             del body
             self._pump(call, turn, until)
-        if self.unrendered:  # and chat has served: the rendering is at fault
-            server.registry.no_render(facts, self.unrendered)
         if self.request.tools and not self.agent:
             self._offer_prefix(facts, options, prefix, prompt.tools_json)
         if turn.finish:
@@ -10271,6 +10271,8 @@ class Exchange:
             if turn.heard and not self.started:
                 self._begin()
             if turn.done:  # before the client can send the next turn
+                if self.unrendered:  # and chat has served: the rendering is at fault
+                    self.server.registry.no_render(self.facts, self.unrendered)
                 self._remember(turn)
             if events:
                 self._send(events)
