@@ -618,8 +618,9 @@ class Running:
 
     def launch(self) -> None:
         self.address = ("127.0.0.1", free_port())
+        # Without the runtimes' own settings too: NODE_EXTRA_CA_CERTS doubles a start of Node.
         kept = {key: value for key, value in os.environ.items()
-                if not key.startswith(("SHIM_", "OLLAMA_", "QWENCODE_"))
+                if not key.startswith(("SHIM_", "OLLAMA_", "QWENCODE_", "NODE_", "PYTHON"))
                 and not key.lower().endswith("_proxy")}
         host, port = self.bench.upstream.address
         environment = {**kept, "HOST": "127.0.0.1", "PORT": str(self.address[1]),
