@@ -2752,13 +2752,23 @@ def probe_body(name: str, options: Json) -> Json:
 
 
 class Rendered(NamedTuple):
-    """A prompt as Ollama rendered it, and the JSON that it came in."""
+    """A prompt as Ollama rendered it, and that as JSON: its own, less Go's escapes."""
 
     prompt: str
     json: str
 
 
 RENDERED_KEY = '"rendered_template":'
+# Go escapes these signs, of which prompts are full: six bytes for one.
+GO_ESCAPES = (("\\u003c", "<"), ("\\u003e", ">"), ("\\u0026", "&"))
+
+
+def without_go_escapes(literal: str) -> str:
+    """Write <, > and & in a JSON string as themselves."""
+    parts = literal.split("\\\\")  # behind an escaped backslash u003c is text
+    for escape, sign in GO_ESCAPES:
+        parts = [part.replace(escape, sign) for part in parts]
+    return "\\\\".join(parts)
 
 
 def rendered_prompt(answer: str) -> Optional[Rendered]:
@@ -2770,7 +2780,7 @@ def rendered_prompt(answer: str) -> Optional[Rendered]:
     except (ValueError, RecursionError):
         return None
     own = _inside(rest, "_debug_info", "rendered_template") == 0 and isinstance(prompt, str)
-    return Rendered(prompt, answer[at:end]) if own and prompt else None
+    return Rendered(prompt, without_go_escapes(answer[at:end])) if own and prompt else None
 
 
 def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:

@@ -35,7 +35,7 @@ from mock_ollama import (
 )
 
 import qwencode
-from qwencode import fold
+from qwencode import fold, rendered_prompt
 
 MODELS = {"A": "a-x", "B": "b-x", "a35": "a35-x", "q3": "q3-x", "C": "c-x"}
 TOOLS = [BASH, READ, WRITE]
@@ -58,6 +58,18 @@ def ways(mock):
 
 def logged(capfd, words):
     return capfd.readouterr().err.count(words)
+
+
+# ---- the rendered prompt goes on in its own JSON
+
+
+@pytest.mark.parametrize("prompt", ["if a<b && c>d:", "a \\\\u003c b", "\\\\<", "\\u0026 & é 😀 \"x\"\n"])
+def test_a_prompt_goes_on_without_the_escapes_of_go(prompt):
+    escaped = json.dumps(prompt)
+    for sign in "<>&":
+        escaped = escaped.replace(sign, f"\\u{ord(sign):04x}")
+    rendered = rendered_prompt('{"_debug_info": {"rendered_template":' + escaped + "}}")
+    assert rendered == (prompt, json.dumps(prompt))
 
 
 # ---- exact values
