@@ -66,9 +66,10 @@ def test_an_answer_is_shown(place):
 
 
 def test_its_tools_run(place):
+    # 0.24.4 loses what a command writes that ends at once, about one time in four.
     mock = place.serve([
         call("write_file", {"file_path": str(place.project / "n.txt"), "content": "a<b=c>\n"}),
-        call("run_shell_command", {"command": "cat n.txt; echo seen-$((40 + 2))",
+        call("run_shell_command", {"command": "cat n.txt; echo seen-$((40 + 2)); sleep 1",
                                    "is_background": False}),
         text("Written and seen.")])
     assert place.ask("write n.txt and show it").strip() == "Written and seen."
