@@ -2,12 +2,21 @@
 import contextlib
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from typing import Any, Dict, Iterator, List, Optional
 
 import qwencode
 from qwencode import Event
+
+
+def wait_until(true, seconds=5.0):
+    """Wait for what another thread or process does without telling: it can only be looked at again."""
+    end, pause = time.monotonic() + seconds, threading.Event()
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        pause.wait(0.01)
 
 
 def check_events(events: List[Event], tools: Optional[List[str]] = None) -> None:

@@ -8,6 +8,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+import pytest
+
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,6 +35,9 @@ def missing():
     if importlib.util.find_spec("tiktoken") is None:
         return "the package tiktoken, which reads the Qwen vocabulary, is not installed"
     return ""
+
+
+needed = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 def load():

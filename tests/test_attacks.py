@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import check_events, joined, read_sse, running_shim
+from helpers import check_events, joined, read_sse, running_shim, wait_until
 from mock_ollama import MockOllama, done, error_line, hang, hold, status, text
-from test_server import HI, MODEL, exchange, post, wait_until
+from test_server import HI, MODEL, exchange, post
 
 import qwencode
 
@@ -451,7 +451,7 @@ def test_a_hundred_slow_streams_and_health_at_once():
         assert shim.server.gate.load == (0, 0)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of descriptors to lower")
 def test_few_descriptors_at_the_start_keep_nobody_out():
     few = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (64, r.getrlimit(" \
           "r.RLIMIT_NOFILE)[1])); runpy.run_path(sys.argv.pop(), run_name='__main__')"

@@ -48,7 +48,7 @@ def test_the_estimate_is_near_what_the_vocabulary_counts(name, text, tokens):
     assert low * tokens <= estimate_tokens(text) <= high * tokens
 
 
-@pytest.mark.skipif(bool(qwen_vocabulary.missing()), reason=qwen_vocabulary.missing() or "-")
+@qwen_vocabulary.needed
 class TestAgainstTheRealVocabulary:
     def test_the_frozen_counts_are_those_of_the_vocabulary(self):
         count = qwen_vocabulary.load()

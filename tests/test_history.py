@@ -1,13 +1,12 @@
 """The model never reads the same thing twice: prompts of consecutive turns extend each other."""
 import json
 import threading
-import time
 
 import pytest
 import qwen_vocabulary
 from bench import prefix
 from conversation import Conversation
-from helpers import BASH, READ, WRITE, running_shim, tool
+from helpers import BASH, READ, WRITE, running_shim, tool, wait_until
 from mock_ollama import MockOllama, Model, SimulatedSlot, common_length, hold, model_text, text
 
 import qwencode
@@ -121,7 +120,7 @@ def test_bodies_extend_each_other(name, way):
     assert asked == {json.dumps({"num_ctx": WINDOW})}
 
 
-@pytest.mark.skipif(bool(qwen_vocabulary.missing()), reason=qwen_vocabulary.missing() or "-")
+@qwen_vocabulary.needed
 @pytest.mark.parametrize("name", KINDS)
 def test_in_tokens_of_the_real_vocabulary_only_the_last_is_read_twice(name):
     count, kind = qwen_vocabulary.load(), KINDS[name]
@@ -230,9 +229,7 @@ def test_a_restart_and_an_answer_of_chat_are_survived():
         with running_shim(mock.url, model=kind.name, num_ctx=str(WINDOW)) as shim:
             talk.shim = shim
             talk.results("one")
-            until = time.monotonic() + KEEP_S
-            while not shim.server.stats.turns and time.monotonic() < until:
-                time.sleep(0.01)
+            wait_until(lambda: shim.server.stats.turns)
             assert shim.server.stats.turns[0].notes == (
                 "the last answer went back in the template's form",)
     assert "I will." in mock.turns[1].prompt
@@ -327,9 +324,7 @@ def test_a_change_of_tools_is_explained():
         talk.say("go " * 1500)
         talk.fields["tools"] = [BASH, tool("mcp__x__search", text="string"), READ, WRITE]
         talk.results("one")
-        until = time.monotonic() + KEEP_S
-        while len(talk.shim.server.stats.turns) < 2 and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: len(talk.shim.server.stats.turns) == 2)
         record = talk.shim.server.stats.turns[-1]
         assert record.notes[0].startswith("tools changed at mcp__x__search: ")
         assert record.notes[0].endswith(" tokens read again")

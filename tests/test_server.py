@@ -7,7 +7,17 @@ import threading
 import time
 
 import pytest
-from helpers import BASH, READ, WRITE, check_events, is_keep_alive, joined, read_sse, running_shim
+from helpers import (
+    BASH,
+    READ,
+    WRITE,
+    check_events,
+    is_keep_alive,
+    joined,
+    read_sse,
+    running_shim,
+    wait_until,
+)
 from mock_ollama import (
     MockOllama,
     call,
@@ -376,14 +386,6 @@ def test_a_client_that_leaves_cancels_the_upstream(stage, way):
                 wait_until(lambda: mock.turns)
         assert mock.turns[0].closed_by_client.wait(GONE_S)
         assert shim.request("GET", "/health").status == 200
-
-
-def wait_until(true, seconds=5.0):
-    end = time.monotonic() + seconds
-    pause = threading.Event()
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        pause.wait(0.01)
 
 
 def test_keep_alives_fill_the_silence(monkeypatch):

@@ -15,6 +15,7 @@ from helpers import (
     joined,
     read_sse,
     running_shim,
+    wait_until,
 )
 from mock_ollama import (
     Fit,
@@ -377,11 +378,9 @@ def test_a_client_that_leaves_cancels_what_ollama_does(step):
             sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
                          b"application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
             wanted = rendered if step == "render" else lambda r: r.body.get("prompt")
-            until = time.monotonic() + 5
-            while not (found := [r for r in mock.requests if r.body and wanted(r)
-                                 and not is_probe(r)]):
-                assert time.monotonic() < until
-                time.sleep(0.01)
+            found = []
+            wait_until(lambda: found.extend(r for r in mock.requests if r.body and wanted(r)
+                                            and not is_probe(r)) or found)
             if step.endswith("writing"):
                 got = b""
                 while b"one" not in got:
@@ -493,13 +492,6 @@ def test_a_call_comes_back_in_its_own_words():
 
 
 # ---- joined requests and warming
-
-def wait_until(true, seconds=5.0):
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
 
 @pytest.mark.parametrize("step", ["render", "generate"])
 def test_who_joined_gets_the_whole_stream_when_the_first_leaves(step):

@@ -16,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
 
+# Imported here: they lie where the line above looks.
 from helpers import running_shim, tool  # noqa: E402
 from mock_ollama import MockOllama, Model, SimulatedSlot, common_length  # noqa: E402
 

@@ -31,6 +31,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+# Imported here: it lies where the line above looks.
 import mock_ollama as mock  # noqa: E402
 
 MODEL = "qwen2.5-coder:7b"
