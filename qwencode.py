@@ -4512,16 +4512,24 @@ def sign(name: str, where: str, weight: int, words: str, lifted: bool = False) -
     return Sign(name, where, weight, Pattern(words, re.I), lifted)
 
 
-SIGNS: Tuple[Sign, ...] = (
-    sign("a promise to act", "lead", 4,
-        rf"{INTENT}(?!\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK})|{INTENT_ABROAD}"),
+PROMISE = sign("a promise to act", "lead", 4,
+               rf"{INTENT}(?!\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK})|{INTENT_ABROAD}")
+# What announces an act: it lifts other rows, and a call in a code block needs it ...
+ANNOUNCING: Tuple[Sign, ...] = (
+    PROMISE,
     sign("a word of assent", "lead", 2,
         r"\A\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right(?!\W*:)|got it|"
         r"understood|al{1,2} ?right|absolutely|done|great|no problem|will do|on it|definitely|"
         r"gladly|here (?:it is|you go|we go)|one moment|working on it)\W*){1,4}\Z"),
-    sign("its own name", "lead", 2,
+    sign("the word call itself", "lead", 2,
         r"\A\W*(?:here(?:.s| is| are) )?(?:the |my |a )?(?:(?:tool |function )?calls?|"
         r"action)\W*\Z"),
+)
+# ... and this announces words, which lift nothing.
+TALKING = sign("talk in the first person", "lead", -4,
+               rf"\b(?:{INTENT}|I|we|I.m|I am)\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK}")
+SIGNS: Tuple[Sign, ...] = (
+    *ANNOUNCING,
     sign("the act at work", "lead", 6,
         r"(?:\A|→|[,;:–—-] |and )\W*(?:(?:ok(?:ay)?|sure|great|now|then|next|first|got "
         rf"it)\W+)*(?!{TALK}|follow|accord|depend|includ|mean|noth|anyth|someth|everyth|dur|string|"
@@ -4556,8 +4564,7 @@ SIGNS: Tuple[Sign, ...] = (
         r"\b(?:refus|declin)(?:e|ing) (?:to|this)\b|\bdecided against|\bagainst (?:running|doing|"
         r"this|it)|\bI(?: have| had|.ve)? ?(?:did ?not|didn.t|not) (?:run|send|make|call|execute)|"
         r"\bwithh[eo]ld"),
-    sign("talk in the first person", "lead", -4,
-        rf"\b(?:{INTENT}|I|we|I.m|I am)\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK}"),
+    TALKING,
     sign("a promise to show", "lead", -13,
         rf"{INTENT}(?!.*(?:\w[./]\w|\b(?:check|look (?!at (?:how|what|this))|read|see|examin|"
         r"inspect|verif|fix|run|rerun|search|find|open|updat|edit|explor|investigat|test|execut|"
@@ -4647,9 +4654,6 @@ SIGNS: Tuple[Sign, ...] = (
 # What a call starts with before any words are weighed: the model's own markers are made for
 # calls; an answer that ends with it, or begins, is more likely one.
 OWN_WEIGHT, OTHER_WEIGHT, LAST_WEIGHT, FIRST_WEIGHT = 4, 1, 4, 4
-# Rows that announce an act: they lift other rows, and a call in a code block needs one.
-ANNOUNCING = SIGNS[:3]
-TALKING = next(row for row in SIGNS if row.name == "talk in the first person")
 INLINE_CODE = Pattern(r"`[^`\n]*`")
 REACT_STEP = Pattern(r"(?:question|thought):", re.I)
 CHAT_MARK = Pattern(r"<\|[^|<>]*\||\A(?:json|assistant)\Z", re.I)
@@ -4731,7 +4735,7 @@ def well_placed(line: str) -> bool:
         return False
     if line.rstrip()[-1] in SENTENCE_MARKS:
         return True
-    return bool(ANNOUNCING[0].pattern.search(line[-200:])) or (
+    return bool(PROMISE.pattern.search(line[-200:])) or (
         len(line.split()) <= 3 and (line[0] == "<" or line[0].isalnum()))
 
 
