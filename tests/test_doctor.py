@@ -278,13 +278,13 @@ def test_settings_of_claude_code_are_read(place):
 
 
 def test_no_secret_is_printed(place, capsys):
-    secrets = {"SHIM_API_KEY": "key-4711", "OLLAMA_AUTH_TOKEN": "token-4712"}
+    secrets = {"SHIM_API_KEY": "key-secret", "OLLAMA_AUTH_TOKEN": "token-secret"}
     env = {"HOME": str(place), "PATH": os.environ["PATH"], "PORT": "0", **secrets,
-           "OLLAMA_BASE_URL": f"http://me:pass-4713@127.0.0.1:{closed_port()}"}
+           "OLLAMA_BASE_URL": f"http://me:pass-secret@127.0.0.1:{closed_port()}"}
     for flags in ([], ["--json"]):
         assert q.main(["doctor", *flags], env) == 1
     printed = capsys.readouterr()
-    assert "471" not in printed.out + printed.err
+    assert "-secret" not in printed.out + printed.err
 
 
 def test_for_people_it_marks_lines_and_puts_cures_below(place, capsys, monkeypatch):
