@@ -163,6 +163,10 @@ KEEP_ALIVE_S = 10.0
 # Seconds: nginx gives a header or a part of a body 60, CIS asks for less.
 HEAD_PROGRESS_S = 30.0
 IDLE_CONNECTION_S = 300.0  # the CLI keeps its connections so long (A1)
+# Streams at once from which one thread relays them all: a thread each is as good up to
+# 50 and keeps them apart. And seconds after which that thread ends when it has nothing.
+MANY_STREAMS = 32
+IDLE_RELAY_S = 1.0
 MAX_DESCRIPTORS = 4096  # 1,536 connections and what their requests open
 ACCEPT_PAUSE_S = 0.1  # when accepting fails: too many open files
 CONNECT_S = 10.0  # a server that takes longer to accept is not there
@@ -8022,10 +8026,10 @@ class TurnRecord(NamedTuple):
     """What one request became; holds no prompt and no answer text.
 
     started is epoch seconds, *_s are seconds, tokens are counts; window 0 means
-    unknown. way is chat, verbatim or local (answered without the model). rescue names
-    the rule that made the call, rescue_outcome what came of it. outcome is "ok",
-    "client left" or a kind of error; notes are sentences such as what broke the prefix;
-    left_out names tools and passages that the model was not shown.
+    unknown. way is chat, verbatim, joined (another's answer) or local (without the
+    model). rescue names the rule that made the call, rescue_outcome what came of it.
+    outcome is "ok", "client left" or a kind of error; notes are sentences such as what
+    broke the prefix; left_out names tools and passages that the model was not shown.
     """
 
     session: str = ""
@@ -8349,7 +8353,11 @@ def prefix_break(before: Sequence[Segment], now: Sequence[Segment]) -> str:
     same = next((place for place, (old, new) in enumerate(zip(before, now))
                  if old.key != new.key), min(len(before), len(now)))
     again = min(sum(segment.tokens for segment in part[same:]) for part in (before, now))
-    return f"{now[same].name}: {again:,} tokens read again" if again >= LEAST_REREAD else ""
+    if again < LEAST_REREAD:
+        return ""
+    # What went says more than what stands in its place now: a tool, not the system text.
+    part = before if before[same].name.startswith("tools") else now
+    return f"{part[same].name}: {again:,} tokens read again"
 
 
 # ------------------------------ status as JSON ------------------------------
@@ -8372,10 +8380,13 @@ def session_fields(record: TurnRecord) -> Json:
             "last": record.started + record.total_s, "left_out": record.left_out}
 
 
-def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
+def status_json(
+    stats: Stats, config: Config, health: Json, now: float, secrets: Tuple[str, ...] = (),
+) -> Json:
     """Return what the page at `/` shows; newest turns first, times in epoch seconds.
 
-    health is what `/health` answers. Prompts and answers are never in it.
+    health is what `/health` answers. Prompts and answers are never in it, nor the
+    secrets, which are ours where no others are given.
     """
     with stats.lock:
         active = [one.fields(now) for one in stats.active.values()]
@@ -8390,7 +8401,7 @@ def status_json(stats: Stats, config: Config, health: Json, now: float) -> Json:
         "running": [one for one in active if one["state"] != "waiting"],
         "waiting": [one for one in active if one["state"] == "waiting"],
         "sessions": sessions[::-1], "turns": turns, "rescues": rescues, "errors": errors,
-        "counters": counters}, secrets_of(config)))
+        "counters": counters}, secrets or secrets_of(config)))
 
 
 # ------------------------------ Prometheus ------------------------------
@@ -8964,6 +8975,18 @@ class UpstreamCall:
                 return payload
         return b""
 
+    def read_now(self) -> Optional[bytes]:
+        """Return what has come of the body, maybe b"", without waiting; None at its end."""
+        data = None if self._ended else self._try_receive()
+        if data is None:
+            return None if self._ended else b""
+        return self._unframe(data) if data else None
+
+    @property
+    def pollable(self) -> Optional[socket.socket]:
+        """The socket that tells of all that comes; None where some of it may be here already."""
+        return None if self._tls or self._more or self._buffer or self._ended else self._sock
+
     def _unframe(self, data: bytes) -> bytes:
         if self._chunks is not None:
             try:
@@ -9175,22 +9198,24 @@ class Log:
 
     def write(self, level: str, message: str) -> None:
         """Log a message; a debug message may be of any length."""
+        if not self.on(level):
+            return
         text = clean(redact(message, self._secrets), 10_000_000 if level == "debug" else 2000)
         stamp = time.strftime("%H:%M:%S")
-        self._line(level, to_json({"time": stamp, "level": level, "message": text}) if self._json
+        self._line(to_json({"time": stamp, "level": level, "message": text}) if self._json
                    else f"{stamp} {'' if level == 'info' else level + ': '}{text}")
 
     def turn(self, record: TurnRecord) -> None:
         """Write the line of a turn."""
-        self._line("warn" if record.error else "info",
-                   turn_json(record, self._secrets) if self._json else
-                   turn_line(record, self._colour, self._utc_offset_s, self._secrets))
-
-    def _line(self, level: str, text: str) -> None:
+        level = "warn" if record.error else "info"
         if self.on(level):
-            with self._lock, contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(text + "\n")
-                sys.stderr.flush()
+            self._line(turn_json(record, self._secrets) if self._json else
+                       turn_line(record, self._colour, self._utc_offset_s, self._secrets))
+
+    def _line(self, text: str) -> None:
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
 
 
 # ------------------------------ the connection to a client ------------------------------
@@ -9206,7 +9231,7 @@ class ClientLink(Waiter):
 
     def __init__(self, sock: socket.socket, stop: socket.socket) -> None:
         sock.setblocking(False)
-        self._sock, self._stop = sock, stop
+        self.sock, self._stop = sock, stop
         self.input = bytearray()
         self._pending = bytearray()
         self._largest = 0  # of the pieces that wait: one long line is no lag
@@ -9224,7 +9249,7 @@ class ClientLink(Waiter):
         if not self._pending:
             self._taken_at = time.monotonic()
             try:
-                sent = self._sock.send(data)
+                sent = self.sock.send(data)
             except WOULD_BLOCK:
                 pass
             except OSError:
@@ -9237,7 +9262,7 @@ class ClientLink(Waiter):
 
     def _flush(self) -> None:
         try:
-            sent = self._sock.send(self._pending)
+            sent = self.sock.send(self._pending)
         except WOULD_BLOCK:
             return
         except OSError:
@@ -9250,7 +9275,7 @@ class ClientLink(Waiter):
     def _take_input(self) -> None:
         """Read what the client sends; while a request is served its end means it left."""
         try:
-            data = self._sock.recv(READ_BYTES)
+            data = self.sock.recv(READ_BYTES)
         except WOULD_BLOCK:
             return
         except OSError:
@@ -9284,7 +9309,7 @@ class ClientLink(Waiter):
             raise ClientGoneError
         if self._stop in ready:
             raise StoppingError("The shim is being stopped; the answer ends here.")
-        if self._sock not in ready:
+        if self.sock not in ready:
             return False
         if self._pending:
             self._flush()
@@ -9300,8 +9325,8 @@ class ClientLink(Waiter):
         full, pending = len(self.input) >= READ_BYTES, bool(self._pending)
         key = (sock, writing, full, pending)
         if key != self._watched:
-            readers = [self._stop] if full else [self._stop, self._sock]
-            writers = [self._sock] if pending else []
+            readers = [self._stop] if full else [self._stop, self.sock]
+            writers = [self.sock] if pending else []
             if sock is not None:
                 (writers if writing else readers).append(sock)
             self._watched, self._ready = key, readiness(readers, writers)
@@ -9309,22 +9334,21 @@ class ClientLink(Waiter):
 
     def _patience(self, now: float) -> float:
         """Seconds until a client that takes nothing is given up."""
-        if not self._pending:
-            return 3600.0
         left = self._taken_at + CLIENT_STALL_S - now
         if left <= 0:
             raise ClientGoneError
         return left
 
+    @property
+    def calm(self) -> bool:
+        """Say whether nothing waits to be sent, or to be read."""
+        return not self._pending and not self.input
+
     def drain(self) -> None:
         """Wait until everything is sent."""
         while self._pending:
-            self.wait_writable()
-
-    def wait_writable(self) -> None:
-        now = time.monotonic()
-        if self._sock in wait_ready((), (self._sock,), self._patience(now)):
-            self._flush()
+            if wait_ready((), (self.sock,), self._patience(time.monotonic())):
+                self._flush()
 
 
 # ------------------------------ the head of a request ------------------------------
@@ -9521,17 +9545,17 @@ class Registry:
             if isinstance(error, ModelMissingError):
                 raise error
             return LocalModel(ModelFacts(name), config.num_ctx, config.num_ctx or 0)
-        facts = facts_from_show(name, answer.body)
+        shown = answer.body
+        facts = facts_from_show(name, shown)
         _, before = self._models.get(name, (0.0, None))
         if before and before.facts.digest == facts.digest and before.window:
             model = before._replace(facts=facts)
         else:
-            model = self._choose_window(facts, _mapping(answer.body).get("model_info"),
-                                        waiter, until)
+            model = self._choose_window(facts, _mapping(shown).get("model_info"), waiter, until)
         if facts.path == "B" or (facts.path and config.verbatim != "off"):
-            shown = self._ask("/api/chat", probe_body(name, load_options(model.num_ctx)),
-                              waiter, until)
-            rendered = rendered_prompt(shown.text) if shown.status == 200 else None
+            answer = self._ask("/api/chat", probe_body(name, load_options(model.num_ctx)),
+                               waiter, until)
+            rendered = rendered_prompt(answer.text) if answer.status == 200 else None
             if rendered:
                 model = model._replace(facts=facts_from_probe(facts, rendered.prompt))
         return model
@@ -9885,6 +9909,8 @@ class Audience(Waiter):
         while self._wakers:
             if super().wait(sock, writing, min(until, time.monotonic() + FOLLOW_S)):
                 return True
+            if time.monotonic() >= self._link.tick_at:
+                self._link.on_tick()  # those that joined wait, too
             if time.monotonic() >= until:
                 return False
         raise ClientGoneError
@@ -9894,6 +9920,129 @@ def is_new_file(ops: Sequence[FileOp], cwd: str) -> bool:
     """Say whether the one file that ops make is known not to exist."""
     return len(ops) == 1 and os.path.isdir(cwd) \
         and not os.path.lexists(os.path.join(cwd, os.path.expanduser(ops[0].path)))
+
+
+# Begins the last line of an answer, as far as Ollama's writer goes.
+DONE_LINE = b'"done":true'
+
+
+class Lent(NamedTuple):
+    """A stream in the hands of SharedRelay, its sockets and its way back."""
+
+    exchange: Exchange
+    call: UpstreamCall
+    turn: Turn
+    upstream: socket.socket
+    client: socket.socket
+    back: threading.Event
+    failures: List[BaseException]
+
+
+make_epoll: Any = getattr(select, "epoll", None)  # Linux has it
+EPOLLIN = 1
+
+
+class SharedRelay:
+    """Relays the running answers on one thread while there are many.
+
+    With a thread each, 200 streams spend more on handing the interpreter's lock around
+    than on their tokens. So a stream's thread lends it, and sleeps; it has it back for
+    all that is no plain token: the end, a client that lags, asks or leaves, a failure,
+    a silence. Needs epoll; elsewhere each thread keeps its stream.
+
+    _lock is held for a round of tokens, by translate() and for lending. Nothing may
+    wait for anything else while it holds it.
+    """
+
+    def __init__(self, stop_signal: socket.socket, load: Callable[[], int]) -> None:
+        self._stop, self._load = stop_signal, load
+        self._lock, self._next = threading.Lock(), threading.Lock()
+        self.lent: Dict[int, Lent] = {}  # by either socket's descriptor
+        self._epoll: Any = None
+        self.thread: Optional[threading.Thread] = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work for a while without the relay, and with no other that does so.
+
+        Two threads at work would wait 5 ms for the interpreter's lock at every send.
+        """
+        with self._next, self._lock:
+            yield
+
+    def carry(self, exchange: Exchange, call: UpstreamCall, turn: Turn) -> None:
+        """Have a stream relayed until it needs its own thread; at once where few run."""
+        link = exchange.link
+        if self._load() < MANY_STREAMS or not call.pollable or not link.calm \
+                or exchange.audience.detached or not make_epoll:
+            return
+        lent = Lent(exchange, call, turn, call.pollable, link.sock, threading.Event(), [])
+        with self._lock:
+            self._lend(lent)
+        while not lent.back.wait(max(0.0, exchange.deadline - time.monotonic())):
+            if time.monotonic() >= exchange.deadline:
+                with self._lock:
+                    self._give_back(lent)
+        if lent.failures:
+            raise lent.failures[0]
+
+    def _lend(self, lent: Lent) -> None:
+        try:
+            self._start()
+            for sock in (lent.upstream, lent.client):
+                self._watch(sock, lent)
+        except (OSError, RuntimeError):  # no descriptor or thread is left: it keeps its own
+            self._give_back(lent)
+
+    def _start(self) -> None:
+        if not self.thread:
+            self._epoll = make_epoll()
+            self._epoll.register(self._stop, EPOLLIN)
+            thread = threading.Thread(target=self._run, daemon=True)
+            thread.start()
+            self.thread = thread
+
+    def _watch(self, sock: socket.socket, lent: Lent) -> None:
+        self.lent[sock.fileno()] = lent
+        self._epoll.register(sock, EPOLLIN)
+
+    def _give_back(self, lent: Lent) -> None:
+        for sock in (lent.upstream, lent.client):
+            if self.lent.get(sock.fileno()) is lent:
+                del self.lent[sock.fileno()]
+                with contextlib.suppress(OSError):  # where registering failed
+                    self._epoll.unregister(sock)
+        lent.back.set()
+
+    def _run(self) -> None:
+        """Relay until nothing is lent; whatever happens, every stream is given back."""
+        try:
+            while self._round():
+                pass
+        finally:
+            with self._lock:
+                for lent in list(self.lent.values()):
+                    self._give_back(lent)
+                self._epoll.close()
+                self.thread = None
+
+    def _round(self) -> bool:
+        """Relay what has come for any stream; False when this thread has no more to do."""
+        ready = [fd for fd, _ in self._epoll.poll(IDLE_RELAY_S)]
+        with self._lock:
+            for fd in ready:
+                if fd in self.lent:
+                    self._step(self.lent[fd], fd)
+            return self._stop.fileno() not in ready and bool(ready or self.lent)
+
+    def _step(self, lent: Lent, fd: int) -> None:
+        try:
+            stays = fd == lent.upstream.fileno() and lent.exchange.relay_now(lent.call, lent.turn)
+        except Exception as problem:  # whatever it is, the stream's own thread tells it
+            lent.failures.append(problem)
+            stays = False
+        if not stays:
+            self._give_back(lent)
 
 
 class Exchange:
@@ -9910,6 +10059,7 @@ class Exchange:
         self.session = self.server.session(self.session_id + ("" if request.tools else " -"))
         self.started = False
         self.begun_at, self.first_at = time.monotonic(), 0.0
+        self.until, self.lines, self.kept = 0.0, 0, b""  # of Ollama's answer
         self.translator = StreamTranslator(
             "msg_" + fresh_id(), request.model or self.config.model, lambda: "toolu_" + fresh_id())
         self.estimate = 1
@@ -9923,6 +10073,11 @@ class Exchange:
         self.left_out: Tuple[str, ...] = ()
         self.key = handler.join_key
         self.audience = Audience(self.link)
+
+    @property
+    def deadline(self) -> float:
+        """When something is due though Ollama sends nothing."""
+        return min(self.until, self.link.tick_at)
 
     def run(self) -> None:
         """Carry the request out; whatever fails is told to the client, and all counted."""
@@ -9986,8 +10141,9 @@ class Exchange:
         usage = turn.usage if turn else Usage()
         calls = turn.calls if turn else []
         self.session.turns += 1
-        self.session.rescued = tuple(
-            one for one, (_, rule) in zip(self.translator.call_ids, calls) if rule)
+        if turn:  # one that joined, or was answered here, made no calls
+            self.session.rescued = tuple(
+                one for one, (_, rule) in zip(self.translator.call_ids, calls) if rule)
         record = TurnRecord(
             session=self.session_id, turn=self.session.turns, model=self.model,
             started=time.time() - (now - self.begun_at),
@@ -10150,7 +10306,7 @@ class Exchange:
 
     def _translate(self, facts: ModelFacts, request: Request) -> Prompt:
         session, counter = self.session, self.server.counter
-        with session.lock:
+        with session.lock, self.server.shared.paused():
             before = session.tools, session.messages
             table = session.table(request, self.config.max_tools)
             tools = session.write_tools(table, self.config.prompt == "slim", facts, self.agent)
@@ -10264,35 +10420,52 @@ class Exchange:
 
     def _pump(self, call: UpstreamCall, turn: Turn, until: float) -> None:
         """Relay Ollama's answer until the turn is done."""
-        silence = self.config.timeout_ms / 1000
         call.read_head(until)
         if call.status != 200:
+            silence = self.config.timeout_ms / 1000
             text = call.read_all(time.monotonic() + silence).decode("utf-8", "replace")
             raise upstream_error(
                 call.status, text, turn.model, retry_after=call.headers.get("retry-after"),
                 prompt_tokens=self.estimate, window=self.window)
-        lines = 0
+        self.until = until
         while not turn.done:
-            data = call.read(until)
-            until = time.monotonic() + silence
-            lines += data.count(b"\n")  # Ollama writes a line for each token
-            self.server.stats.progress(self, time.time(), lines)
-            events = turn.feed(data) if data else turn.close()
-            if turn.heard and not self.first_at:  # not the first event, which may be ours
-                self.first_at = time.monotonic()
-            if turn.error and not self.started and not events:
-                self._refuse(turn.error)
-            if turn.heard and not self.started:
-                self._begin()
-            if turn.done:  # before the client can send the next turn
-                if self.unrendered:  # and chat has served: the rendering is at fault
-                    self.server.registry.no_render(self.facts, self.unrendered)
-                self._remember(turn)
-            if events:
-                self._send(events)
-            if turn.error:
-                raise turn.error
+            data, self.kept = self.kept or call.read(self.until), b""
+            self._take(data, turn)
+            if self.started and not turn.done:
+                self.server.shared.carry(self, call, turn)
         self._end()
+
+    def relay_now(self, call: UpstreamCall, turn: Turn) -> bool:
+        """Relay what has come, without waiting; False where the own thread must go on."""
+        data = call.read_now()
+        if data is None or (data and (DONE_LINE in data or data[-1:] != b"\n")):
+            self.kept = data or b""  # what follows the last line may take long: a rescue
+            return False
+        if data:
+            self._take(data, turn)
+        return self.link.calm and not turn.done
+
+    def _take(self, data: bytes, turn: Turn) -> None:
+        """Pass on what a piece of Ollama's answer makes; b"" is its end."""
+        now = time.monotonic()
+        self.until = now + self.config.timeout_ms / 1000
+        self.lines += data.count(b"\n")  # Ollama writes a line for each token
+        self.server.stats.progress(self, time.time(), self.lines)
+        events = turn.feed(data) if data else turn.close()
+        if turn.heard and not self.first_at:  # not the first event, which may be ours
+            self.first_at = now
+        if turn.error and not self.started and not events:
+            self._refuse(turn.error)
+        if turn.heard and not self.started:
+            self._begin()
+        if turn.done:  # before the client can send the next turn
+            if self.unrendered:  # and chat has served: the rendering is at fault
+                self.server.registry.no_render(self.facts, self.unrendered)
+            self._remember(turn)
+        if events:
+            self._send(events)
+        if turn.error:
+            raise turn.error
 
     def _refuse(self, error: ShimError) -> None:
         """An answer that starts with nonsense: a stream is begun, a whole answer is 502."""
@@ -10333,10 +10506,9 @@ class Exchange:
                 self._begin()
             else:
                 self._send([self.translator.keep_alive()])
-        elif not self.handler.streaming:
-            self.handler.start_stream("application/json")
-            self.handler.send_piece(b" ")
-        else:
+        elif not self.audience.detached:
+            if not self.handler.streaming:
+                self.handler.start_stream("application/json")
             self.handler.send_piece(b" ")
 
     def _send(self, events: List[Event]) -> None:
@@ -10574,10 +10746,12 @@ class Handler:
         """Take the body as a Messages request; raise 400 with the reason."""
         body, self.body = self.body, b""  # a long answer need not hold it
         try:
-            value = read_body(body)
+            with self.server.shared.paused():
+                value = read_body(body)
         except ValueError as problem:
             raise BadRequestError(f"The body is not JSON: {clean(str(problem))}.") from None
-        return parse_request(value)
+        with self.server.shared.paused():
+            return parse_request(value)
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Write an answer's head; a header without a value is left out."""
@@ -10588,7 +10762,7 @@ class Handler:
                 "Vary": "Origin" if allowed else "", "request-id": self.request_id,
                 "Connection": "keep-alive" if self.keep else "close"}
         lines = [f"{name}: {value}\r\n" for name, value in rows.items() if value]
-        return f"HTTP/1.1 {status} {reason}\r\n{''.join(lines)}\r\n".encode("latin-1")
+        return f"HTTP/1.1 {status} {reason}\r\n{''.join(lines)}\r\n".encode("latin-1", "replace")
 
     def reply(self, status: int, body: bytes, kind: str = "application/json",
               headers: Optional[Mapping[str, str]] = None) -> None:
@@ -10651,8 +10825,9 @@ class Handler:
     def status(self) -> None:
         """Tell what the status page shows."""
         server = self.server
-        self.reply_json(status_json(server.stats, server.config, server.recent_health(self.link),
-                                    time.time()))
+        told = status_json(server.stats, server.config, server.recent_health(self.link),
+                           time.time(), self._secrets())
+        self.reply(200, to_json(told).encode())
 
     def metrics(self) -> None:
         text = redact(metrics_text(self.server.stats, self.server.config), self._secrets())
@@ -10661,7 +10836,8 @@ class Handler:
     def root(self) -> None:
         """Give a browser the status page, everything else a line of text.
 
-        The CLI knocks with HEAD / when it starts (CC A1): time to warm the model.
+        The CLI knocks with HEAD / when it starts (CC A1): time to warm the model, unless a
+        key is wanted, which that knock does not bring.
         """
         if self.http.method == "HEAD":
             self.server.warmer.start()
@@ -10771,7 +10947,6 @@ def write_counts(path: str, counter: TokenCounter, log: Log) -> None:
         log.write("warn", f"SHIM_COUNTS_FILE: {path} was not written ({reason_of(problem)})")
 
 
-# The page needs nothing from elsewhere, so nothing else is allowed to load.
 PAGE_HEADERS = {  # what the page may load stands in the page itself
     "Content-Security-Policy": "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
@@ -10809,6 +10984,7 @@ class ShimServer(ThreadingHTTPServer):
         self.config = config
         self.secrets = secrets_of(config)
         self.log = Log(config)
+        self.stop_signal, self._stop_sender = socket.socketpair()
         self.upstream = Upstream(config)
         self.registry = Registry(config, self.upstream, self.log)
         self.gate = Gate(config.max_concurrent, config.max_concurrent)
@@ -10817,11 +10993,11 @@ class ShimServer(ThreadingHTTPServer):
         self.stats = Stats(time.time(), threading.Lock())
         self.counter = read_counts(config, self.log)
         self.warmer = Warmer(self)
+        self.shared = SharedRelay(self.stop_signal, lambda: self.gate.load[0])
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
         self._lock = threading.Lock()
         self._session_of = lru_cache(MAX_SESSIONS)(lambda key: Session())
-        self.stop_signal, self._stop_sender = socket.socketpair()
         self._idle = threading.Condition()
         if ":" in config.host:
             self.address_family = socket.AF_INET6
@@ -11058,7 +11234,8 @@ def raise_descriptor_limit() -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         resource = late("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, MAX_DESCRIPTORS), hard))
+        most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def on_signals(names: Sequence[str], act: Callable[[int], None]) -> None:
@@ -11353,6 +11530,8 @@ def claude_command(made: Env, passed: Sequence[str], env: Env) -> Tuple[List[str
 
 def ask_shim(url: str, path: str, config: Config) -> Json:
     """Ask a shim something within a second; {} where none answers."""
+    if not BASE_URL.fullmatch(url):  # HOST may be what no URL can name
+        return {}
     try:
         answer = shim_at(url, config).ask("GET", path, None, Waiter(), time.monotonic() + 1.0)
     except ShimError:

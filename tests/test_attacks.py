@@ -452,9 +452,10 @@ def test_a_hundred_slow_streams_and_health_at_once():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of descriptors to lower")
-def test_few_descriptors_at_the_start_keep_nobody_out():
-    few = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (64, r.getrlimit(" \
-          "r.RLIMIT_NOFILE)[1])); runpy.run_path(sys.argv.pop(), run_name='__main__')"
+@pytest.mark.parametrize("most", ["r.getrlimit(r.RLIMIT_NOFILE)[1]", "2000"])
+def test_few_descriptors_at_the_start_keep_nobody_out(most):
+    few = f"import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (64, {most})); " \
+          "runpy.run_path(sys.argv.pop(), run_name='__main__')"
     with MockOllama([text("ok")], model=MODEL) as mock, \
             process(mock.url, start=("-c", few, str(ROOT / "qwencode.py"))) as (_, port):
         idle = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(300)]

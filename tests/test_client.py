@@ -204,6 +204,15 @@ def test_env_speaks_the_shell_that_is_named_or_in_use(flags, env, begins, capsys
     assert capsys.readouterr().out.startswith(begins)
 
 
+@pytest.mark.parametrize("host", ["fe80::1%eth0", "bücher.example", "ho st"])
+def test_a_host_that_no_url_can_name_is_asked_nothing(host, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(q.Upstream, "_addresses", lambda *_: asked.append(1) or [])
+    assert q.main(["env", "bash"], {"HOST": host, "SHIM_API_KEY": "key"}) == 0
+    assert "export ANTHROPIC_BASE_URL=" in capsys.readouterr().out
+    assert not asked
+
+
 def test_env_works_without_ollama_and_with_the_options_of_serve():
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -39,6 +39,14 @@ MODEL = "qwen2.5-coder:14b"
 GONE_S = 3.0  # the promise is one second; the machine may be busy
 
 
+@pytest.fixture(autouse=True, params=["own thread", "shared relay"])
+def relayed(request, monkeypatch):
+    """Each test twice: streams on threads of their own, and on the one for many."""
+    if request.param == "shared relay":
+        monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def quiet():
     """A shim whose Ollama only ever says ok, for what never reaches it."""
@@ -280,6 +288,8 @@ REFUSALS = {
     "login": (status(401, {"error": "unauthorized"}), 502, "api_error", "unauthorized"),
     "foreign host": (status(403, ""), 502, "api_error", "OLLAMA_BASE_URL"),
     "rate limit": (status(429, {"error": "slow down"}), 429, "rate_limit_error", "rate limit"),
+    "a long rate limit": (status(429, {"error": "slow"}, {"Retry-After": "9" * 90}), 429,
+                          "rate_limit_error", "rate limit"),
     "busy": (status(503, {"error": "server busy, please try again."}), 529, "overloaded_error",
              "server busy"),
     "plain 404": (status(404, "404 page not found"), 502, "api_error", "Is it an Ollama server?"),
@@ -402,6 +412,27 @@ def test_keep_alives_fill_the_silence(monkeypatch):
         answer = shim.messages(stream=False)
         assert answer.data.startswith(b" ")
         assert answer.json["content"] == [{"type": "text", "text": "Hello"}]
+
+
+def test_keep_alives_reach_a_retry_whose_first_client_left(monkeypatch):
+    monkeypatch.setattr(qwencode, "FIRST_EVENT_S", 0.4)
+    monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr(qwencode, "FOLLOW_S", 0.05)
+    session = {"X-Claude-Code-Session-Id": "s"}
+    body, got = {**HI, "stream": True}, []
+    with MockOllama([delay(1.5) + text("once") + done()], model=MODEL) as mock, \
+            running_shim(mock.url, verbatim="off") as shim:
+        with socket.create_connection(("127.0.0.1", shim.port), 5) as first:
+            first.sendall(post(body, "X-Claude-Code-Session-Id: s\r\n"))
+            mock.wait_for()
+            retry = threading.Thread(target=lambda: got.append(
+                shim.request("POST", "/v1/messages", body, session)))
+            retry.start()
+            wait_until(lambda: len(shim.server.stats.active) == 2)
+        retry.join(10)
+    events = got[0].events
+    assert joined([e for e in events if not is_keep_alive(e)])[1] == ("text_delta", "once")
+    assert len([event for event in events if is_keep_alive(event)]) >= 2
 
 
 def test_thinking_calls_and_usage():
@@ -567,3 +598,65 @@ def test_identical_requests_join():
         assert len(mock.turns) == 1
         for answer in got:
             assert joined(answer.events)[1] == ("text_delta", "once")
+
+
+# ------------------------------ many streams on one thread ------------------------------
+
+needs_epoll = pytest.mark.skipif(not qwencode.make_epoll, reason="streams are shared on Linux")
+
+
+@needs_epoll
+def test_forty_streams_share_one_thread_and_keep_apart(relayed):
+    rows = [[f"s{stream:02d}t{token:02d} " for token in range(30)] for stream in range(40)]
+    replies = [sum(((delay(0.01) + text(token)) for token in row), text("")) + done()
+               for row in rows]
+    with MockOllama(replies, model=MODEL) as mock, running_shim(mock.url) as shim:
+        shared, got, seen = shim.server.shared, [], set()
+        clients = [threading.Thread(target=lambda: got.append(shim.messages().events))
+                   for _ in rows]
+        for client in clients:
+            client.start()
+        for client in clients:
+            while client.is_alive():
+                seen.add(shared.thread)
+                client.join(0.02)
+        assert sorted(joined(events)[1][1] for events in got) == ["".join(row) for row in rows]
+        assert 1 <= len(seen - {None}) <= 2
+        wait_until(lambda: shared.thread is None)  # it ends when nothing is lent
+
+
+SLOW = text("a") + delay(0.1) + text("b") + delay(0.1) + text("c") + done()
+
+
+@needs_epoll
+def test_what_breaks_the_shared_thread_breaks_no_stream(monkeypatch):
+    rounds = []
+
+    def broken(self):
+        rounds.append(self)
+        raise OSError("no more")
+    monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
+    monkeypatch.setattr(qwencode.SharedRelay, "_round", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda problem: None)
+    with MockOllama([SLOW], model=MODEL) as mock, running_shim(mock.url) as shim:
+        assert joined(shim.messages().events)[1] == ("text_delta", "abc")
+    assert rounds
+
+
+def refusing(problem):
+    def refuse(*_, **__):
+        raise problem
+    return refuse
+
+
+@needs_epoll
+@pytest.mark.parametrize(("owner", "name", "problem"), [
+    (qwencode, "make_epoll", OSError(24, "Too many open files")),
+    (qwencode.SharedRelay, "_start", RuntimeError("can't start new thread")),
+    (qwencode.SharedRelay, "_watch", OSError(28, "No space left on device"))])
+def test_without_descriptors_or_threads_streams_keep_their_own(monkeypatch, owner, name, problem):
+    monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
+    monkeypatch.setattr(owner, name, refusing(problem))
+    with MockOllama([SLOW], model=MODEL) as mock, running_shim(mock.url) as shim:
+        assert joined(shim.messages().events)[1] == ("text_delta", "abc")
+        assert shim.server.shared.lent == {}

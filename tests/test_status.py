@@ -122,6 +122,9 @@ BREAKS = [
     ("the history changed", BEFORE, BEFORE[:2] + segments(("message 1 (user) changed", "v", 700)),
      "message 1 (user) changed: 700 tokens read again"),
     ("a small change", BEFORE, BEFORE[:2] + segments(("message 1 (user) changed", "v", 70)), ""),
+    ("a tool went", segments(("tools changed at Add", "a", 400)) + BEFORE, BEFORE,
+     "tools changed at Add: 18,400 tokens read again"),
+    ("the last tool went", BEFORE, BEFORE[1:], "tools changed at Bash: 18,000 tokens read again"),
     ("the history was cut", BEFORE, BEFORE[:2], ""),
     ("nothing is left", BEFORE, [], ""),
 ]
@@ -390,6 +393,30 @@ def test_a_rescue_is_followed_to_its_result():
         rescue = shim.request("GET", "/status").json["rescues"][0]
     assert rescue["tools"] == ["Bash"]
     assert rescue["rescue_outcome"] == "worked"
+
+
+def test_a_retry_that_joined_does_not_hide_what_came_of_a_rescue():
+    leaked = delay(0.3) + model_text('{"name": "Bash", "arguments": {"command": "ls"}}')
+    body = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "list"}],
+            "tools": [tool("Bash", command="string")]}
+    headers = {"x-claude-code-session-id": "s1"}
+    with MockOllama([leaked, text("done")], model="qwen3-coder:30b") as ollama, running_shim(
+            ollama.url, model=ollama.model) as shim:
+        answers = []
+        askers = [threading.Thread(target=lambda: answers.append(
+            shim.request("POST", "/v1/messages", body, headers))) for _ in range(2)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join(10)
+        assert sorted(turn["way"] for turn in shim.request("GET", "/status").json["turns"]) \
+            == ["joined", "verbatim"]
+        content = answers[0].json["content"]
+        call = next(block for block in content if block["type"] == "tool_use")
+        body["messages"] += [{"role": "assistant", "content": content}, {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": call["id"], "content": "a.py"}]}]
+        shim.request("POST", "/v1/messages", body, headers)
+        assert shim.request("GET", "/status").json["rescues"][0]["rescue_outcome"] == "worked"
 
 
 def test_the_first_token_is_the_model_s_and_not_a_keep_alive(monkeypatch):
