@@ -1341,10 +1341,12 @@ def string_from(value: Any, name: str) -> Optional[str]:
 # other quote was left unescaped by the model and belongs to the text.
 MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
-COMMENT = r"(?:(?:(?://|#)[^\n]*\n|/\*[^*]*\*/)\s*)?"
+COMMENT = r"(?:(?:(?://|#)[^\n]{0,300}\n|/\*[^*]{0,300}\*/)\s*)?"
+CLOSED = r"\}\s*(?:[,}\])<`;/#]|\Z|\n)"
+# White space is tried once, a comment is short: 8,000 blanks behind a quote took seconds.
 END_IN_OBJECT = Pattern(
-    rf"\s*(?:,?\s*{COMMENT}\}}\s*(?:[,}}\])<`;/#]|\Z|\n)|,\s*{COMMENT}"
-    + MEMBER_KEY + r"|(?<=\n)\s*" + MEMBER_KEY + r"|\Z)")
+    rf"\s*(?:{COMMENT}{CLOSED}|,\s*{COMMENT}(?:{CLOSED}|{MEMBER_KEY})|\Z)"
+    rf"|\s*\n[^\S\n]*{MEMBER_KEY}")
 END_IN_ARRAY = Pattern(r"\s*(?:,\s*(?:[\"'\[{\]\d-]|true|false|null)|\]|\Z)", re.I)
 END_IN_CALL = Pattern(r"\s*(?:,\s*\w{1,60}\s*=|,?\s*\)|\Z)")
 MEMBER_START = Pattern(MEMBER_KEY + r"|[\"'\[{]")
@@ -4190,9 +4192,9 @@ STRING_STOP = Pattern(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|"
     + JSON_ESCAPE.source + '|"', re.S)
 JSON_MEMBER = Pattern(
-    r"""\s*,?\s*(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?:(")|(?=\S))|\})""")
+    r"""\s*(?:,\s*)?(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?:(")|(?=\S))|\})""")
 STRING_END_OPEN = Pattern(
-    r"\s*(?:,?\s*\}?\s*|,\s*[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)\Z")
+    r"\s*(?:\}\s*|,\s*\}\s*|(?:,\s*|(?<=\n)[^\S\n]*)(?:[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)?)?\Z")
 JSON_SCALAR = Pattern(r"[^,}\]\n]{1,64}(?=[,}\]\n])")
 CALL_TAIL = Pattern(r'\s*(?:,\s*"[^"\n]{0,64}"\s*:\s*"?[^"{}\n]{0,128}"?\s*)?\}')
 CANONICAL = Pattern(r'\s*\{\s*"name"\s*:\s*"([^"\\\n]{1,128})"\s*,\s*'
