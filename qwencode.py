@@ -1417,7 +1417,7 @@ class LooseJson:
                 result.append(value)
                 end = at
             elif following == "{" and not result:
-                result, at = self.members(at + 1, depth)
+                result, at = self.value(at, END_IN_OBJECT, depth + 1)
                 at = self.skip(at)
                 return result, at + (self.text[at:at + 1] == "}")
             else:

@@ -411,6 +411,8 @@ OPEN = tool("mcp__x__open", "a", a="string")._replace(
     (OPEN._replace(name="Open"), {"a": "1", "b": 2}, {"a": "1"}),
     (OPEN._replace(schema={"type": "object"}), {"b": 2}, {"b": 2}),
     (OPEN._replace(schema={}), {"b": 2}, {"b": 2}),
+    (CLAUDE["Bash"], '{{"command": "ls"}}', {"command": "ls"}),  # a template's braces
+    (CLAUDE["mcp__db__query"], {"sql": "x", "options": "{" * 1200}, {"sql": "x", "options": "{" * 1200}),
     (OPEN._replace(schema={"properties": {"n": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}}),
      {"n": None}, {"n": None}),
 ])
