@@ -3502,12 +3502,15 @@ class ChatDecoder:
     def close(self) -> Parts:
         """End of the stream: release held text, or tell what is missing."""
         parts: Parts = []
-        if not self._ended and self._lines.rest().strip():
-            parts = self.feed(b"\n")
-            if self.failed and self.lines:  # cut within a line
-                parts[-1] = Failure(self._cut_off())
-        if not self._ended:
-            self._fail(parts, self._cut_off())
+        try:
+            if not self._ended:
+                self._read(self._lines.rest(), parts)
+            if not self._ended:
+                raise self._cut_off()
+        except UpstreamBrokenError as error:  # perhaps cut within a line
+            self._fail(parts, self._cut_off() if self.lines else error)
+        except ShimError as error:
+            self._fail(parts, error)
         return parts
 
     def _cut_off(self) -> ShimError:

@@ -196,6 +196,13 @@ LINES = {
     "no reason": (line("a") + line(done=True), [("text", "a"), ("finish", "")]),
     "no done line": (line("a"), [("text", "a"), ("Failure", "UpstreamBrokenError")]),
     "cut in a line": (line("a") + END[:9], [("text", "a"), ("Failure", "UpstreamBrokenError")]),
+    "an error without an end of line": (
+        line("a") + '{"error":"boom"}', [("text", "a"), ("Failure", "UpstreamFailedError")]),
+    "nothing but an error without an end of line": (
+        '{"error":"boom"}', [("Failure", "UpstreamFailedError")]),
+    "nothing but half a line": ('{"mess', [("Failure", "UpstreamGarbageError")]),
+    "white space behind the last line": (
+        line("a") + "\r", [("text", "a"), ("Failure", "UpstreamBrokenError")]),
     "nothing": ("", [("Failure", "UpstreamLostError")]),
     "an error line": (line("a") + '{"error":"boom"}\n',
                       [("text", "a"), ("Failure", "UpstreamFailedError")]),
@@ -234,6 +241,16 @@ def test_bytes_that_are_not_utf8_are_told(size):
     assert joined(parts) == [("text", "a"), ("Failure", "UpstreamBrokenError")]
     decoder = ChatDecoder("m")
     assert joined(decoder.feed(END.encode() + bad)) == [("finish", "stop")]
+
+
+@pytest.mark.parametrize("size", [0, 1, 17])
+def test_a_line_cut_within_a_letter_is_an_answer_broken_off(size):
+    half, decoder = '{"message":{"content":"é'.encode()[:-1], ChatDecoder("m")
+    parts = [part for some in cut(line("a").encode() + half, size) for part in decoder.feed(some)]
+    parts += decoder.close()
+    assert joined(parts) == [("text", "a"), ("Failure", "UpstreamBrokenError")]
+    assert "broke off" in parts[-1].error.message
+    assert decoder.close() == []
 
 
 RAW = {
