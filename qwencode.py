@@ -269,14 +269,11 @@ class ShimError(Exception):
     sentence at once and not after 180 s of retries (contract/claude-code.md B1).
     """
 
-    status = 500
-    kind = "api_error"
-    retry = True
+    status, kind, retry = 500, "api_error", True
 
     def __init__(self, message: str, retry_after: Optional[str] = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.retry_after = retry_after
+        self.message, self.retry_after = message, retry_after
 
 
 class BadRequestError(ShimError):
@@ -415,8 +412,7 @@ class UpstreamFailedError(ShimError):
 
     def __init__(self, message: str, retry: bool, status: int = 500) -> None:
         super().__init__(message)
-        self.retry = retry
-        self.status = status
+        self.retry, self.status = retry, status
 
 
 class InternalError(ShimError):
@@ -429,11 +425,8 @@ class ClientGoneError(Exception):
 
 def error_body(error: ShimError, request_id: str) -> Json:
     """Make the Messages API error object."""
-    return {
-        "type": "error",
-        "error": {"type": error.kind, "message": error.message},
-        "request_id": request_id,
-    }
+    return {"type": "error", "error": {"type": error.kind, "message": error.message},
+            "request_id": request_id}
 
 
 # ============================== 3. CONFIG ==============================
@@ -610,7 +603,6 @@ OPTIONS = [row._replace(name=name) for name, row in Config._field_defaults.items
 
 
 def bracketed(host: str) -> str:
-    """Write a host as URLs have it."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -658,7 +650,6 @@ def load_config(flags: Mapping[str, Optional[str]], env: Env) -> Config:
 
 
 def flag_of(option: Option) -> str:
-    """Name the command-line flag of an option."""
     return "--" + option.name.replace("_", "-")
 
 
@@ -833,10 +824,9 @@ class FileOp(NamedTuple):
 _quote = json.encoder.encode_basestring_ascii
 
 LOW_SURROGATES = Pattern(r"[\ud800-\udfff]")
-MAX_LOG_CHARS = 300
 
 
-def clean(text: str, limit: int = MAX_LOG_CHARS) -> str:
+def clean(text: str, limit: int = 300) -> str:
     """Make foreign text fit for a log line or header (CWE-117)."""
     text = text if len(text) <= limit else text[:limit] + "…"
     return LOW_SURROGATES.sub("\ufffd", CONTROL_CHARS.sub(" ", text))
@@ -849,12 +839,8 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-
-
-def to_json(value: Any) -> str:
-    """Write compact ASCII JSON: safe for lone surrogates and twice as fast as UTF-8."""
-    return _encode(value)
+# Compact ASCII: safe for lone surrogates and twice as fast as UTF-8.
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def _no_constant(name: str) -> Any:
@@ -936,7 +922,6 @@ def _write_event(event: Event) -> str:
 
 
 def sse(events: Iterable[Event]) -> bytes:
-    """Write events for the wire."""
     return "".join(map(_write_event, events)).encode()
 
 
@@ -1024,10 +1009,7 @@ class ChunkDecoder:
         if not size:
             raise ValueError(f"{clean(line.decode('latin-1'), 40)!r} is no chunk size")
         length = int(size.group(1), 16)
-        if length:
-            self._need = length + 2
-        else:
-            self._trailers = 1
+        self._need, self._trailers = (length + 2, 0) if length else (0, 1)
 
 
 class LengthDecoder:
@@ -1050,11 +1032,7 @@ class LengthDecoder:
 # A model calls tools by the names of the agents that it was trained with, and writes
 # their input in the JSON of whatever language it has in mind.
 
-
-def words_of(text: str) -> Tuple[str, ...]:
-    return tuple(text.split())
-
-
+words_of = str.split
 # A kind of tool in each row: the parameters it needs, and its names. These are of Claude Code,
 # Qwen Code, Gemini CLI, Cline, Roo, Cursor, Continue, OpenHands, SWE-agent, Codex, Goose, Zed,
 # VS Code and the MCP file-system server.
@@ -1463,8 +1441,7 @@ def unescaped(match: re.Match[str]) -> str:
     unicode, byte, letter = match.groups()
     if letter is not None:
         return JSON_ESCAPES.get(letter, match.group())
-    code = int(unicode or byte, 16)
-    return chr(code)
+    return chr(int(unicode or byte, 16))
 
 
 def join_surrogates(text: str) -> str:
@@ -1724,10 +1701,9 @@ def _read_content(holder: Json) -> Tuple[Block, ...]:
 
 
 def _read_message(message: Json) -> Message:
-    if message.get("role") == "developer":
-        return Message("system", _read_content(message))
-    return Message(_choice(message, "role", ("user", "assistant", "system")),
-                   _read_content(message))
+    role = "system" if message.get("role") == "developer" else \
+        _choice(message, "role", ("user", "assistant", "system"))
+    return Message(role, _read_content(message))
 
 
 def _read_system(value: Any) -> Tuple[str, ...]:
@@ -2143,9 +2119,8 @@ def fit(tokens: int, max_tokens: int, window: int, is_compaction: bool = False,
 def _shorten(text: str, keep: int) -> str:
     head, tail = keep * 2 // 3, keep // 3
     gone = len(text) - head - tail
-    return text if gone <= 200 else (
-        f"{text[:head]}\n[... {gone} characters left out to fit the model's window ...]\n"
-        f"{text[-tail:]}")
+    notice = f"[... {gone} characters left out to fit the model's window ...]"
+    return text if gone <= 200 else f"{text[:head]}\n{notice}\n{text[-tail:]}"
 
 
 def _shorten_block(block: Block, keep: int, everything: bool) -> Block:
@@ -2161,7 +2136,6 @@ def _shorten_block(block: Block, keep: int, everything: bool) -> Block:
 
 
 def block_tokens(block: Block) -> int:
-    """Estimate a block's tokens."""
     if isinstance(block, Image):
         return IMAGE_TOKENS
     if isinstance(block, ToolUse):
@@ -2262,7 +2236,7 @@ def kv_bytes_per_token(model_info: Any) -> Optional[int]:
 
     None where a fact is missing; Ollama shows a list (hybrids) as null.
     """
-    facts = model_info if isinstance(model_info, dict) else {}
+    facts = _mapping(model_info)
     layers, heads, kv_heads, key, embedding, interval = (
         natural(facts.get(f"{facts.get('general.architecture')}.{name}")) for name in KV_FACTS)
     width = key or embedding // max(heads, 1)
@@ -2868,12 +2842,10 @@ def tool_json(tool: Tool, renderer: str = "") -> Json:
     properties = schema.get("properties", {})
     if renderer == "qwen3-coder":
         properties = {name: _single_extra(part) for name, part in properties.items()}
-    parameters: Json = {"type": "object"}
-    if schema.get("required"):
-        parameters["required"] = schema["required"]
-    parameters["properties"] = properties
+    required = {"required": schema["required"]} if "required" in schema else {}
     return {"type": "function", "function": {
-        "name": tool.name, "description": tool.description, "parameters": parameters}}
+        "name": tool.name, "description": tool.description,
+        "parameters": {"type": "object", **required, "properties": properties}}}
 
 
 # The wording that Qwen 2.5 and 3 were trained on, as their own templates print it.
@@ -2900,7 +2872,7 @@ def tools_as_text(tools: Iterable[Tool]) -> str:
         json.dumps(tool_json(tool), ensure_ascii=False) for tool in tools) + TOOLS_TAIL
 
 
-Recall = Callable[[int, Message], Optional[str]]
+Turns = List[Tuple[int, Message]]  # each with the index of its first message
 
 
 def _join_texts(texts: Iterable[str]) -> str:
@@ -2918,16 +2890,16 @@ def _joined_text(blocks: Iterable[Block]) -> str:
     return _join_texts([block.text for block in blocks_of(Text, blocks)])
 
 
-def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], List[Tuple[int, Message]]]:
+def fold_turns(messages: Sequence[Message]) -> Tuple[List[str], Turns]:
     """Put system messages where every template keeps them and join like neighbours.
 
-    Returns the system texts that came before any turn, and the turns, each with the
-    index of its first message. A later system message rides as a reminder in the user
-    turn before it, else in the one after it: templates drop it or hoist it to the top,
-    which loses it or makes the model read everything again (OL 1, OL 5).
+    Returns the system texts that came before any turn, and the turns. A later system
+    message rides as a reminder in the user turn before it, else in the one after it:
+    templates drop it or hoist it to the top, which loses it or makes the model read
+    everything again (OL 1, OL 5).
     """
     leading: List[str] = []
-    turns: List[Tuple[int, Message]] = []
+    turns: Turns = []
     for index, message in enumerate(messages):
         role, blocks = message.role, message.blocks
         if role == "system":
@@ -3020,9 +2992,7 @@ def _with_images(text: str, images: Sequence[Image], facts: ModelFacts) -> Json:
 VOLATILE_END = "\ngitStatus: "
 
 
-def move_volatile(
-    system: List[str], turns: List[Tuple[int, Message]],
-) -> Tuple[List[str], List[Tuple[int, Message]]]:
+def move_volatile(system: List[str], turns: Turns) -> Tuple[List[str], Turns]:
     """Move what changes between sessions from the system text into the first user turn."""
     cut = [text.partition(VOLATILE_END) for text in system]
     moved = tuple([Text(as_reminder(mark[1:] + rest)) for _, mark, rest in cut if mark])
@@ -3040,8 +3010,9 @@ CHOICE_WORDS = {
 
 
 def chat_messages(
-    request: Request, tools: Sequence[Tool], facts: ModelFacts, recall: Recall,
-    slim: Callable[[str], str], *, tools_text: str = "",
+    request: Request, tools: Sequence[Tool], facts: ModelFacts,
+    recall: Callable[[int, Message], Optional[str]], slim: Callable[[str], str], *,
+    tools_text: str = "",
 ) -> List[Json]:
     """Make all messages of /api/chat.
 
@@ -3082,10 +3053,9 @@ def keep_alive_value(text: str) -> Union[int, float, str]:
 
     A bare number as a string is refused: "missing unit in duration" (OL 1).
     """
-    with contextlib.suppress(ValueError):
-        return int(text)
-    with contextlib.suppress(ValueError):
-        return float(text)
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
     return text
 
 
@@ -3225,8 +3195,6 @@ LASTING_FAILURE = Pattern(
     r"|process has terminated|timed out waiting|multimodal|image input|mmproj|invalid character"
     r"|repeat limit|Unexpected empty grammar", re.IGNORECASE)
 HTML_TAG = Pattern(r"<[^<>]{0,500}>")
-
-
 # What a status means: the error, the words before Ollama's own and those behind them.
 Refusal = Tuple[Type[ShimError], str, str]
 DENIED: Refusal = (UpstreamDeniedError, "Ollama denied the request",
@@ -3529,22 +3497,19 @@ class GenerateDecoder(ChatDecoder):
 
 
 USER_TURN = "<|im_start|>user\n"
-
-
 # Text after these is no part of an answer; /api/chat stops there by itself, raw
 # generation only where the Modelfile says so.
 CHATML_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 CHATML_END = Pattern(r"<\|(?:im_end|im_start|endoftext)\|>")
 CALL_START = Pattern(r"<tool_call>\s*[{<]")
-THINK_OPENING = Pattern(r"<think>\s*(?:</think>\s*)?\Z")
+THINK_OPENING = Pattern(r"(<think>\s*(?:</think>\s*)?)\Z")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 ANSWER_START = "<|im_start|>assistant\n"
 
 
 def opening_of(prompt: str) -> str:
     """Return the think block, open or empty, with which a prompt begins the answer."""
-    found = THINK_OPENING.search(prompt[-60:])
-    return found.group() if found else ""
+    return _first_group(THINK_OPENING, prompt[-60:])
 
 
 def closed_thought(text: str) -> str:
