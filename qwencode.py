@@ -2738,7 +2738,7 @@ class Rendered(NamedTuple):
     json: str
 
 
-RENDERED_KEY = '"rendered_template":'
+RENDERED_KEY = Pattern(r'"rendered_template":\s*')
 # Go escapes these signs, of which prompts are full: six bytes for one.
 GO_ESCAPES = (("\\u003c", "<"), ("\\u003e", ">"), ("\\u0026", "&"))
 
@@ -2753,7 +2753,8 @@ def without_go_escapes(literal: str) -> str:
 
 def rendered_prompt(answer: str) -> Optional[Rendered]:
     """Take the prompt out of a render-only answer's JSON; None where it has another shape."""
-    at = answer.find(RENDERED_KEY) + len(RENDERED_KEY)
+    key = RENDERED_KEY.search(answer)
+    at = key.end() if key else len(answer)
     try:
         prompt, end = _scan_json(answer, at)
         rest = _strict_json.decode(answer[:at] + "0" + answer[end:])

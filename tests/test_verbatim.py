@@ -69,8 +69,16 @@ def test_a_prompt_goes_on_without_the_escapes_of_go(prompt):
     escaped = json.dumps(prompt)
     for sign in "<>&":
         escaped = escaped.replace(sign, f"\\u{ord(sign):04x}")
-    rendered = rendered_prompt('{"_debug_info": {"rendered_template":' + escaped + "}}")
-    assert rendered == (prompt, json.dumps(prompt))
+    for colon in (":", ": "):  # a relay that writes the JSON anew leaves a blank
+        rendered = rendered_prompt('{"_debug_info": {"rendered_template"' + colon + escaped + "}}")
+        assert rendered == (prompt, json.dumps(prompt))
+
+
+@pytest.mark.parametrize("answer", ["", "{}", '{"_debug_info": {"rendered_template": ""}}',
+                                    '{"_debug_info": {"rendered_template": 5}}',
+                                    '{"rendered_template": "x"}', '{"rendered_template": '])
+def test_an_answer_of_another_shape_holds_no_prompt(answer):
+    assert rendered_prompt(answer) is None
 
 
 # ---- exact values
