@@ -2814,8 +2814,8 @@ def normal_schema(schema: Any, defs: Optional[Json] = None, depth: int = 0) -> J
 
 
 def _resolved(schema: Json, defs: Json) -> Json:
-    target = str(schema.get("$ref")).rpartition("/")[2]
-    return {**_mapping(defs.get(target)), **schema}
+    name = str(schema.get("$ref") or "").rpartition("/")[2]
+    return {**_mapping(defs.get(name)), **schema}
 
 
 def _all_strings(value: Any) -> bool:

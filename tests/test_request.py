@@ -270,6 +270,8 @@ SCHEMAS = {
         {"properties": {"a": {"description": "d", "allOf": [{"$ref": "#/$defs/X"}]}},
          "$defs": {"X": {"type": "number", "description": "x"}}},
         {"properties": {"a": {"type": "number", "description": "d"}}}),
+    "a type called None": ({"properties": {"a": {"$ref": None}}, "$defs": {"None": {"type": "null"}}},
+                           {"properties": {"a": {}}}),
     "oneOf, allOf, const": (
         {"properties": {"a": {"oneOf": [{"type": "string"}]}, "b": {"allOf": [{"type": "number"}]},
                         "c": {"const": 5}}},
