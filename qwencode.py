@@ -2957,17 +2957,18 @@ def _in_call_order(results: List[ToolResult], calls: Sequence[ToolUse]) -> List[
 
 def _user_messages(message: Message, calls: Sequence[ToolUse], facts: ModelFacts) -> List[Json]:
     """Make the tool messages and the user message of one client turn."""
-    results, pictures = blocks_of(ToolResult, message.blocks), blocks_of(Image, message.blocks)
+    results = blocks_of(ToolResult, message.blocks)
     texts = [b.text for b in blocks_of(Text, message.blocks)]
     made: List[Json] = []
+    pictures: List[Image] = []
     names = {call.id: call.name for call in calls}
     for result in _in_call_order(results, calls) if results else ():
         seen: Sequence[Image] = result.images
         if facts.path == "C" and not facts.lacks("vision"):
-            # jinja templates print a tool's text only
-            pictures, seen = [*seen, *pictures], ()
+            pictures, seen = [*pictures, *seen], ()  # jinja templates print a tool's text only
         made.append({"role": "tool", **_with_images(result.text, seen, facts),
                      "tool_name": names.get(result.id, ""), "tool_call_id": result.id})
+    pictures += blocks_of(Image, message.blocks)
     if made and not pictures and all(t.lstrip().startswith(REMINDER_START) for t in texts):
         # A user turn behind tool results makes thinking models read everything since the
         # last one again: 1,774 tokens against 32 (OL 5b).

@@ -258,6 +258,17 @@ def test_images_of_a_result_follow_it_where_templates_print_only_its_text():
         ("tool", None), ("user", ["QU+/"])]
 
 
+def test_images_of_several_results_keep_their_order():
+    one, two, three = ({"type": "image", "source": {"type": "base64", "data": letter}}
+                       for letter in ("A", "B", "C"))
+    rows = upstream([{"role": "user", "content": "go"},
+                     {"role": "assistant", "content": [use("a"), use("b")]},
+                     user(result("b", [two]), result("a", [one]), text("see"), three)],
+                    PLAIN._replace(path="C"))
+    assert [(row["role"], row.get("images")) for row in rows[2:]] == [
+        ("tool", None), ("tool", None), ("user", ["A", "B", "C"])]
+
+
 SCHEMAS = {
     "noise goes": ({"$schema": "x", "type": "object", "additionalProperties": False,
                     "properties": {"a": {"type": "string", "minLength": 1}}},
