@@ -1721,6 +1721,7 @@ def without_billing(text: str) -> str:
     return BILLING_HEADER.sub("", text) if text.startswith("x-anthropic-billing") else text
 
 
+# Replaced whole and never changed inside: a race costs one more reading.
 _latest_tools: List[Tuple[List[Any], Tuple[Tool, ...]]] = [([], ())]
 
 
@@ -1775,6 +1776,7 @@ def _inside(value: Any, *keys: str) -> Any:
 
 
 TOOLS_KEY = b'"tools":'
+# The newest first; replaced whole and never changed inside: a race costs one more parse.
 _known_tools: List[Tuple[bytes, List[Any]]] = []
 
 
@@ -1795,9 +1797,10 @@ def read_body(data: bytes) -> Any:
     if at >= len(TOOLS_KEY) and isinstance(body, dict):
         text = data[at:].decode()
         with contextlib.suppress(ValueError, RecursionError):
-            tools, end = _scan_json(text)
-            if tools and tools == body.get("tools") and end <= MAX_TOOLS_CHARS:
-                newest = (text[:end].encode(), tools)
+            tools, end = _scan_json(text, len(text) - len(text.lstrip()))
+            newest = (text[:end].encode(), tools)
+            if tools and tools == body.get("tools") and end <= MAX_TOOLS_CHARS \
+                    and newest not in _known_tools:
                 _known_tools[:] = [newest, *_known_tools[:MAX_KNOWN_TOOLS - 1]]
     return body
 

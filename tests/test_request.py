@@ -113,8 +113,17 @@ BODIES = [
 def test_bodies_are_read_alike_whatever_tools_are_known():
     for name, body in [*BODIES, *reversed(BODIES)]:
         assert read_body(body.encode()) == json.loads(body), name
-    same = BODIES[0][1].encode()
-    assert read_body(same)["tools"] is read_body(same + b" ")["tools"]
+
+
+@pytest.mark.parametrize("body", [BODIES[0][1], '{ "tools": %s, "x": 1 }' % TOOLS,
+                                  '{"tools":\n%s}' % TOOLS.replace("Read", "Other")])
+def test_tools_are_read_once(body):
+    again = '{"tools":%s,"x":{"tools":%s}}' % (TOOLS, TOOLS)
+    read_body(body.encode())
+    known = read_body(body.encode())["tools"]
+    for _ in range(9):
+        assert read_body(again.encode()) == json.loads(again)  # crowds nothing out
+    assert read_body(body.encode() + b" ")["tools"] is known
 
 
 @pytest.mark.parametrize("body", [
