@@ -1756,7 +1756,7 @@ def _read_sampling(body: Json) -> Iterator[Tuple[str, float]]:
             yield key, value
 
 
-def _blocks_of(holder: Json) -> List[Json]:
+def _raw_blocks(holder: Json) -> List[Json]:
     content = holder.get("content")
     return [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
 
@@ -1764,7 +1764,7 @@ def _blocks_of(holder: Json) -> List[Json]:
 def _loaded_tools(messages: List[Json]) -> AbstractSet[str]:
     """Collect the tools that tool search results brought in (CC F1)."""
     return {str(part.get("tool_name", "")) for message in messages
-            for block in _blocks_of(message) for part in _blocks_of(block)
+            for block in _raw_blocks(message) for part in _raw_blocks(block)
             if part.get("type") == "tool_reference"}
 
 
