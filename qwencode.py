@@ -1333,7 +1333,8 @@ CLOSING_QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", '"""': '"""'
           "<escape>": "<escape>", '<|"|>': '<|"|>'}
 OPENING_QUOTE = Pattern("\"\"\"|'''|<escape>|<\\|\"\\|>|[\"'`\u201c]")
 JSON_BLANKS = Pattern(r"(?:\s+|//[^\n]*|/\*[^*]*(?:\*(?!/)[^*]*)*\*/|#[^\n]*)*")
-JSON_NUMBER = Pattern(r"[-+]?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?![\w.])")
+JSON_NUMBER = Pattern(
+    r"[-+]?(?:\d{1,300}(?:\.\d{0,300})?|\.\d{1,300})(?:[eE][+-]?\d{1,3})?(?![\w.])")
 JSON_WORD = Pattern(r"[A-Za-z_][\w./-]{0,200}")
 JSON_WORDS: Json = {"true": True, "false": False, "null": None, "none": None, "undefined": None}
 JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\",
@@ -1467,11 +1468,13 @@ def read_json(text: str, at: int = 0) -> Tuple[Any, int, bool]:
 
 def loose_json(text: str) -> Any:
     """Read JSON that is the whole of text; None where it is not."""
-    try:
-        value, end, _ = read_json(text.strip())
+    text = text.strip()
+    try:  # strict JSON ends 007 behind its first digit
+        value, end = (LooseJson(text).value(0) if JSON_NUMBER.fullmatch(text)
+                      else read_json(text)[:2])
     except ValueError:
         return None
-    return None if text.strip()[end:].strip(" \t\r\n}];,") else value
+    return None if text[end:].strip(" \t\r\n}];,") else value
 
 
 # ------------------------------ the tool table ------------------------------

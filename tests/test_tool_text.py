@@ -396,6 +396,9 @@ OPEN = tool("mcp__x__open", "a", a="string")._replace(
     (CLAUDE["Bash"], {"cmd": "ls", "run_in_background": "True"}, {"command": "ls", "run_in_background": True}),
     (CLAUDE["Bash"], {"command": "true", "timeout": "1.5"}, {"command": "true", "timeout": 1.5}),
     (CLAUDE["Read"], {"file_path": "a", "limit": "+5", "offset": "2.0"}, {"file_path": "a", "limit": 5, "offset": 2}),
+    (CLAUDE["Read"], {"file_path": "a", "limit": "007", "offset": "5."}, {"file_path": "a", "limit": 7, "offset": 5}),
+    (CLAUDE["Bash"], {"command": "a", "timeout": ".5"}, {"command": "a", "timeout": 0.5}),
+    (CLAUDE["Bash"], {"command": "007", "timeout": "1.2.3"}, {"command": "007", "timeout": "1.2.3"}),
     (CLAUDE["Read"], {"file_path": "a", "limit": "1e999"}, {"file_path": "a", "limit": "1e999"}),
     (CLAUDE["Read"], "{limit: 1e999}", {"file_path": "{limit: 1e999}"}),  # no infinity: no JSON holds it
     (CLAUDE["Bash"], {"command": "10"}, {"command": "10"}), (CLAUDE["Bash"], {"command": 10}, {"command": "10"}),
