@@ -2526,9 +2526,9 @@ def clip(text: str, limit: int) -> str:
 
 def whole_lines(start: str, more: str = "") -> str:
     """Make the pattern of a paragraph, and of those behind it that begin with more."""
-    blank, lines = r"(?:[^\S\n]*\n)", r"(?:[^\n]*\S[^\n]*\n)+"
-    further = f"(?:{blank}+(?={more}){lines})*" if more else ""
-    return rf"(?<![^\n]\n)(?={start}){lines}{further}{blank}*"
+    lines = r"(?:[^\n]+\n)+"
+    further = rf"(?:\n+(?={more}){lines})*" if more else ""
+    return rf"(?<![^\n]\n)(?={start}){lines}{further}\n*"
 
 
 AGENT_TOOLS = ("Agent", "Task", "agent")
@@ -2564,6 +2564,7 @@ PASSAGES: Tuple[Tuple[str, str, Tuple[str, ...], str], ...] = (
     # number at every turn breaks the prefix (contract/ollama.md 5, #17918).
     ("token count", whole_lines(r"<total_tokens>[^<\n]{0,80}</total_tokens>\s*$"), (), ""),
 )
+LINE_OF_BLANKS = Pattern(r"\n[^\S\n]+(?=\n)")
 PASSAGE = Pattern("(?m)^(?:" + "|".join(f"({pattern})" for _, pattern, _, _ in PASSAGES) + ")")
 SHORTENED = ("list of agents", "list of skills")
 # The client's own agents and skills: a name and a few words are enough. The user's
@@ -2631,7 +2632,7 @@ def _slim_passages(text: str, kept_tools: Sequence[str], left_out: List[str]) ->
         return short
 
     before = len(left_out)
-    slimmed = PASSAGE.sub(slim, text + "\n")[:-1]
+    slimmed = PASSAGE.sub(slim, LINE_OF_BLANKS.sub("\n", f"\n{text}\n"))[1:-1]
     return EMPTY_HEADING.sub("", slimmed) if len(left_out) > before else text
 
 
