@@ -473,6 +473,7 @@ def checked(fits: Callable[[str], object], problem: str, read: Reader = str) -> 
 
 
 read_text = checked(lambda text: not CONTROL_CHARS.search(text), "holds a control character")
+read_needed = checked(str.strip, "is empty", read_text)
 read_number = checked(WHOLE_NUMBER.fullmatch, "is not a whole number", int)
 read_port = checked(lambda text: read_number(text) < 65536, "is above 65535, the last port", int)
 read_milliseconds = checked(read_number, "must be at least 1 millisecond", int)
@@ -538,13 +539,13 @@ def option(variable: str, default: str, read: Reader, text: str, secret: bool = 
 class Config(NamedTuple):
     """What `serve` runs with: every field is an option."""
 
-    host: str = option("HOST", "127.0.0.1", read_text,
+    host: str = option("HOST", "127.0.0.1", read_needed,
         "address to listen on; anything but loopback needs SHIM_API_KEY")
     port: int = option("PORT", "8000", read_port,
         "port to listen on; 0 takes a free one")
     base_url: str = option("OLLAMA_BASE_URL", "http://127.0.0.1:11434", read_url,
         "where Ollama answers; OLLAMA_HOST counts when this is unset")
-    model: str = option("OLLAMA_MODEL", "qwen2.5-coder:14b", read_text, "the model that answers")
+    model: str = option("OLLAMA_MODEL", "qwen2.5-coder:14b", read_needed, "the model that answers")
     auth_token: str = option("OLLAMA_AUTH_TOKEN", "", read_text,
         "sent to Ollama as a Bearer token, for servers behind a login", secret=True)
     num_ctx: Optional[int] = option(
@@ -627,20 +628,18 @@ def load_config(flags: Mapping[str, Optional[str]], env: Env) -> Config:
     the flag or variable and the value (never a secret's).
     """
     values: Dict[str, Any] = {}
-    for option in OPTIONS:
-        flag, source = flags.get(option.name), option.variable
-        text = env.get(source) or option.default
+    for row in OPTIONS:
+        flag, source = flags.get(row.name), row.variable
+        text = env.get(source) or row.default
         if flag is not None:
-            text, source = flag, flag_of(option)
-        elif option.name == "base_url" and not env.get(source) and env.get("OLLAMA_HOST"):
+            text, source = flag, flag_of(row)
+        elif row.name == "base_url" and not env.get(source) and env.get("OLLAMA_HOST"):
             text, source = url_from_ollama_host(env["OLLAMA_HOST"]), "OLLAMA_HOST"
         try:
-            values[option.name] = option.read(text)
+            values[row.name] = row.read(text)
         except ConfigError as problem:
-            shown = "the value" if option.secret or "@" in text else repr(text)
+            shown = "the value" if row.secret or "@" in text else repr(text)
             raise ConfigError(f"{source}: {shown} {problem}") from None
-        if option.name in ("host", "model") and not text.strip():
-            raise ConfigError(f"{option.variable}: the value is empty")
     if values["auto_ctx"] not in ("auto", "off"):
         values["num_ctx"] = values["num_ctx"] or int(values["auto_ctx"])
     if not values["first_token_timeout_ms"]:
@@ -649,8 +648,8 @@ def load_config(flags: Mapping[str, Optional[str]], env: Env) -> Config:
     return Config(**values)
 
 
-def flag_of(option: Option) -> str:
-    return "--" + option.name.replace("_", "-")
+def flag_of(row: Option) -> str:
+    return "--" + row.name.replace("_", "-")
 
 
 def login_of(url: str) -> Tuple[str, str]:
@@ -12367,10 +12366,10 @@ def make_parser() -> Any:
         "error": lambda self, message: self.exit(2, f"{self.prog}: {message}. See --help.\n")})
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("options of every command, each also a variable")
-    for option in OPTIONS:
-        default = f" (default {option.default})" if option.default else ""
-        group.add_argument(flag_of(option), dest=option.name, metavar="VALUE",
-                           help=f"{option.help}{default}; {option.variable}".replace("%", "%%"))
+    for row in OPTIONS:
+        default = f" (default {row.default})" if row.default else ""
+        group.add_argument(flag_of(row), dest=row.name, metavar="VALUE",
+                           help=f"{row.help}{default}; {row.variable}".replace("%", "%%"))
     parser = parser_type(
         prog="qwencode", description="Claude Code on a local Qwen model: the Messages API in front"
         " of Ollama.", parents=[common], usage="%(prog)s [COMMAND] [OPTIONS]")

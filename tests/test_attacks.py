@@ -570,7 +570,7 @@ BAD_STARTS = [
     (["try"], {}, "See --help"),
     (["explain", "no-such-file"], {}, "cannot be read"),
     (["explain", __file__], {}, "holds no request"),
-    (["--model", ""], {}, "OLLAMA_MODEL: the value is empty"),
+    (["--model", ""], {}, "--model: '' is empty"),
     ([], {"SHIM_MAX_CONCURRENT": "0"}, "SHIM_MAX_CONCURRENT"),
 ]
 

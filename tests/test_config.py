@@ -69,11 +69,21 @@ def test_values_are_read(flags, env, field, value):
     ({"SHIM_MODEL_MAP": "haiku"}, "SHIM_MODEL_MAP: 'haiku' is not ROLE=MODEL"),
     ({"SHIM_MAX_CONCURRENT": "0"}, "SHIM_MAX_CONCURRENT: '0' would let no request work"),
     ({"SHIM_NUM_CTX": "big"}, "SHIM_NUM_CTX: 'big' is neither auto, off nor a whole number"),
-    ({"OLLAMA_MODEL": " "}, "OLLAMA_MODEL: the value is empty"),
+    ({"OLLAMA_MODEL": " "}, "OLLAMA_MODEL: ' ' is empty"),
+    ({"HOST": "\t"}, "HOST: '\\t' is empty"),
 ])
 def test_a_bad_value_is_one_clear_line(env, line):
     with pytest.raises(ConfigError) as problem:
         load_config({}, env)
+    assert str(problem.value) == line
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    ({"host": " "}, "--host: ' ' is empty"), ({"model": ""}, "--model: '' is empty"),
+    ({"port": "x"}, "--port: 'x' is not a whole number")])
+def test_a_bad_flag_is_named_as_it_was_given(flags, line):
+    with pytest.raises(ConfigError) as problem:
+        load_config(flags, {"HOST": "::1", "OLLAMA_MODEL": "m", "PORT": "1"})
     assert str(problem.value) == line
 
 
