@@ -10897,8 +10897,8 @@ def read_counts(config: Config, log: Log) -> TokenCounter:
 
 def kept_counts(path: str) -> TokenCounter:
     """Read a file of counts; raise ValueError where it holds something else."""
-    with open(path, encoding="utf-8") as file:
-        kept = json.loads(file.read() or "{}")
+    with open(path, "rb") as file:
+        kept = parse_json(file.read() or b"{}")
     counter = TokenCounter.from_json(kept)
     if kept and not counter.models:
         raise ValueError("it holds no token counts")

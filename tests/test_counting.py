@@ -256,7 +256,8 @@ def test_a_counts_file_that_cannot_be_read_is_left_out(kept):
     assert TokenCounter.from_json(kept).models == {}
 
 
-@pytest.mark.parametrize("text", ["MIT License", '{"name": "x"}', "[1]", '{"m": [1'])
+@pytest.mark.parametrize("text", ["MIT License", '{"name": "x"}', "[1]", '{"m": [1', "[" * 100_000],
+                         ids=lambda text: text[:9])
 def test_a_file_that_holds_no_counts_is_never_overwritten(tmp_path, text):
     """A name mistaken for the counts file must not cost that file."""
     path, said = tmp_path / "counts", []
