@@ -822,13 +822,13 @@ class FileOp(NamedTuple):
 
 _quote = json.encoder.encode_basestring_ascii
 
-LOW_SURROGATES = Pattern(r"[\ud800-\udfff]")
+SURROGATE = Pattern(r"[\ud800-\udfff]")
 
 
 def clean(text: str, limit: int = 300) -> str:
     """Make foreign text fit for a log line or header (CWE-117)."""
     text = text if len(text) <= limit else text[:limit] + "…"
-    return LOW_SURROGATES.sub("\ufffd", CONTROL_CHARS.sub(" ", text))
+    return SURROGATE.sub("\ufffd", CONTROL_CHARS.sub(" ", text))
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -1339,7 +1339,6 @@ JSON_WORDS: Json = {"true": True, "false": False, "null": None, "none": None, "u
 JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\",
            '"': '"', "'": "'", "`": "`"}
 JSON_ESCAPE = Pattern(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.S)
-SURROGATE = Pattern("[\ud800-\udfff]")
 MAX_JSON_DEPTH = 60
 STRICT_JSON = json.JSONDecoder(
     strict=False, parse_constant=_no_constant, parse_float=_finite)
@@ -2596,7 +2595,7 @@ def slim_text(text: str, kept_tools: Sequence[str]) -> Tuple[str, List[str]]:
 
 def _slim_text(text: str, kept_tools: Tuple[str, ...]) -> Tuple[str, List[str]]:
     left_out: List[str] = []
-    if not text.lstrip().startswith("<system-reminder>"):
+    if not text.lstrip().startswith(REMINDER_START):
         return _slim_passages(text, kept_tools, left_out), left_out
     parts, end = [], 0
     reminder = REMINDER.match(text)
