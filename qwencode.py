@@ -3444,7 +3444,7 @@ class ChatDecoder:
 
     def _show(self, run: List[str], parts: Parts) -> None:
         if run:
-            self._raw.extend(run)
+            self._raw.extend(run if self.verbatim else ())
             parts.extend(self._think.feed("".join(run)))
 
     def _garbage(self, text: str) -> ShimError:
