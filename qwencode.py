@@ -1809,21 +1809,14 @@ def read_body(data: bytes) -> Any:
 def _read_around(before: memoryview, tools: List[Any], behind: memoryview) -> Optional[Json]:
     """Read a body whose tools are known; None where they are not its own tools.
 
-    NaN, which no body may hold, stands for them: so it is seen where they belong.
+    NaN, which no body may hold, stands for them, once: so it is seen where they belong.
     """
-    seen: List[str] = []
-
-    def put_back(constant: str) -> Any:
-        seen.append(constant)
-        return tools
-
-    decoder = json.JSONDecoder(parse_constant=put_back, parse_float=_finite)
+    decoder = json.JSONDecoder(parse_constant={"NaN": tools}.pop, parse_float=_finite)
     try:
         body = decoder.decode(b"".join((before, b"NaN", behind)).decode())
-    except (ValueError, RecursionError):
+    except (ValueError, KeyError, RecursionError):
         return None
-    own = seen == ["NaN"] and isinstance(body, dict) and body.get("tools") is tools
-    return body if own else None
+    return body if isinstance(body, dict) and body.get("tools") is tools else None
 
 
 def parse_request(body: Any) -> Request:
