@@ -3385,12 +3385,9 @@ class ChatDecoder:
 
     def feed(self, data: bytes) -> Parts:
         parts: Parts = []
-        if self._ended:
-            return parts
         try:
-            whole = self._lines.feed(data)
-            if whole:
-                self._read(whole, parts)
+            if not self._ended:
+                self._read(self._lines.feed(data), parts)
         except ShimError as error:
             self._fail(parts, error)
         return parts
@@ -3475,10 +3472,9 @@ class ChatDecoder:
                 self._read(self._lines.rest(), parts)
             if not self._ended:
                 raise self._cut_off()
-        except UpstreamBrokenError as error:  # perhaps cut within a line
-            self._fail(parts, self._cut_off() if self.lines else error)
         except ShimError as error:
-            self._fail(parts, error)
+            cut_within_a_line = self.lines and isinstance(error, UpstreamBrokenError)
+            self._fail(parts, self._cut_off() if cut_within_a_line else error)
         return parts
 
     def _cut_off(self) -> ShimError:
