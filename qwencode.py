@@ -5572,7 +5572,8 @@ def substitution(op: FileOp) -> Tuple[str, str, Tuple[str, ...]]:
     if not lined:
         return old, new, ("",)
     old = " 777" + old.replace(" 012", " 776 012 777") + " 776"
-    return (old, f" 777{new} 776", ("",)) if op.text else (old, "", (" 012", " 775"))
+    removed = kind == "replace" and not op.text
+    return (old, "", (" 012", " 775")) if removed else (old, f" 777{new} 776", ("",))
 
 
 MARK_LINES = " | sed 's/ 012/ 776 012 777/g' | sed 's/^/ 777/' | sed 's/ *$/ 776 775/'"
@@ -6768,7 +6769,7 @@ def _insert(found: Reading, _kind: str) -> Ops:
     kind = "insert_before" if where in BEFORE else "insert_after"
     if (found.group("anchor_line") or found.group("line") or found.group("own_line")
             or found.group("bare_line") or where in ON_OWN_LINES):
-        return (FileOp(kind + "_line", path, text.rstrip("\n"), anchor.rstrip("\n")),)
+        return (FileOp(kind + "_line", path, text.removesuffix("\n"), anchor.rstrip("\n")),)
     return (FileOp(kind, path, text, anchor),)
 
 

@@ -2020,6 +2020,10 @@ NOT_TOLD += [
     ("make no changes, only look at app.py", "I'll rename `app.py` to `main.py`."),
 ]
 REQUESTS += [
+    ("Insert this after the line 'x' in a.txt:\n```\n\n```", line_edit("insert_after", "a.txt", "\n", "x\n")),
+    ("insert '\n' before the line 'x' in a.txt", line_edit("insert_before", "a.txt", "\n", "x\n")),
+    ("Insert this below the line 'x' in a.txt:\n```\n# b\n\n```",
+     FileOp("insert_after_line", "a.txt", "# b\n", "x")),
     ("change filename of a.txt to b.txt", rename("a.txt", "b.txt")),
     ("In n.txt, add the line 'one' below 'two'", after("n.txt", "two\n", "one\n")),
     ("append a.txt with 'x'", append("a.txt", "x")),

@@ -290,6 +290,12 @@ CASES = {
     "insert before a line": (
         {"x": "ab\n\nb\n"}, FileOp("insert_before_line", "x", "c", "b"), {"x": "ab\n\nc\nb\n"},
         True),
+    "insert a blank line after a line": (
+        {"x": "b\nc"}, FileOp("insert_after_line", "x", "", "b"), {"x": "b\n\nc"}, True),
+    "insert a blank line after a last line without its end": (
+        {"x": "c\nb"}, FileOp("insert_after_line", "x", "", "b"), {"x": "c\nb\n"}, True),
+    "insert a blank line before a line": (
+        {"x": "c\nb"}, FileOp("insert_before_line", "x", "", "b"), {"x": "c\n\nb"}, True),
     "insert at an absent line": (
         {"x": "ab\n"}, FileOp("insert_before_line", "x", "c", "b"), None, False),
     "replace a line of bytes": ({"x": b"\xff\x00\nb\n\xfe"}, FileOp("replace_line", "x", "c;", "b"),
@@ -404,6 +410,8 @@ BROKEN = {
                            {"x": LONG + "a\n"}),
     "insert a line": ({"x": "a\n" + LONG}, [FileOp("insert_after_line", "x", "b", "a")],
                       {"x": "a\nb\n" + LONG}),
+    "insert a blank line": ({"x": "a\n" + LONG}, [FileOp("insert_after_line", "x", "", "a")],
+                            {"x": "a\n\n" + LONG}),
     "insert": ({"x": LONG}, [FileOp("insert_after", "x", " 7", "line")],
                {"x": LONG.replace("line", "line 7", 1)}),
     "rename": ({"x": LONG}, [FileOp("rename", "x", other="d/y")], {"d/y": LONG}),
