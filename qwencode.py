@@ -3795,7 +3795,7 @@ def calls_from_json(value: Any, tools: Tools, rule: str) -> Optional[List[Call]]
         if key in LIST_KEYS and isinstance(value[original], list) and (
                 key.startswith("tool") or keys.keys() <= LEADING_KEYS | {key, "type"}):
             return calls_from_json(value[original], tools, rule)
-    name, arguments = name_and_arguments(value, tools)
+    name, arguments = name_and_arguments(value, tools, rule)
     call = None if is_definition(arguments) else make_call(name, arguments, tools, rule)
     return [call] if call else None
 
@@ -3804,14 +3804,17 @@ def plain_keys(value: Json) -> Dict[str, str]:
     return {plain_name(str(key)): key for key in reversed(list(value))}
 
 
-def name_and_arguments(value: Json, tools: Tools) -> Tuple[Any, Any]:
-    """Find the tool's name and its arguments among the keys of one call."""
+def name_and_arguments(value: Json, tools: Tools, rule: str) -> Tuple[Any, Any]:
+    """Find the tool's name and its arguments among the keys of one call.
+
+    Arguments may stand beside the name: a key that the tool lacks makes bare JSON data.
+    """
     keys = plain_keys(value)
     given = [value[keys[key]] for key in keys if key in ARGUMENT_KEYS]
     for key in keys:
         nested = value[keys[key]]
         if key in NESTED_KEYS and isinstance(nested, dict):
-            name, arguments = name_and_arguments(nested, tools)
+            name, arguments = name_and_arguments(nested, tools, rule)
             return name, given[0] if given and not arguments else arguments
     named = [keys[key] for key in NAME_ORDER if key in keys and isinstance(value[keys[key]], str)]
     if not named:
@@ -3823,9 +3826,10 @@ def name_and_arguments(value: Json, tools: Tools) -> Tuple[Any, Any]:
         return value[name], given[-1]
     spare = {key: each for key, each in value.items() if key != name
              and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
-    whole = any(len(repair_input(tool, spare) or ()) == len(spare)
-                for tool in tools_meant(value[name], tools))
-    return value[name], spare if whole else None
+    meant = rule not in BARE_RULES or any(
+        len(repair_input(tool, spare) or ()) == len(spare)
+        for tool in tools_meant(value[name], tools))
+    return value[name], spare if meant else None
 
 
 NAME_ORDER = ("name", "tool", "toolname", "functionname", "function", "recipient",
@@ -3836,7 +3840,7 @@ def is_definition(arguments: Any) -> bool:
     """Tell a tool's schema, as prompts hold it, from the arguments of a call."""
     properties = arguments.get("properties", arguments) if isinstance(arguments, dict) else None
     return isinstance(properties, dict) and bool(properties) and all(
-        isinstance(each, dict) and "type" in each for each in properties.values())
+        map(types_of, properties.values()))
 
 
 def read_python(text: str, tools: Tools, rule: str) -> Tuple[

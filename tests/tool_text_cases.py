@@ -6,6 +6,7 @@ parser was written.
 """
 from typing import Any, List, NamedTuple, Optional, Tuple
 
+from qwencode import Tool
 from tool_text_helpers import CLAUDE, QWEN
 
 
@@ -483,4 +484,22 @@ CASES += [
         "thought without a call", (f"Should I call {JSON}? No, a greeting will do.", [], ""),
         (f"{TAGGED}\nBut no: the user only said hello.", [], ""), (f"For example:\n{TAGGED}", [], ""),
         ("Nothing to do.", [], ""), thought=True),
+]
+
+DRAW = {"draw": Tool("draw", "", {"type": "object", "properties": {"element": {"type": "object"}},
+                                  "required": ["element"]})}
+DRAWN = '{"name": "draw", "arguments": {"element": {"type": "rectangle", "x": 1}}}'
+DEFINED = '{"name": "draw", "parameters": {"element": {"type": "object"}, "to": {"anyOf": [{"type": "string"}]}}}'
+EXTRA = '{"name": "Read", "file_path": "a.py", "encoding": "utf8"}'
+
+CASES += [
+    *positives(
+        "an object of some type", DRAWN, f"```json\n{DRAWN}\n```", f"<tools>\n{DRAWN}\n</tools>",
+        f"<tool_call>\n{DRAWN}\n</tool_call>", calls=[("draw", {"element": {"type": "rectangle", "x": 1}})], tools=DRAW),
+    *negatives("a definition", DEFINED, f"<tools>\n{DEFINED}\n</tools>", tools=DRAW),
+    *positives(
+        "a key too many beside the name", f"<tool_call>\n{EXTRA}\n</tool_call>", f"<tools>{EXTRA}</tools>",
+        f"[TOOL_CALLS][{EXTRA}]"),
+    *negatives(
+        "data beside the name", EXTRA, f"```json\n{EXTRA}\n```", f"<json>{EXTRA}</json>"),
 ]
