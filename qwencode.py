@@ -3689,7 +3689,8 @@ AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[(?:/|END_)[^\s\[\]]{1,40}
                      r"[;,](?=\s*[{\[<]))")
 CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
 AFTER_BEGUN = Pattern(
-    r"<[^\s<>]{0,60}|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|✿\w{0,12}✿?|[}\])]{1,4}|[,;]\s*")
+    r"<[^\s<>]{0,60}(?:\s[^<>]{0,300})?|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|"
+    r"✿\w{0,12}(?:✿:?)?|[}\])]{1,4}|[,;]\s*")
 BLANK_RUN = Pattern(r"\s*")
 LINE_TEXT = Pattern(r"[\S\n]")
 LIST_BEGUN = Pattern(r"\[\s*[\w.]{0,80}")
@@ -4337,7 +4338,8 @@ class HeadScan:
             return Head(self._rule, self._name, "tags", tag.start())
         bare = not known and tag.group(3) is None and not self._name
         named = value if label in CALL_TAGS and value else tag.group(2) if bare else ""
-        if named and not closing and resolve_tool(named, self._tools):
+        if named and not closing and resolve_tool(named, self._tools) and (
+                self._rule or may_open(tag.group(), self._tools)):  # else it was not waited for
             return self._tagged(tag, label, named)
         self._openers += label in CALL_TAGS
         if not known or self._openers > MAX_OPENERS:
@@ -4364,15 +4366,16 @@ class HeadScan:
         if rest[0] == "<":
             begun = TAG_START.match(text, at)
             return MORE if begun and (self._rule or may_open(begun.group(), self._tools)) else None
-        step = SEPARATOR.match(text, at)
-        if step:
+        step, lined = SEPARATOR.match(text, at), self._line and bool(self._name)
+        # Where a line may be the input, only what is waited for below can be a separator.
+        if step and (not lined or step.group().lower().startswith(CUT_SEPARATORS)):
             self._at, self._line = step.end(), step.group().lower() in INPUT_WORDS
             return READ_ON
         if any(word.startswith(rest) for word in CUT_SEPARATORS) or rest == '"':
             return MORE
         if rest[0] in "{[(" or rest.startswith('"{'):
             return self._body(rest[0])
-        if self._line and self._name:
+        if lined:
             return Head(self._rule, self._name, "line", at)
         return self._tool_name()
 

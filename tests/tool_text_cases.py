@@ -502,4 +502,15 @@ CASES += [
         f"[TOOL_CALLS][{EXTRA}]"),
     *negatives(
         "data beside the name", EXTRA, f"```json\n{EXTRA}\n```", f"<json>{EXTRA}</json>"),
+    *spelled(
+        "an input line that begins like a separator",
+        *((f"Action: Bash\nAction Input: {line}\n", [("Bash", {"command": line})]) for line in (
+            "print(1)", "name: x", "to=x", "call: x", ": x", "functions.x", "input: x", "python -c 'print(1)'"))),
+    *spelled(
+        "qwen-agent goes on after its call",
+        ('✿FUNCTION✿: Read\n✿ARGS✿: {"file_path": "a.py"}\n✿RETURN✿: ', [READ]),
+        ('✿FUNCTION✿: Read\n✿ARGS✿: {"file_path": "a.py"}\n✿RETURN✿:', [READ])),
+    *negatives("a tag that is no tool's name as it stands", "<functions.read_file>\n<path>a.py</path>\n</read_file>",
+               "<Read:0>a.py</Read:0>", "<query>select 1</query>"),
+    *positives("an end mark of two words", f"{TAGGED}\n<|end of turn|>", f'{TAGGED}<end reason="call">'),
 ]
