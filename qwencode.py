@@ -5683,9 +5683,9 @@ OTHER_CASE = ("( ! -e {target} && ! -L {target} ) || {source} -ef {target}",
 def rename_step(job: Job) -> Step:
     """Move to a free name; a second look at source and destination proves it."""
     old, new = destination(job.op)
-    folder, _, name = new.rpartition("/")
+    folder, slash, name = new.rpartition("/")
     words = {"source": shell_path(old), "target": shell_path(new), "folder": parent_step(new),
-             "listed": shell_path(folder or "."), "name": shell_word(name)}
+             "listed": shell_path(folder + slash or "."), "name": shell_word(name)}
     free, gone = (job.fill(template, **words) for template in (
         OTHER_CASE if old.casefold() == new.casefold() else OTHER_NAME))
     script = job.fill(RENAME, free=free, **words)
@@ -5887,10 +5887,8 @@ def tool_for(
     """Return the first tool of these that requires the text `needed`, nothing beyond keys."""
     for name in names:
         schema = tools[name].schema if name in tools else {}
-        required = schema.get("required")
-        about = _mapping(_mapping(schema.get("properties")).get(needed))
-        if isinstance(required, list) and needed in required and set(required) <= keys \
-                and about.get("type") == "string":
+        required, about = required_of(schema), _mapping(properties_of(schema).get(needed))
+        if needed in required and set(required) <= keys and about.get("type") == "string":
             return tools[name]
     return None
 

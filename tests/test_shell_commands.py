@@ -198,6 +198,10 @@ def test_a_tilde_that_the_user_wrote_is_his_home(tmp_path):
     work.mkdir()
     assert run(command_for(FileOp("create", "~/n o/x", "a")).command, work, home=home).returncode == 0
     assert (harvest(home), harvest(work)) == ({"n o/x": b"a"}, {})
+    for old, new in (("~/n o/x", "~/x"), ("~/x", "~/X"), ("~/X", "~/n o/X"), ("~/n o/X", "~/n o/x")):
+        done = run(command_for(FileOp("rename", old, other=new)).command, work, home=home)
+        assert (done.returncode, done.stderr) == (0, b""), (new, done)
+    assert (harvest(home), harvest(work)) == ({"n o/x": b"a"}, {})
 
 
 # name: tree before, operation, tree after (None: unchanged), ends well
@@ -670,6 +674,8 @@ CALLS = {
     "another shell": ([FileOp("list", "d")], [Tool("my_terminal", "", REDIS.schema)], {},
                       "my_terminal", {"command": "ls -la -- 'd'"}),
     "no shell": ([FileOp("list", "d")], [REDIS, WRITE], {}, None, None),
+    "a needed key that is no text": ([FileOp("list", "d")], [Tool("Bash", "", {
+        **REDIS.schema, "required": ["command", {}]})], {}, "Bash", {"command": "ls -la -- 'd'"}),
     "unknown key needed": ([FileOp("list", "d")], [Tool("Bash", "", {
         **REDIS.schema, "required": ["command", "why"]})], {}, None, None),
     "large and new": ([FileOp("create", "x", LARGE)], [BASH_TOOL, WRITE],
