@@ -6879,6 +6879,7 @@ SHELL_PART = Pattern(
 DOUBLE_ESCAPE = Pattern(r"\\([\\\"$`]|\n)")
 LEADING_TABS = Pattern(r"^\t+", re.MULTILINE)
 SUBSTITUTION = Pattern(r"[$`\\]")
+ECHO_FLAGS = Pattern(r"-[neE]+")
 PRINTF_FORMAT = Pattern(r"(?:%[s%]|\\[nt\\\"']|[^%\\])*")
 PRINTF_ESCAPE = Pattern(r"\\(.)")
 PRINTF_SIGNS = {"n": "\n", "t": "\t"}
@@ -6966,18 +6967,22 @@ def _printed(line: ScriptLine) -> Optional[str]:
     if name == "printf":
         return _formatted(words)
     newline = "" if words[:1] == ["-n"] else "\n"
-    text = " ".join(words if newline else words[1:])
-    return None if "\\" in text or text.startswith(("-n ", "-e", "-E")) else text + newline
+    words = words if newline else words[1:]
+    doubt = "\\" in " ".join(words) or ECHO_FLAGS.fullmatch("".join(words[:1]))
+    return None if doubt else " ".join(words) + newline
 
 
 def _formatted(words: Sequence[str]) -> Optional[str]:
     """Return what printf prints: the format is used again while values are left."""
-    if not words or not PRINTF_FORMAT.fullmatch(words[0]):
+    marked = len(words) > 1 and words[0] == "--"
+    first, *values = words[marked:] or ["-"]
+    if not PRINTF_FORMAT.fullmatch(first) or (first.startswith("-") and not marked):
         return None
-    form = PRINTF_ESCAPE.sub(lambda sign: PRINTF_SIGNS.get(sign[1], sign[1]), words[0])
-    values, size = [*words[1:]] or [""], form.replace("%%", "").count("%s")
+    form = PRINTF_ESCAPE.sub(lambda sign: PRINTF_SIGNS.get(sign[1], sign[1]), first)
+    size = form.replace("%%", "").count("%s")
     if not size:
         return form % ()
+    values = values or [""]
     values += [""] * (-len(values) % size)
     return "".join(form % tuple(values[at:at + size]) for at in range(0, len(values), size))
 
@@ -7042,16 +7047,17 @@ def _scaffold_ops(script: str, scope: Scope, overwrite: bool) -> Ops:
     return tuple(ops)
 
 
-# Commands that only look, and the arguments with which they would do more.
+# Commands that only look, and the arguments with which they would do more; GNU takes the
+# first letters of a long option for it.
 READ_ONLY: Dict[str, str] = {
-    "ls": "", "pwd": "", "cat": "", "head": "", "tail": r"-\w*[fF].*|--(?:follow|retry|pid).*",
-    "wc": r"--files0.*", "grep": "", "egrep": "", "fgrep": "", "rg": r"--(?:pre|hostname).*",
-    "find": r"-(?:delete|exec\w*|ok\w*|fprint\w*|fls)", "tree": r"-o.*|--output.*", "du": "",
-    "df": "", "file": r"-\w*[CmMf].*|--(?:compile|magic|files).*", "stat": "", "which": "",
-    "date": r"[^+].*", "whoami": r".+", "uname": "", "diff": r"--to-file.*", "cmp": "",
-    "nl": "", "basename": "", "dirname": "", "realpath": "", "sha256sum": r"-c|--check",
-    "md5sum": r"-c|--check", "sort": r"-\w*[oTS].*|--(?:output|compress|temp|files0).*",
-    "git": r"--output.*|--ext-diff|--textconv|-o.*|-O.*|-c|--open-files.*|--exec.*",
+    "ls": "", "pwd": "", "cat": "", "head": "", "tail": r"-\w*[fF].*|--[frp].*", "wc": r"--f.*",
+    "grep": "", "egrep": "", "fgrep": "", "rg": r"--(?:pre|hostname).*",
+    "find": r"-(?:delete|exec\w*|ok\w*|fprint\w*|fls)", "tree": r"-\w*[oR].*|--o.*", "du": "",
+    "df": "", "file": r"-\w*[CmMf].*|--(?:c|ma|f).*", "stat": "", "which": "",
+    "date": r"[^+].*", "whoami": r".+", "uname": "", "diff": r"--to.*", "cmp": "",
+    "nl": "", "basename": "", "dirname": "", "realpath": "", "sha256sum": r"-\w*c.*|--c.*",
+    "md5sum": r"-\w*c.*|--c.*", "sort": r"-\w*[oTS].*|--(?:o|co|t|fil).*",
+    "git": r"--(?:ou|ext|textc|op|exec).*|-[oO].*|-c",
 }
 GIT_LOOKS = Pattern(
     r"(?:status|log|diff|show|blame|ls-files|shortlog|describe|rev-parse)(?: .*)?|"

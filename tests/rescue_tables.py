@@ -2136,3 +2136,27 @@ QUESTIONS += [("what is in `my file.txt`?", "Let me open the file and see.", rea
 NOT_ASKED += ["check `ls /`", "In notes.txt, add a line saying", "copy a.txt in the clipboard",
               "Please add a line with the text what's written in notes.txt?"]
 NOT_ASKED += ["One: delete a.txt", "Request: delete a.txt"]
+
+WRITTEN = ("create the note", "```bash\n{} > note.txt\n```")
+TOLD += [
+    ("create the note", "```bash\necho -extra > note.txt\n```", create("note.txt", "-extra\n")),
+    ("create the note", "```bash\nprintf '' > note.txt\n```", create("note.txt")),
+    ("create the note", "```bash\nprintf '%s %s\\n' > note.txt\n```", create("note.txt", " \n")),
+    ("create the note", "```bash\necho '-n x' > note.txt\n```", create("note.txt", "-n x\n")),
+    ("create the note", "```bash\nprintf -- '- %s\\n' a b > note.txt\n```", create("note.txt", "- a\n- b\n")),
+]
+NOT_TOLD += [("create the note", f"```bash\n{written} > note.txt\n```") for written in (
+    "echo -ne 'hi'", "echo -en 'hi'", "echo -nE hi", "echo -n -n hi", "echo -n -e hi", "printf -v x hi", "printf '- a\\n'", "printf --")]
+NOT_ASKED += [f"run `{command}`" for command in (
+    "sort --outp=b.txt a.txt", "sort --o=b.txt a.txt", "sort --comp=sh a.txt", "sort --te=d a.txt", "sort --files0=a.txt",
+    "git diff --outp=x", "git log --out=x", "git show --textc", "git diff --ext", "tail --fol a.txt", "tail --ret a.txt",
+    "tail --p=1 -f a.txt", "wc --file=a.txt", "sha256sum -bc a.txt", "sha256sum --ch a.txt", "md5sum --c a.txt",
+    "file --comp a.txt", "file --magic=a.txt b", "file --fi=a.txt", "tree -ao b.txt", "tree -RH x", "diff --to=a b")]
+REQUESTS += [
+    ("run `sort --field-separator=, a.txt`", run("sort", "--field-separator=,", "a.txt")),
+    ("run `git log --oneline --text`", run("git", "log", "--oneline", "--text")),
+    ("run `git diff --exit-code`", run("git", "diff", "--exit-code")),
+    ("run `tail --lines=3 a.txt`", run("tail", "--lines=3", "a.txt")),
+    ("run `file --mime-type a.png`", run("file", "--mime-type", "a.png")),
+    ("run `tree -aL 2`", run("tree", "-aL", "2")),
+]
