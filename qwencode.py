@@ -6060,7 +6060,7 @@ def _served(earlier: Sequence[Message], request: str) -> bool:
 # a private-use area; so no rule ever matches words inside them.
 
 QUOTE_BASE, FENCE_BASE = 0xE000, 0xF000
-MAX_MASKED = 0x800  # quotes or fences of one text: what the smaller area holds
+MAX_MASKED = 0x900  # quotes or fences of one text: what the smaller area, for fences, holds
 PRIVATE_USE = Pattern("[\ue000-\uf8ff]")
 ONE_FENCE = Pattern("[\uf000-\uf8ff]")
 OPENING = Pattern("`+|(?<![\\w\\\\\"'])[\"']|[\u201c\u201e\u00ab]|(?<!\\w)\u2018")
@@ -6126,6 +6126,8 @@ def _split_fences(text: str) -> Tuple[str, Tuple[Fence, ...]]:
     fences: List[Fence] = []
     opened: Optional[re.Match[str]] = None
     for line in text.split("\n"):
+        if len(fences) > MAX_MASKED:
+            break
         mark = FENCE_OPENING.fullmatch(line)
         if opened is None:
             opened = mark or (FENCE_IN_LINE.fullmatch(line) if line.count("```") == 1 else None)
@@ -6164,6 +6166,10 @@ def _unquote(opening: str, content: str) -> str:
     return content[1:-1] if spaced else content
 
 
+def _closed(text: str) -> bool:
+    return sum(map(text.count, "([{")) == sum(map(text.count, ")]}"))
+
+
 def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[str, ...]]:
     """Replace quotes by characters; an opening sign without its closing one stays."""
     quotes: List[str] = []
@@ -6172,26 +6178,28 @@ def _mask_quotes(body: str, one_line: bool, balanced: bool) -> Tuple[str, Tuple[
     position = 0
     for match in OPENING.finditer(body):
         opening, start = match.group(), match.end()
+        if len(quotes) > MAX_MASKED:
+            break
         if match.start() < position or start < dead.get(opening, 0) or len(opening) > 16:
             continue
         line_end = body.find("\n", start) if one_line else -1
         stop = len(body) if line_end < 0 else line_end
         closing = CLOSING.get(opening) or Pattern(f"(?<!`){opening}(?!`)")
-        ends = (end for end in closing.finditer(body, start, stop)
-                for inside in (body[start:end.start()],) if not balanced
-                or sum(map(inside.count, "([{")) == sum(map(inside.count, ")]}")))
-        end = next(ends, None)
+        ends = closing.finditer(body, start, stop)
+        end = next((end for end in ends if not balanced or _closed(body[start:end.start()])), None)
+        inside = body[start:end.start()] if end else ""
         # Where a quote in which a sign of its kind opens again ends is in doubt but for code.
-        if end is None or (not (balanced and BRACKET.search(body, start, end.start())) and any(
+        if end is None or (opening in inside and not (balanced and BRACKET.search(inside)) and any(
                 sign.group() == opening for sign in OPENING.finditer(body, start, end.start()))):
             dead[opening] = end.end() if end else stop
             continue
         pieces += [body[position:match.start()], chr(QUOTE_BASE + len(quotes))]
-        quotes.append(_unquote(opening, body[start:end.start()]))
+        quotes.append(_unquote(opening, inside))
         position = end.end()
     return "".join([*pieces, body[position:]]).replace("\u2019", "'"), tuple(quotes)
 
 
+@lru_cache(maxsize=4)  # a request is read by several rules
 def _mask(text: str, one_line: bool = False, balanced: bool = False) -> Optional[Masked]:
     """Mask fences and quotes; None when the text cannot be masked safely.
 
@@ -7198,7 +7206,7 @@ def _without_trailers(core: str) -> str:
     return core
 
 
-@lru_cache(maxsize=2)  # a request is read by several rules
+@lru_cache(maxsize=2)  # as _mask
 def _freed(text: str) -> Asked:
     """Take courtesy and end marks off a masked request."""
     whole = text.strip()
@@ -7253,7 +7261,7 @@ def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
 # ------------------------------ described ------------------------------
 
 # An answer of more characters to a request that changes nothing is an answer: reading
-# one of 200,000 takes 50 to 100 ms.
+# one of 200,000 takes 60 to 140 ms.
 MAX_LOOK_ANSWER_CHARS = 32_000
 # Characters of an answer in which the model may announce that it looks.
 MAX_LOOK_CHARS = 4_000
@@ -7568,12 +7576,13 @@ def find_rescue(
     """
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     newest = turns[answers[-1] + 1 if answers else 0:]
-    words, notices = _request_of(newest), _notices(turns)
-    if len(answer) > MAX_LOOK_ANSWER_CHARS and not _wishes(words).change:
+    words = _request_of(newest)
+    if not words or not answer.strip() or (
+            len(answer) > MAX_LOOK_ANSWER_CHARS and not _wishes(words).change):
         return None
-    masked = _mask(PRIVATE_USE.sub(" ", answer), one_line=True)
+    masked, notices = _mask(PRIVATE_USE.sub(" ", answer), one_line=True), _notices(turns)
     plans = _announced(notices, PLAN_MODE, "plan mode")
-    if (not words or not answer.strip() or masked is None or DECLINED.search(masked.text)
+    if (masked is None or DECLINED.search(masked.text)
             or any(not COURTESY.search(asked.group()) for asked in QUESTION.finditer(masked.text))
             or (plans and not plans[-1]["off"])):
         return None

@@ -255,6 +255,8 @@ HOSTILE = [
     "*" * SIZE,
     ": \n" * (SIZE // 3),
     "if " * (SIZE // 3),
+    '"a" ' * 1_100_000,  # more quotes than there are characters for them
+    "```\n```\n" * (SIZE // 8),
 ]
 
 
