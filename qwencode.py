@@ -3550,7 +3550,6 @@ def restored(prompt: str, answers: Sequence[str]) -> str:
 # Whatever opens it, the same four readers read it; words around it decide whether it is
 # meant. Text is held only from where a call may begin.
 
-
 Tools = Mapping[str, Tool]
 ReaderEvents = List[Tuple[str, str]]  # what a reader of parameters found: kind and text
 
@@ -3688,8 +3687,7 @@ AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[(?:/|END_)[^\s\[\]]{1,40}
                      r"[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|"
                      r"[;,](?=\s*[{\[<]))")
 CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
-AFTER_BEGUN = Pattern(
-    r"<[^\s<>]{0,60}(?:\s[^<>]{0,300})?|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|"
+AFTER_BEGUN = Pattern(r"<[^\s<>]{0,60}(?:\s[^<>]{0,300})?|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|"
     r"✿\w{0,12}(?:✿:?)?|[}\])]{1,4}|[,;]\s*")
 BLANK_RUN = Pattern(r"\s*")
 LINE_TEXT = Pattern(r"[\S\n]")
@@ -3771,14 +3769,11 @@ class BracketScan:
 
 def make_call(name: Any, arguments: Any, tools: Tools, rule: str) -> Optional[Call]:
     """Fit a name and arguments to an offered tool; None when none takes them."""
-    best = None
-    for tool in tools_meant(name, tools) if isinstance(name, str) else ():
-        fitted = repair_input(tool, arguments)
-        if fitted is not None and all(key in fitted for key in required_of(tool.schema)):
-            return Call(tool.name, fitted, rule)
-        if fitted is not None and best is None:
-            best = Call(tool.name, fitted, rule)
-    return best
+    meant = tools_meant(name, tools) if isinstance(name, str) else ()
+    fits = [(tool, fitted) for tool in meant for fitted in (repair_input(tool, arguments),)
+            if fitted is not None]
+    whole = [pair for pair in fits if pair[1].keys() >= {*required_of(pair[0].schema)}]
+    return next((Call(tool.name, fitted, rule) for tool, fitted in whole + fits), None)
 
 
 def calls_from_json(value: Any, tools: Tools, rule: str) -> Optional[List[Call]]:
@@ -3827,9 +3822,8 @@ def name_and_arguments(value: Json, tools: Tools, rule: str) -> Tuple[Any, Any]:
         return value[name], given[-1]
     spare = {key: each for key, each in value.items() if key != name
              and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
-    meant = rule not in BARE_RULES or any(
-        len(repair_input(tool, spare) or ()) == len(spare)
-        for tool in tools_meant(value[name], tools))
+    meant = rule not in BARE_RULES or any(len(repair_input(tool, spare) or ()) == len(spare)
+                                          for tool in tools_meant(value[name], tools))
     return value[name], spare if meant else None
 
 
@@ -4385,9 +4379,8 @@ class HeadScan:
         if not self._name:
             return None if opened == "(" else read_bracket(
                 self._text, self._at, self._rule, self._tools)
-        python = opened == "("
-        return Head(self._rule, self._name, "python" if python else "json",
-                    self._named_at if python else self._at)
+        body = ("python", self._named_at) if opened == "(" else ("json", self._at)
+        return Head(self._rule, self._name, *body)
 
     def _tool_name(self) -> Verdict:
         word = TOOL_WORD.match(self._text, self._at)
@@ -4415,19 +4408,17 @@ def may_open(begun: str, tools: Tools) -> bool:
 # ------------------------------ call or example ------------------------------
 
 # Words of which the rows of SIGNS are made. A first person who acts:
-INTENT = (
-    r"\b(?<!whether )(?<!if )(?:I.ll|I will|let me|let.s|let us|we.ll|we will|I.ve got to|I.d "
-    r"(?:like to|better)|I(?:.m| am) (?:now |just )?(?:going to|about to|\w+ing)|(?:I|we)(?: now| "
-    r"first| also| just| still)? (?:need|want|must|should|can|have to|will)\b(?! not|['’]t| only)|"
-    r"(?:now|next|first|then|so|and),? I\b(?!.d|.m not| (?:would|\w+ed|ran|sent|made|wrote|did|"
-    r"got)\b))")
+INTENT = (r"\b(?<!whether )(?<!if )(?:I.ll|I will|let me|let.s|let us|we.ll|we will|I.ve got to|"
+    r"I.d (?:like to|better)|I(?:.m| am) (?:now |just )?(?:going to|about to|\w+ing)|(?:I|we)(?: "
+    r"now| first| also| just| still)? (?:need|want|must|should|can|have to|will)\b(?! not|['’]t| "
+    r"only)|(?:now|next|first|then|so|and),? I\b(?!.d|.m not| (?:would|\w+ed|ran|sent|made|wrote|"
+    r"did|got)\b))")
 INTENT_ABROAD = (
     r"我(?:来|将|会|要|先|需要|现在)|让我|我们[来先]|现在|接下来|首先|します|"
     r"\b(?:ich (?!habe|würde)|lassen? |je (?!pourrais|ne)|voy a|vamos a|déjame|vou\b|"
     r"ahora|sto per|проверю|сейчас|найду)")
 # ... and one who only talks:
-TALK = (
-    r"(?:show|explain|demonstrat|illustrat|describ|quot|cit(?:e|ing)\b|recap|restat|recall\b|"
+TALK = (r"(?:show|explain|demonstrat|illustrat|describ|quot|cit(?:e|ing)\b|recap|restat|recall\b|"
     r"summari[sz]|repeat|defin|spell|walk(?:ing)? (?:you )?through|walk you|talk|refer\b|referring|"
     r"mention|offer|propos|suggest|recommend|emphasi|remind|warn|clarif|break(?:ing)? (?:\w+ "
     r"){1,3}down|point|assum|suppos|imagin|pretend|consider|say\b|compare (?:it|this|the (?:out|"
@@ -4435,35 +4426,30 @@ TALK = (
     r"present\b|provid|give you|return\b|answer|leav|list (?:all|every|the (?:call|raw))|translat|"
     r"convert|format|encod|give (?:you )?an ex|phrase|paraphras|call (?:this|it)|afraid|refus|"
     r"declin|prevent|withhold)")
-ACTS = (
-    r"(?:read|write|create|run|rerun|list|edit|update|check|search|find|open|fix|look|execute|"
+ACTS = (r"(?:read|write|create|run|rerun|list|edit|update|check|search|find|open|fix|look|execute|"
     r"delete|add|make|get|fetch|verify|install|build|test|inspect|rename|replace|remove|start|stop|"
     r"commit|move|apply|generate|format|clean)")
 # What calls are made of, and who writes them:
-CALL_TALK = (
-    r"(?:(?:tool|function)[- _]?(?:calls?|calling|use)|(?:an?|each|every|any|such|one|two|the|this|"
-    r"that|these|your|raw|native|how) calls?|markers?|delimiters?|(?<!git )tags?\b(?!ged)|tokens|"
-    r"notations?|dialects?|syntax|grammar|markup|parsers?|parse[sd]?|regex|wire|payload|"
+CALL_TALK = (r"(?:(?:tool|function)[- _]?(?:calls?|calling|use)|(?:an?|each|every|any|such|one|two|"
+    r"the|this|that|these|your|raw|native|how) calls?|markers?|delimiters?|(?<!git )tags?\b(?!ged)|"
+    r"tokens|notations?|dialects?|syntax|grammar|markup|parsers?|parse[sd]?|regex|wire|payload|"
     r"serializ\w+|templates?|models?|llms?|assistants?|agents?|sub-?agents?|chatbot|copilot|gpt\S*|"
     r"chatgpt|claude|codex|qwen\S*|hermes\S*|llama\S*|mistral\S*|deepseek\S*|kimi\S*|glm\S*|"
     r"(?-i:ReAct)|few.shot|prompts?|runtime|harness|shim|proxy|training|dataset|arguments|"
     r"parameters?|placeholder|transcript|schema|style|conventions?|protocol|playground)")
-DATA_WORDS = (
-    r"(?:json|xml|yaml|formats?|schema|structure|shape|objects?|messages?|body|bodies|payload|"
-    r"responses?|outputs?|results?|answers?|repl(?:y|ies)|contents?|lines?|text|strings?|inputs?|"
-    r"records?|rows?|entry|entries|snippets?|blocks?|logs?|excerpt|fixtures?|cases?|samples?|"
-    r"versions?|spelling|forms?|variants?|values?|definition|fields?|notes?|docs|documentation|"
-    r"readme|manual|spec|specification|page|article|report|section|chapter|appendix|reference|"
-    r"usage|quote|transcript|history|trace|template|data|requests?|calls?)")
-TELLS = (
-    r"(?:call(?:ed|s)|ran|runs|sen(?:t|ds)|ma(?:de|kes)|us(?:ed|es)|wr(?:ote|ites?)|written|"
+DATA_WORDS = (r"(?:json|xml|yaml|formats?|schema|structure|shape|objects?|messages?|body|bodies|"
+    r"payload|responses?|outputs?|results?|answers?|repl(?:y|ies)|contents?|lines?|text|strings?|"
+    r"inputs?|records?|rows?|entry|entries|snippets?|blocks?|logs?|excerpt|fixtures?|cases?|"
+    r"samples?|versions?|spelling|forms?|variants?|values?|definition|fields?|notes?|docs|"
+    r"documentation|readme|manual|spec|specification|page|article|report|section|chapter|appendix|"
+    r"reference|usage|quote|transcript|history|trace|template|data|requests?|calls?)")
+TELLS = (r"(?:call(?:ed|s)|ran|runs|sen(?:t|ds)|ma(?:de|kes)|us(?:ed|es)|wr(?:ote|ites?)|written|"
     r"sa(?:id|ys)|repl(?:ied|ies)|(?:answer|return|emitt?|produc|print|post|output|outputt|respond|"
     r"past|quot|generat|issu|contain|show|look|list|includ|display|yield|record|logg?|expect|"
     r"compar|receiv|report|leak)(?:e?d|e?s)|tr(?:ied|ies)|g[eo]ts?|reads?|holds?|held|has(?! to)|"
     r"had|have|gives?|gave|becomes?|became|feeds?|fed|finds?)")
-EXAMPLE = (
-    r"\b(?:examples?\b(?![._/-]\w|\s+(?:file|script|config|app|project|folder|director|test|page|"
-    r"environment|to the|in\b))|e\.g\.|i\.e\.|for instance|illustrat\w+|sample(?! data)|"
+EXAMPLE = (r"\b(?:examples?\b(?![._/-]\w|\s+(?:file|script|config|app|project|folder|director|test|"
+    r"page|environment|to the|in\b))|e\.g\.|i\.e\.|for instance|illustrat\w+|sample(?! data)|"
     r"hypothetic\w*|pseudo|imagine|suppose|pretend|demonstrat\w+|toy\b|beispiel|par exemple|por "
     r"ejemplo|например)|例(?:如|えば|です)|格式")
 OPEN_END = r"[^.!?:：]{0,80}[:：]?\W*\Z(?<![.!?])"
@@ -4498,9 +4484,8 @@ ANNOUNCING: Tuple[Sign, ...] = (
         r"\A\W*(?:(?:sure(?: thing)?|ok(?:ay)?|certainly|of course|yes|right(?!\W*:)|got it|"
         r"understood|al{1,2} ?right|absolutely|done|great|no problem|will do|on it|definitely|"
         r"gladly|here (?:it is|you go|we go)|one moment|working on it)\W*){1,4}\Z"),
-    sign("the word call itself", "lead", 2,
-        r"\A\W*(?:here(?:.s| is| are) )?(?:the |my |a )?(?:(?:tool |function )?calls?|"
-        r"action)\W*\Z"),
+    sign("the word call itself", "lead", 2, r"\A\W*(?:here(?:.s| is| are) )?(?:the |my |a "
+        r")?(?:(?:tool |function )?calls?|action)\W*\Z"),
 )
 # ... and this announces words, which lift nothing.
 TALKING = sign("talk in the first person", "lead", -4,
@@ -4512,10 +4497,9 @@ SIGNS: Tuple[Sign, ...] = (
         rf"it)\W+)*(?!{TALK}|follow|accord|depend|includ|mean|noth|anyth|someth|everyth|dur|string|"
         rf"thing|miss|warn|pend|exist|notic|us\w+ \w+,)\w{{2,}}ing\b(?!.*\b(?:gives|shows|yields|"
         rf"finds|prints|becomes|is|get)\b{OPEN_END})"),
-    sign("a step", "lead", 5,
-        r"\A\W*(?:so,? |and |ok,? )?(?:\d+[.)]|now|next|then|first|second|third|finally|lastly|"
-        r"also|step|once more|again|time to|on to|here we go)\b(?!.*\b(?:would|you|it \w+s|we)\b)|"
-        r"\b(?:first|next)\W*\Z"),
+    sign("a step", "lead", 5, r"\A\W*(?:so,? |and |ok,? )?(?:\d+[.)]|now|next|then|first|second|"
+        r"third|finally|lastly|also|step|once more|again|time to|on to|here we go)\b(?!.*\b(?:would"
+        r"|you|it \w+s|we)\b)|\b(?:first|next)\W*\Z"),
     sign("an order to itself", "lead", 3,
         rf"\A\W*(?:\d+[.)]\s*)?(?:step \d+\W+)?{ACTS}\b(?! data| case)(?!.*\b(?:this|these|"
         r"following|same|below|your?|docs)\b)"),
@@ -4523,24 +4507,21 @@ SIGNS: Tuple[Sign, ...] = (
         rf"\Ahere(?:.s| is| are) (?:the |my |an? |your )(?!.*\b(?:{CALL_TALK}|{DATA_WORDS})\b)"),
     sign("an example", "lead", -8, EXAMPLE, True),
     sign("examples before it", "earlier", -3, EXAMPLE),
-    sign("a wish", "lead", -3,
-        r"\b(?:would|could|might|.d (?:be|have|write|call|use|run|send|look|then)|one (?:can|may|"
-        r"calls|writes)|had you|(?:should|shall|may|could) I|whether)\b"),
+    sign("a wish", "lead", -3, r"\b(?:would|could|might|.d (?:be|have|write|call|use|run|send|look|"
+        r"then)|one (?:can|may|calls|writes)|had you|(?:should|shall|may|could) I|whether)\b"),
     sign("a condition", "lead", -13,
         r"\b(?:if|once|when|after|until|unless) (?:you|approved|confirmed|permitted|needed|one|a|"
         r"the (?:model|user|agent))\b|\b(?:your|you to) (?:approv|confirm|permission|consent|ok\b)|"
         r"\blet me know\b|\bneed you\b|\bwhen(?:ever)? I\b|\A\W*(?:later|normally|usually)\b"),
-    sign("a warning", "lead", -5,
-        r"\b(?:don.t|do not|never|avoid|not)\s+(?:\w+ ){0,2}(?:run|send|make|do|execute|call|use|"
-        r"let|issue|invoke|emit|type|copy|try)\b|\b(?:avoid|beware|dangerous|harmful|unsafe|"
-        r"forbidden|warning|careful|prevent|(?:must|may) not)\b"),
-    sign("a refusal", "paragraph", -8,
-        r"\b(?:I|we)\s+(?:\w+ )?(?:won.t|will not|can.t|cannot|can not|refuse|decline|am not|.m "
-        r"not|must not|mustn.t|shouldn.t|wouldn.t|would rather not|.d rather not|decided "
-        r"(?:against|not)|am unable)\s+(?!find|see|tell|change|know|have|sure|be|wait)\w+|"
-        r"\b(?:refus|declin)(?:e|ing) (?:to|this)\b|\bdecided against|\bagainst (?:running|doing|"
-        r"this|it)|\bI(?: have| had|.ve)? ?(?:did ?not|didn.t|not) (?:run|send|make|call|execute)|"
-        r"\bwithh[eo]ld"),
+    sign("a warning", "lead", -5, r"\b(?:don.t|do not|never|avoid|not)\s+(?:\w+ ){0,2}(?:run|send|"
+        r"make|do|execute|call|use|let|issue|invoke|emit|type|copy|try)\b|\b(?:avoid|beware|"
+        r"dangerous|harmful|unsafe|forbidden|warning|careful|prevent|(?:must|may) not)\b"),
+    sign("a refusal", "paragraph", -8, r"\b(?:I|we)\s+(?:\w+ )?(?:won.t|will not|can.t|cannot|can "
+        r"not|refuse|decline|am not|.m not|must not|mustn.t|shouldn.t|wouldn.t|would rather not|.d "
+        r"rather not|decided (?:against|not)|am unable)\s+(?!find|see|tell|change|know|have|sure|"
+        r"be|wait)\w+|\b(?:refus|declin)(?:e|ing) (?:to|this)\b|\bdecided against|\bagainst "
+        r"(?:running|doing|this|it)|\bI(?: have| had|.ve)? ?(?:did ?not|didn.t|not) (?:run|send|"
+        r"make|call|execute)|\bwithh[eo]ld"),
     TALKING,
     sign("a promise to show", "lead", -13,
         rf"{INTENT}(?!.*(?:\w[./]\w|\b(?:check|look (?!at (?:how|what|this))|read|see|examin|"
@@ -4579,10 +4560,9 @@ SIGNS: Tuple[Sign, ...] = (
         r"(?:模型|格式|例|modell?\b|modèle|модель|ausgabe|sortie)[^.!?]*[:：]\W*\Z", True),
     sign("talk of calls", "lead", -4,
         rf"\b{CALL_TALK}\b", True),
-    sign("as follows", "lead", -4,
-        r"\b(?:as follows|like (?:this|so)|this way|looks? (?:something )?like|the following|below|"
-        r"such as|this (?:one|input|call|line|body|text|shape|prompt|request|string|message|json|"
-        r"command)|these)\b|\bthis\W*\Z|<(?![/|])[\w-]+>\W*\Z", True),
+    sign("as follows", "lead", -4, r"\b(?:as follows|like (?:this|so)|this way|looks? (?:something "
+        r")?like|the following|below|such as|this (?:one|input|call|line|body|text|shape|prompt|"
+        r"request|string|message|json|command)|these)\b|\bthis\W*\Z|<(?![/|])[\w-]+>\W*\Z", True),
     sign("here is talk", "lead", -3,
         rf"\bhere(?:.s| is| are)\b.*\b(?:{CALL_TALK}|{DATA_WORDS}|what|how)\b", True),
     sign("words behind it", "after", -3,
@@ -4591,20 +4571,17 @@ SIGNS: Tuple[Sign, ...] = (
         rf"{INTENT}(?!\s+(?:know|rather|wait for your))|\b(?:once|after|as soon as|with) (?:that|"
         r"this|it|the result)|\b(?:then|while (?:this|that))\b|\b(?:please )?wait(?:ing)?\b(?! "
         rf"for your)|\blet me know if (?:you|there|any)|\bdone\b|{INTENT_ABROAD}"),
-    sign("what it will do", "after", 5,
-        r"\A\W*(?:(?:this|that|it|these)(?: command| call| edit| tool)? (?:\w+ )?(?:will|reads?|"
-        r"lists?|creates?|finds?|searche?s|runs?|replaces?|adds?|checks?|removes?|updates?|makes?|"
-        r"compiles?|writes?|installs?|builds?|gives?|should)\b|the (?:next|output|build|tests?|"
-        r"result) should)"),
+    sign("what it will do", "after", 5, r"\A\W*(?:(?:this|that|it|these)(?: command| call| edit| "
+        r"tool)? (?:\w+ )?(?:will|reads?|lists?|creates?|finds?|searche?s|runs?|replaces?|adds?|"
+        r"checks?|removes?|updates?|makes?|compiles?|writes?|installs?|builds?|gives?|should)\b|"
+        r"the (?:next|output|build|tests?|result) should)"),
     sign("the sentence goes on", "after", -4,
         r"\A\s*(?:(?!and then|then|now|next)(?-i:[a-z])|[,;)\]”\"])"),
-    sign("it is a thing", "after", -5,
-        r"\A\W*(?:this|that|it|these|those|the (?:\w+ )?\w+)(?:.s| is| are| shows| means| came| "
-        r"was| were| would| could| had| has| deletes?| overwrote| deleted| returned| failed| "
-        r"worked| matched| crashed| wiped)\b", True),
-    sign("it is an example", "after", -6,
-        r"\b(?:examples?\b(?![._/-]\w)|illustrat\w+|placeholder|sample|template|hypothetical\w*|"
-        r"demonstrat\w+|clarif\w+|hope (?:that|this))\b"),
+    sign("it is a thing", "after", -5, r"\A\W*(?:this|that|it|these|those|the (?:\w+ )?\w+)(?:.s| "
+        r"is| are| shows| means| came| was| were| would| could| had| has| deletes?| overwrote| "
+        r"deleted| returned| failed| worked| matched| crashed| wiped)\b", True),
+    sign("it is an example", "after", -6, r"\b(?:examples?\b(?![._/-]\w)|illustrat\w+|placeholder|"
+        r"sample|template|hypothetical\w*|demonstrat\w+|clarif\w+|hope (?:that|this))\b"),
     sign("it was not run", "after", -5,
         r"\b(?:not|never|don.t|\w+n.t)\b.{0,30}\b(?:run|ran|execut\w*|call\w*|made|make|sent|send|"
         r"real|used?|do|does|act|happen\w*)\b|\b(?:I|we) (?:won.t|will not|can.t|cannot|haven.t|"
@@ -4616,14 +4593,12 @@ SIGNS: Tuple[Sign, ...] = (
         r"you (?:approve|agree|confirm|want me|like))\b"),
     sign("a question behind it", "after", -6,
         r"\?", True),
-    sign("what to do with it", "after", -6,
-        r"\byou(?:.d(?! prefer| like)| can(?! see)| could| would| should| might| must| may| need "
-        r"to| have to)\b|\A\W*(?:replace|change|modify|copy|paste|adapt|adjust|use|put|save|add|"
-        r"run|try|note|compare|make sure|review|remember|apply|reply|feel free|only|please "
-        r"(?!wait))\b", True),
-    sign("where it is from", "after", -6,
-        r"\A[^\w✿]*(?:source|from|explanation|above|where|which|see|example|response|results?|"
-        r"here,)|\A\s*(?:[↑^]|--|[-=]>|[(\[←→#])", True),
+    sign("what to do with it", "after", -6, r"\byou(?:.d(?! prefer| like)| can(?! see)| could| "
+        r"would| should| might| must| may| need to| have to)\b|\A\W*(?:replace|change|modify|copy|"
+        r"paste|adapt|adjust|use|put|save|add|run|try|note|compare|make sure|review|remember|apply|"
+        r"reply|feel free|only|please (?!wait))\b", True),
+    sign("where it is from", "after", -6, r"\A[^\w✿]*(?:source|from|explanation|above|where|which|"
+        r"see|example|response|results?|here,)|\A\s*(?:[↑^]|--|[-=]>|[(\[←→#])", True),
     sign("talk of calls behind it", "after", -5,
         rf"\b(?:{CALL_TALK}|keys?|fields?|objects?)\b", True),
 )
@@ -4710,9 +4685,7 @@ def well_placed(line: str) -> bool:
     in_quotes = line.count("`") % 2 or line.count('"') % 2 or line.rstrip()[-1] in "'\"“‘`("
     if line[0] == ">" or in_quotes:
         return False
-    if line.rstrip()[-1] in SENTENCE_MARKS:
-        return True
-    return bool(PROMISE.pattern.search(line[-200:])) or (
+    return line.rstrip()[-1] in SENTENCE_MARKS or bool(PROMISE.pattern.search(line[-200:])) or (
         len(line.split()) <= 3 and (line[0] == "<" or line[0].isalnum()))
 
 
@@ -5633,7 +5606,6 @@ DELETE = """\
  || [[ {gate}( -L {file} || ( -e {file} && ! -d {file} ) ) ]] && rm -f -- {file}\
  && [[ ! -e {file} && ! -L {file} ]]"""
 
-
 # What needs no lines before its proof: it, and what is said when it holds.
 PLAIN = {"delete": (DELETE, "deleted"), "list": ("ls -la -- {file}", ""),
          "mkdir": ("mkdir -p -- {file} && [[ -d {file} ]]", "made folder")}
@@ -5646,8 +5618,7 @@ def plain_step(job: Job) -> Step:
 
 def destination(op: FileOp) -> Tuple[str, str]:
     """Return source and destination; a destination "folder/" takes the same name."""
-    source = usable_path(op.path)
-    target = usable_path(op.other)
+    source, target = usable_path(op.path), usable_path(op.other)
     if op.other.endswith("/"):
         target += "/" + source.rpartition("/")[2]
     if source == target:
@@ -5743,7 +5714,6 @@ TEMPORARY = Pattern(r"\.shim-[0-9a-f]{6}\.[a-z0-9]+")
 # Rejected by the CLI in every mode (C1).
 FORBIDDEN_IN_COMMAND = Pattern("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-
 # How a kind of FileOp is built, what its failure is called, its exit code in style
 # "coded", and it in words.
 Recipe = Tuple[Callable[[Job], Step], str, int, str]
@@ -5788,8 +5758,7 @@ def in_words(op: FileOp) -> str:
     line = "line " if op.kind.endswith("_line") else ""
     return words.format(
         path=brief(op.path or "."), other=brief(op.other), words=brief(" ".join(op.words)),
-        old=f'{line}"{brief(op.other)}"', new=f'"{brief(op.text)}"',
-    ) + PROVEN.get(build, "")
+        old=f'{line}"{brief(op.other)}"', new=f'"{brief(op.text)}"') + PROVEN.get(build, "")
 
 
 BACKUP_KEPT = """\
@@ -5811,10 +5780,8 @@ def finished(job: Job, step: Step, last: bool) -> str:
     """Return a step's lines; one that is not the last leaves a file that says: done."""
     named = set(TEMPORARY.findall(step.script + step.proof))
     files = sorted(name for name in named if name.startswith(job.base + "."))
-    ready = []
-    if job.after:
-        files.append(job.after)
-        ready = [f"[[ -e {job.after} ]]"]
+    files += [job.after] * bool(job.after)
+    ready = [f"[[ -e {job.after} ]]"] * bool(job.after)
     tidy = [f"rm -f -- {' '.join(files)}"] if files else []
     mark = [] if last else [f"echo > {job.base}.done"]
     if not step.done:
@@ -5844,9 +5811,8 @@ def bash_bytes(command: str) -> int:
 # Efforts to make a command fit, with the limit under which each is taken: readable and
 # approvable first, then whatever bash can take.
 EFFORTS: Tuple[Tuple[int, Callable[[str], int], int], ...] = (
-    (0, len, MAX_APPROVABLE_CHARS), (1, len, MAX_APPROVABLE_CHARS),
-    (0, bash_bytes, MAX_BASH_BYTES), (1, bash_bytes, MAX_BASH_BYTES),
-    (2, bash_bytes, MAX_BASH_BYTES))
+    *((effort, len, MAX_APPROVABLE_CHARS) for effort in (0, 1)),
+    *((effort, bash_bytes, MAX_BASH_BYTES) for effort in (0, 1, 2)))
 
 
 def commands_for(
@@ -5913,9 +5879,8 @@ def rescue_call(
     shell = shell_tool(tools)
     if shell is None:
         return None
-    writer = tool_for(tools, WRITE_NAMES, {"file_path", "content"}, "content")
-    if len(ops) != 1 or ops[0].kind not in ("create", "write"):
-        writer = None
+    writes = len(ops) == 1 and ops[0].kind in ("create", "write")
+    writer = tool_for(tools, WRITE_NAMES if writes else (), {"file_path", "content"}, "content")
     try:
         command = commands_for(ops, style, max_read_bytes)
     except CannotCarryError:
@@ -6065,8 +6030,7 @@ PRIVATE_USE = Pattern("[\ue000-\uf8ff]")
 ONE_FENCE = Pattern("[\uf000-\uf8ff]")
 OPENING = Pattern("`+|(?<![\\w\\\\\"'])[\"']|[\u201c\u201e\u00ab]|(?<!\\w)\u2018")
 CLOSING = {
-    '"': Pattern(r'(?<!\\)"(?=[\s.,;:!?)\]}*\u2026]|\Z)'),
-    "'": Pattern(r"(?<!\\)'(?=[\s.,;:!?)\]}*\u2026]|\Z)"),
+    **{sign: Pattern(rf"(?<!\\){sign}(?=[\s.,;:!?)\]}}*\u2026]|\Z)") for sign in "\"'"},
     "\u2018": Pattern(r"\u2019(?!\w)"),
     "\u201c": Pattern("\u201d"),
     "\u201e": Pattern("[\u201c\u201d]"),
@@ -6080,13 +6044,11 @@ FENCE_IN_LINE = Pattern(
 # What stands after a closing fence in its line: "``` in a.txt" goes on with the request.
 AFTER_FENCE = Pattern(r"\s*| .*\S .*\S.*")
 MARKDOWN = Pattern(r"\s*(?:md|markdown|mdx)\s*", re.IGNORECASE)
-BLOCK_AFTER_COLON = Pattern(
-    r"([^\n]{0,300}\b(?:following|this|these|contents?|text|lines?|exactly)\b[^\n]{0,100}:)"
-    r"[ \t]*\r?\n([\s\S]*)", re.IGNORECASE)
+BLOCK_AFTER_COLON = Pattern(r"([^\n]{0,300}\b(?:following|this|these|contents?|text|lines?|"
+    r"exactly)\b[^\n]{0,100}:)[ \t]*\r?\n([\s\S]*)", re.IGNORECASE)
 BLANK_LINE = Pattern(r"\n[^\S\n]*\n")
-SECOND_WISH = Pattern(
-    r"\s*(?:then|also|and|after|finally|please|next|now|once|do not|don't|make sure|thanks|"
-    r"can you|could you)\b", re.IGNORECASE)
+SECOND_WISH = Pattern(r"\s*(?:then|also|and|after|finally|please|next|now|once|do not|don't|make "
+    r"sure|thanks|can you|could you)\b", re.IGNORECASE)
 
 
 class Fence(NamedTuple):
@@ -6241,17 +6203,15 @@ UNSAFE_PATH = Pattern(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029]|\\s/|://|\\.\\.\\\\|(?:\\A|/)(?:\\.\\.|\\.(?:git|ssh|"
     "gnupg|aws|kube|claude|netrc|profile|bashrc|bash_profile|bash_login|bash_logout|zshrc|"
     "zshenv|zprofile|zlogin|gitconfig|config))(?:/|\\Z)", re.IGNORECASE)
-FILE_NAME = Pattern(
-    r"(?:.*/)?(?:[^/]*\.(?=[\w+-]*[^\W\d_])[\w+-]{1,16}|Makefile|Dockerfile|Containerfile|"
-    r"LICEN[SC]E|README|CHANGELOG|NOTICE|AUTHORS|CONTRIBUTING|TO[D]O|Procfile|Gemfile|Rakefile|"
-    r"Jenkinsfile|Vagrantfile|Pipfile|Brewfile|[Jj]ustfile|CODEOWNERS|VERSION)")
+FILE_NAME = Pattern(r"(?:.*/)?(?:[^/]*\.(?=[\w+-]*[^\W\d_])[\w+-]{1,16}|Makefile|Dockerfile|"
+    r"Containerfile|LICEN[SC]E|README|CHANGELOG|NOTICE|AUTHORS|CONTRIBUTING|TO[D]O|Procfile|"
+    r"Gemfile|Rakefile|Jenkinsfile|Vagrantfile|Pipfile|Brewfile|[Jj]ustfile|CODEOWNERS|VERSION)")
 # Products whose names look like files.
 NOT_FILES = Pattern(r"(?:(?:node|vue|next|react|express|three|d3|nuxt|socket|angular|ember)"
                     r"\.(?:js|io)|asp\.net|e\.g|i\.e|\w+\.(?:com|org|net|io|dev))", re.IGNORECASE)
 # Parts of a path that say nothing: "./", "//" and a slash at the end.
 PATH_NOISE = Pattern(r"(?:\A|(?<=/))(?:\.?/)+|/\.?\Z")
-MAX_PATH_CHARS = 1000
-MAX_NAME_BYTES = 255
+MAX_PATH_CHARS, MAX_NAME_BYTES = 1000, 255
 
 
 class Scope(NamedTuple):
@@ -6862,13 +6822,10 @@ def _run(found: Reading, _kind: str) -> Ops:
 
 
 BUILDERS: Dict[str, Callable[[Reading, str], Ops]] = {
-    "append": _add_text, "prepend": _add_text, "write": _add_text, "create": _add_text,
-    "empty": _each_path, "named": _each_path, "clear": _each_path, "delete": _each_path,
-    "read": _each_path,
-    "remove": _replace, "replace": _replace, "insert": _insert,
-    "rename": _move, "move": _move, "copy": _move, "mkdir": _mkdir, "list": _list, "folder": _list,
-    "run": _run,
-}
+    kind: build for build, kinds in (
+        (_add_text, "append prepend write create"), (_each_path, "empty named clear delete read"),
+        (_replace, "remove replace"), (_insert, "insert"), (_move, "rename move copy"),
+        (_mkdir, "mkdir"), (_list, "list folder"), (_run, "run")) for kind in kinds.split()}
 
 
 # ------------------------------ scaffolds and commands ------------------------------
@@ -6945,9 +6902,7 @@ def _here_document(text: str, opening: re.Match[str]) -> Tuple[Optional[str], st
     end = Pattern(rf"^{tabs}{opening.group('tag')}\r?\n", re.MULTILINE).search(text, start)
     if end is None:
         return None, text
-    document = text[start:end.start()]
-    if tabs:
-        document = LEADING_TABS.sub("", document)
+    document = LEADING_TABS.sub("", text[start:end.start()]) if tabs else text[start:end.start()]
     if not opening["raw"] and SUBSTITUTION.search(document):
         return None, text
     return document, text[:start] + text[end.end():]
@@ -6990,8 +6945,7 @@ def _formatted(words: Sequence[str]) -> Optional[str]:
     size = form.replace("%%", "").count("%s")
     if not size:
         return form % ()
-    values = values or [""]
-    values += [""] * (-len(values) % size)
+    values += [""] * (-len(values) % size if values else size)
     return "".join(form % tuple(values[at:at + size]) for at in range(0, len(values), size))
 
 
@@ -7055,20 +7009,16 @@ def _scaffold_ops(script: str, scope: Scope, overwrite: bool) -> Ops:
     return tuple(ops)
 
 
-# Commands that only look, and the arguments with which they would do more; GNU takes the
-# first letters of a long option for it.
+# Commands that only look, and the arguments, cut short as GNU lets them be, that would do more.
 READ_ONLY: Dict[str, str] = {
-    "ls": "", "pwd": "", "cat": "", "head": "", "tail": r"-\w*[fF].*|--[frp].*", "wc": r"--f.*",
-    "grep": "", "egrep": "", "fgrep": "", "rg": r"--(?:pre|hostname).*",
-    "find": r"-(?:delete|exec\w*|ok\w*|fprint\w*|fls)", "tree": r"-\w*[oR].*|--o.*", "du": "",
-    "df": "", "file": r"-\w*[CmMf].*|--(?:c|ma|f).*", "stat": "", "which": "",
-    "date": r"[^+].*", "whoami": r".+", "uname": "", "diff": r"--to.*", "cmp": "",
-    "nl": "", "basename": "", "dirname": "", "realpath": "", "sha256sum": r"-\w*c.*|--c.*",
-    "md5sum": r"-\w*c.*|--c.*", "sort": r"-\w*[oTS].*|--(?:o|co|t|fil).*",
-    "git": r"--(?:ou|ext|textc|op|exec).*|-[oO].*|-c",
-}
-GIT_LOOKS = Pattern(
-    r"(?:status|log|diff|show|blame|ls-files|shortlog|describe|rev-parse)(?: .*)?|"
+    **dict.fromkeys(word_set("ls pwd cat head grep egrep fgrep du df stat which uname cmp nl "
+                             "basename dirname realpath"), ""),
+    **dict.fromkeys(("sha256sum", "md5sum"), r"-\w*c.*|--c.*"),
+    "tail": r"-\w*[fF].*|--[frp].*", "wc": r"--f.*", "rg": r"--(?:pre|hostname).*",
+    "find": r"-(?:delete|exec\w*|ok\w*|fprint\w*|fls)", "tree": r"-\w*[oR].*|--o.*",
+    "file": r"-\w*[CmMf].*|--(?:c|ma|f).*", "date": r"[^+].*", "whoami": r".+", "diff": r"--to.*",
+    "sort": r"-\w*[oTS].*|--(?:o|co|t|fil).*", "git": r"--(?:ou|ext|textc|op|exec).*|-[oO].*|-c"}
+GIT_LOOKS = Pattern(r"(?:status|log|diff|show|blame|ls-files|shortlog|describe|rev-parse)(?: .*)?|"
     r"branch(?: (?:-[avr]{1,3}|--list|--show-current|--all))*|remote(?: -v)?|tag(?: -l)?|"
     r"stash list", re.DOTALL)
 VERSION_QUESTION = Pattern(r"(?:python3?|node|npm|git|ruby|go|java|gcc|cargo|rustc|pip3?) "
@@ -7313,11 +7263,10 @@ HOW_TO = Shape(r"""\bhow to\b|\bhow (?:do|can|could|would|should|does) (?:i|you|
 CONDITION = Shape(r"""(?:\A|[.,;!\n][^\S\n]*|\b(?:but|and|only)\s+)(?:if|unless|when|once|in case|
     provided|as soon as|whenever)\b|\bif (?:it|they|there|the file|not|needed|necessary|possible|
     you)\b|\bunless\b""")
-SHELL_WANTED = Pattern(
-    r"\b(?:bash|shell|sh|zsh|terminal|install(?:ation)?|setup|deploy\w*|build)\s+(?:script|"
-    r"commands?)\b|(?<!python )(?<!node )(?<!js )(?<!javascript )(?<!ruby )(?<!perl )(?<!php )"
-    r"\bscripts?\b|\b(?:the|a|some|which|what) commands?\b|\bcommands? (?:to|for|that|i)\b|"
-    r"\.(?:sh|bash)\b", re.IGNORECASE)
+SHELL_WANTED = Pattern(r"\b(?:bash|shell|sh|zsh|terminal|install(?:ation)?|setup|deploy\w*|"
+    r"build)\s+(?:script|commands?)\b|(?<!python )(?<!node )(?<!js )(?<!javascript )(?<!ruby "
+    r")(?<!perl )(?<!php )\bscripts?\b|\b(?:the|a|some|which|what) commands?\b|\bcommands? (?:to|"
+    r"for|that|i)\b|\.(?:sh|bash)\b", re.IGNORECASE)
 # A description of several ways to do it is not one plan.
 ALTERNATIVES = Shape(r"""\b(?:option|alternative|approach|method|variant) (?:#?[12ab]|one|two)\b|
     \balternatively\b|\bor,? you (?:can|could)\b|\btwo (?:ways|options)\b""")
