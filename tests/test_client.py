@@ -347,6 +347,12 @@ def test_claude_without_ollama_or_model_says_what_to_do(place):
     assert not (place / "seen.json").exists()
 
 
+def take_terminal():
+    """Own the terminal, with its Ctrl-C: tests that run in the background ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def in_terminal(place, *arguments, **env):
     """Start the program on a pseudo-terminal; return the process and the terminal."""
     outside, inside = pty.openpty()
@@ -354,7 +360,7 @@ def in_terminal(place, *arguments, **env):
     process = subprocess.Popen(
         [sys.executable, str(PROGRAM), *arguments], cwd=place / "my project",
         env=settings(place, TERM="xterm", **env), stdin=inside, stdout=inside, stderr=inside,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        start_new_session=True, preexec_fn=take_terminal)
     os.close(inside)
     return process, outside
 
