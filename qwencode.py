@@ -6514,6 +6514,12 @@ def _first_words(template: str) -> FrozenSet[str]:
     return frozenset(word.lower() for word in WORD.findall(FIRST_PART.split(written)[1]))
 
 
+@lru_cache(maxsize=256)
+def _rows_from(rules: str, word: str) -> Tuple[Tuple[str, str], ...]:
+    """Return the rows of a table that a text with this first word, in lower case, may fit."""
+    return tuple([row for row in table_rows(rules) if word in _first_words(row[1])])
+
+
 def _fits(shape: str, core: str) -> Optional[re.Match[str]]:
     first = WORD.match(core)
     if first is None or first.group().lower() not in _first_words(shape):
@@ -7121,8 +7127,7 @@ def _base_form(text: str) -> str:
     word = match.group().lower() if match else ""
     stem = INFLECTION.sub("", word)
     forms = (word, stem, stem + "e", stem[:-1]) if 2 < len(stem) < len(word) else ()
-    base = next((form for form in forms if any(
-        form in _first_words(shape) for _, shape in table_rows(RULES))), word)
+    base = next((form for form in forms if _rows_from(RULES, form)), word)
     return IRREGULAR.get(word, base) + text[len(word):]
 
 
@@ -7146,6 +7151,7 @@ def _is_reason(statement: str) -> bool:
     return not (ORDERS.match(core) or WANTS_ANSWER.match(core) or NO_REASON.search(statement))
 
 
+@lru_cache(maxsize=2)  # as _mask
 def _without_trailers(core: str) -> str:
     """Take off what follows a request without changing it."""
     for _ in range(6):
@@ -7184,8 +7190,9 @@ def _matched(rules: str, masked: Masked, asked: Asked, scope: Scope) -> Tuple[st
     if len(asked.core) > MAX_REQUEST_CHARS or LONG_GAP.search(asked.core):
         return "", ()
     core = _ordered(asked.core)
-    for kind, shape in table_rows(rules):
-        match = _fits(shape, core)
+    first = WORD.match(core)
+    for kind, shape in _rows_from(rules, first.group().lower()) if first else ():
+        match = _shape(shape).fullmatch(core)
         if match is not None:
             found = Reading(match, masked, scope, asked)
             ops = BUILDERS[kind](found, kind)
@@ -7197,13 +7204,13 @@ def _matched(rules: str, masked: Masked, asked: Asked, scope: Scope) -> Tuple[st
 
 def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the user's words ask for by themselves."""
-    looks = SAYS_IT_LOOKS.search(answer.text, 0, MAX_LOOK_CHARS) is not None
     for masked in _readings(words):
         for source, rules, text in (
                 ("asked:", RULES, masked.text), ("asked:", RULES, _without_reason(masked.text)),
-                ("question:", QUESTIONS, masked.text if looks else "")):
+                ("question:", QUESTIONS, masked.text)):
             kind, ops = _matched(rules, masked, _freed(text), scope)
-            if ops and not (kind == "named" and answer.fences):
+            if ops and not (kind == "named" and answer.fences) and (
+                    rules is RULES or SAYS_IT_LOOKS.search(answer.text, 0, MAX_LOOK_CHARS)):
                 return Rescue(source + kind, ops)
     return None
 
@@ -7478,13 +7485,13 @@ def _allowed(op: FileOp, wishes: Wishes) -> bool:
 def _looked_at(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return a read of the one file that a question names, if the model says it looks."""
     core, asked = wishes.core, _mask(wishes.words)
-    if (asked is None or not SAYS_IT_LOOKS.search(masked.text, 0, MAX_LOOK_CHARS)
-            or not WANTS_ANSWER.match(core) or CONDITION.search(core)
-            or len(core) > MAX_REQUEST_CHARS):
+    if (asked is None or len(core) > MAX_REQUEST_CHARS or not WANTS_ANSWER.match(core)
+            or CONDITION.search(core)):
         return ()
     named = set(_named_files(core, asked).values())
     path = _safe_path(named.pop(), scope) if len(named) == 1 else ""
-    return (FileOp("read", path),) if path else ()
+    looks = path and SAYS_IT_LOOKS.search(masked.text, 0, MAX_LOOK_CHARS)
+    return (FileOp("read", path),) if looks else ()
 
 
 def _requested_command(masked: Masked, wishes: Wishes, _scope: Scope) -> Ops:
@@ -7508,9 +7515,9 @@ def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
             ("files", _shown_files, wishes.change), ("scaffold", _scaffold, wishes.change),
             ("described", _described, wishes.look), ("look", _looked_at, wishes.look),
             ("command", _requested_command, wishes.look)):
-        ops = find(masked, wishes, scope) if wanted and not ALTERNATIVES.search(masked.text) else ()
+        ops = find(masked, wishes, scope) if wanted else ()
         if ops:
-            return Rescue("told:" + rule, ops)
+            return None if ALTERNATIVES.search(masked.text) else Rescue("told:" + rule, ops)
     return None
 
 
@@ -7530,17 +7537,19 @@ def find_rescue(
             len(answer) > MAX_LOOK_ANSWER_CHARS and not _wishes(words).change):
         return None
     masked, notices = _mask(PRIVATE_USE.sub(" ", answer), one_line=True), _notices(turns)
-    plans = _announced(notices, PLAN_MODE, "plan mode")
-    if (masked is None or DECLINED.search(masked.text)
-            or any(not COURTESY.search(asked.group()) for asked in QUESTION.finditer(masked.text))
-            or (plans and not plans[-1]["off"])):
+    if masked is None:
         return None
     cwd = working_directory(notices)
     rescue = _asked_for(words, masked, Scope(home_ok, cwd))
     if rescue is None and PRIVATE_USE.search(answer) is None:
         rescue = _told(words, masked, Scope(False, cwd, True))
-    served = rescue is not None and not _only_looks(rescue.ops) and _served(
-        turns[:len(turns) - len(newest)], words)
+    if rescue is None:  # nearly every turn; what follows reads the whole answer
+        return None
+    plans = _announced(notices, PLAN_MODE, "plan mode")
+    if (DECLINED.search(masked.text) or (plans and not plans[-1]["off"])
+            or any(not COURTESY.search(asked.group()) for asked in QUESTION.finditer(masked.text))):
+        return None
+    served = not _only_looks(rescue.ops) and _served(turns[:len(turns) - len(newest)], words)
     return None if served else rescue
 
 
@@ -8291,9 +8300,9 @@ def prefix_break(before: Sequence[Segment], now: Sequence[Segment]) -> str:
     again = min(sum(segment.tokens for segment in part[same:]) for part in (before, now))
     if again < LEAST_REREAD:
         return ""
-    # What went says more than what stands in its place now: a tool, not the system text.
-    part = before if before[same].name.startswith("tools") else now
-    return f"{part[same].name}: {again:,} tokens read again"
+    # What stood behind it before is in its place now: then it went, and is named itself.
+    went = now[same].key in [segment.key for segment in before[same + 1:]]
+    return f"{(before if went else now)[same].name}: {again:,} tokens read again"
 
 
 # ------------------------------ status as JSON ------------------------------

@@ -124,6 +124,8 @@ BREAKS = [
     ("a small change", BEFORE, BEFORE[:2] + segments(("message 1 (user) changed", "v", 70)), ""),
     ("a tool went", segments(("tools changed at Add", "a", 400)) + BEFORE, BEFORE,
      "tools changed at Add: 18,400 tokens read again"),
+    ("a tool came", BEFORE, segments(("tools changed at Add", "a", 400)) + BEFORE,
+     "tools changed at Add: 18,400 tokens read again"),
     ("the last tool went", BEFORE, BEFORE[1:], "tools changed at Bash: 18,000 tokens read again"),
     ("the history was cut", BEFORE, BEFORE[:2], ""),
     ("nothing is left", BEFORE, [], ""),
