@@ -10073,11 +10073,10 @@ class Exchange:
         """Answer without the model: same events, estimated usage."""
         self.way, self.model = "local", answer.rule
         self.estimate = count_request(self.request)
-        self._begin()
-        events = self.translator.translate([TextDelta(answer.text)] if answer.text else [])
+        events = self._begin()
+        events += self.translator.translate([TextDelta(answer.text)] if answer.text else [])
         self._send(events + self.translator.finish(
-            answer.stop_reason, None, Usage(self.estimate, len(answer.text) // 4 + 1)))
-        self._end()
+            answer.stop_reason, None, Usage(self.estimate, len(answer.text) // 4 + 1)), last=True)
 
     def _record(self, outcome: str, failure: Optional[ShimError]) -> None:
         """Count the request and write its line."""
@@ -10132,7 +10131,7 @@ class Exchange:
             leader.audience.leave(mine)
         if leader.audience.failure:
             raise leader.audience.failure
-        self._end()
+        self._pass_on(b"" if self.request.stream else [], last=True)
 
     def _relay(self) -> None:
         name = self.model = self.server.local_model(self.request)
@@ -10378,7 +10377,6 @@ class Exchange:
             self._take(data, turn)
             if self.started and not turn.done:
                 self.server.shared.carry(self, call, turn)
-        self._end()
 
     def relay_now(self, call: UpstreamCall, turn: Turn) -> bool:
         """Relay what has come, without waiting; False where the own thread must go on."""
@@ -10402,13 +10400,13 @@ class Exchange:
         if turn.error and not self.started and not events:
             self._refuse(turn.error)
         if turn.heard and not self.started:
-            self._begin()
+            events = self._begin() + events
         if turn.done:  # before the client can send the next turn
             if self.unrendered:  # and chat has served: the rendering is at fault
                 self.server.registry.no_render(self.facts, self.unrendered)
             self._remember(turn)
         if events:
-            self._send(events)
+            self._send(events, last=turn.done)
         if turn.error:
             raise turn.error
 
@@ -10431,9 +10429,10 @@ class Exchange:
             self.server.raw_turns.remember(RawTurns.key(
                 self.session_id, len(self.request.messages), ids, turn.answer), text)
 
-    def _begin(self) -> None:
+    def _begin(self) -> List[Event]:
+        """Open the stream; return its first event, which goes out with those that follow."""
         self._open_stream()
-        self._send([self.translator.start(Usage(self.estimate, 1))])
+        return [self.translator.start(Usage(self.estimate, 1))]
 
     def _open_stream(self) -> None:
         self.started = True
@@ -10448,7 +10447,7 @@ class Exchange:
             if self.way == "joined":
                 return
             if not self.started:
-                self._begin()
+                self._send(self._begin())
             else:
                 self._send([self.translator.keep_alive()])
         elif not self.audience.detached:
@@ -10456,29 +10455,26 @@ class Exchange:
                 self.handler.start_stream("application/json")
             self.handler.send_piece(b" ")
 
-    def _send(self, events: List[Event]) -> None:
+    def _send(self, events: List[Event], last: bool = False) -> None:
         batch: Batch = sse(events) if self.request.stream else events
         if self.key:
             self.audience.share(batch)
-        self._pass_on(batch)
+        self._pass_on(batch, last)
 
-    def _pass_on(self, batch: Batch) -> None:
-        if not isinstance(batch, bytes):
-            self.events.extend(batch)
-        elif not self.audience.detached:
-            self.handler.send_piece(batch)
-            self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
-
-    def _end(self) -> None:
+    def _pass_on(self, batch: Batch, last: bool = False) -> None:
+        """Send a batch of a stream, with its end where it is the last; keep others till then."""
         if self.audience.detached:
             return
-        if self.request.stream:
-            self.handler.end_stream()
+        if isinstance(batch, bytes):
+            self.handler.send_piece(batch, last)
+            self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
+            return
+        self.events.extend(batch)
+        if not last:
             return
         body = to_json(fold(self.events)).encode()
-        if self.handler.streaming:
-            self.handler.send_piece(body)
-            self.handler.end_stream()
+        if self.handler.streaming:  # spaces have kept the client waiting
+            self.handler.send_piece(body, last)
         else:
             self.handler.reply(200, body)
 
@@ -10487,11 +10483,10 @@ class Exchange:
         if not self.handler.streaming:
             self.handler.reply_error(error)
         elif self.request.stream:
-            self.handler.send_piece(sse([error_event(error)]))
-            self.handler.end_stream()
+            self.handler.send_piece(sse([error_event(error)]), last=True)
         else:
-            self.handler.send_piece(to_json(error_body(error, self.handler.request_id)).encode())
-            self.handler.end_stream()
+            body = to_json(error_body(error, self.handler.request_id)).encode()
+            self.handler.send_piece(body, last=True)
 
 
 def fresh_id() -> str:
@@ -10734,15 +10729,13 @@ class Handler:
         self._unsent = self._head(200, {"Content-Type": kind, "Cache-Control": "no-cache",
                                         "Transfer-Encoding": "chunked" if chunked else ""})
 
-    def send_piece(self, data: bytes) -> None:
+    def send_piece(self, data: bytes, last: bool = False) -> None:
+        """Send a part of the body, which ends with the last; HTTP/1.0 ends by the close."""
         if self.http.version != "1.0":
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+            chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data = chunk + b"0\r\n\r\n" if last else chunk
         data, self._unsent = self._unsent + data, b""
         self.link.send(data)
-
-    def end_stream(self) -> None:
-        if self.http.version != "1.0":
-            self.link.send(b"0\r\n\r\n")
 
     # ---- routes ----
 
