@@ -959,6 +959,10 @@ class ChunkDecoder:
         self._trailers = 0  # lines from the last chunk's on
 
     def feed(self, data: bytes) -> bytes:
+        if not (self.rest or self._need or self._trailers):
+            size, _, chunk = data.partition(b"\r\n")
+            if len(chunk) > 2 and chunk[-2:] == b"\r\n" and size == b"%x" % (len(chunk) - 2):
+                return chunk[:-2]  # nearly every token
         buffer = self.rest + data if self.rest else data
         out: List[bytes] = []
         if not self._need and not self._trailers:
@@ -7900,6 +7904,11 @@ class Turn:
 
     def _show(self, deltas: List[Delta]) -> None:
         """Pass deltas on; white space that would open a block of its own waits."""
+        if len(deltas) == 1 and self._translator.open == "text" and type(deltas[0]) is TextDelta:
+            self._text.append(deltas[0].text)  # nearly every token
+            self._shown_chars += len(deltas[0].text)
+            self._events += self._translator.translate(deltas)
+            return
         kept: List[Delta] = []
         for delta in deltas:
             if isinstance(delta, TextDelta):
@@ -8044,7 +8053,10 @@ class Running:
     def __init__(self, session: str, model: str, state: str, now: float) -> None:
         self.session, self.model, self.state = session, model, state
         self.since = self.state_since = now
-        self.tokens = 0
+        self.tokens = 0  # written so far
+
+    def enter(self, state: str, now: float) -> None:
+        self.state, self.state_since = state, now
 
     def fields(self, now: float) -> Json:
         """Describe it for the status."""
@@ -8110,19 +8122,11 @@ class Stats:
         self.per_token = Histogram(PER_TOKEN_BOUNDS_S)
 
     def begin(self, key: Any, session: str, model: str, now: float,
-              state: str = "prefill") -> None:
-        """Note a request; state "waiting" for one that has no slot yet."""
+              state: str = "prefill") -> Running:
+        """Note a request, to be told how far it is; state "waiting" where it has no place yet."""
         with self.lock:
-            self.active[key] = Running(session, model, state, now)
-
-    def progress(self, key: Any, now: float, tokens: int = 0, state: str = "writing") -> None:
-        """Note how far a request is: its state and the tokens written so far."""
-        running = self.active.get(key)
-        if running is None:
-            return
-        running.tokens = tokens
-        if running.state != state:
-            running.state, running.state_since = state, now
+            running = self.active[key] = Running(session, model, state, now)
+        return running
 
     def end(self, key: Any, record: TurnRecord) -> None:
         """Note how a request ended; one that never began counts as well."""
@@ -8814,8 +8818,7 @@ class UpstreamCall:
         # TLS may hold decrypted bytes that no wait on the socket would tell of.
         self._tls = self._more = hasattr(sock, "pending")
         self._buffer = b""
-        self._chunks: Optional[ChunkDecoder] = None
-        self._left: Optional[int] = None
+        self._framing: Union[ChunkDecoder, LengthDecoder] = LengthDecoder(sys.maxsize)
         self._ended = False
         self.status = 0
         self.headers: Dict[str, str] = {}
@@ -8903,17 +8906,18 @@ class UpstreamCall:
                 "The server at OLLAMA_BASE_URL sent a compressed answer, which was not asked for;"
                 " turn compression off in the proxy before Ollama.")
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            self._chunks = ChunkDecoder()
+            self._framing = ChunkDecoder()
         elif self.status in (204, 304):
-            self._left = 0
+            self._framing = LengthDecoder(0)
         elif WHOLE_NUMBER.fullmatch(self.headers.get("content-length", "")):
-            self._left = int(self.headers["content-length"])
+            self._framing = LengthDecoder(int(self.headers["content-length"]))
+        self._ended = self._framing.finished
 
     def read(self, until: float) -> bytes:
         """Return the next piece of the body, b"" at its end, also where it was cut."""
         while not self._ended:
             data, self._buffer = self._buffer, b""
-            if not data and self._left != 0:
+            if not data:
                 data = self._receive(until)
             payload = self._unframe(data)
             if payload:
@@ -8933,21 +8937,12 @@ class UpstreamCall:
         return None if self._tls or self._more or self._buffer or self._ended else self._sock
 
     def _unframe(self, data: bytes) -> bytes:
-        if self._chunks is not None:
-            try:
-                payload = self._chunks.feed(data)
-            except ValueError as problem:
-                raise UpstreamBrokenError(
-                    f"Ollama's answer is framed wrongly: {problem}.") from None
-            self._ended = self._chunks.finished or not data
-            return payload
-        if self._left is not None:
-            data = data[:self._left]
-            self._left -= len(data)
-            self._ended = not self._left or not data
-            return data
-        self._ended = not data
-        return data
+        try:
+            payload = self._framing.feed(data)
+        except ValueError as problem:
+            raise UpstreamBrokenError(f"Ollama's answer is framed wrongly: {problem}.") from None
+        self._ended = self._framing.finished or not data
+        return payload
 
     def read_all(self, until: float) -> bytes:
         """Read the whole body, at most MAX_ANSWER_BYTES."""
@@ -9192,18 +9187,19 @@ class ClientLink(Waiter):
         """Send now what the client takes and keep the rest."""
         sent = 0
         if not self._pending:
-            self._taken_at = time.monotonic()
             try:
                 sent = self.sock.send(data)
             except WOULD_BLOCK:
                 pass
             except OSError:
                 raise ClientGoneError from None
-        if sent < len(data):
-            self._pending += memoryview(data)[sent:]
-            self._largest = max(self._largest, len(data))
-            if len(self._pending) > MAX_PENDING_BYTES + self._largest:
-                raise ClientGoneError
+            if sent == len(data):
+                return
+            self._taken_at = time.monotonic()
+        self._pending += memoryview(data)[sent:]
+        self._largest = max(self._largest, len(data))
+        if len(self._pending) > MAX_PENDING_BYTES + self._largest:
+            raise ClientGoneError
 
     def _flush(self) -> None:
         try:
@@ -9373,7 +9369,7 @@ class Gate:
     """Let at most limit requests work at once; queue more wait in order."""
 
     def __init__(self, limit: int, queue: int) -> None:
-        self._limit, self._queue, self._working = limit, queue, 0
+        self._limit, self._queue, self.working = limit, queue, 0
         self._waiting: List[socket.socket] = []
         self._lock = threading.Lock()
 
@@ -9382,8 +9378,8 @@ class Gate:
         """Hold a place for a with block; raise BusyError where too many wait already."""
         mine = wake = None
         with self._lock:
-            if self._working < self._limit and not self._waiting:
-                self._working += 1
+            if self.working < self._limit and not self._waiting:
+                self.working += 1
             elif len(self._waiting) >= self._queue:
                 raise BusyError("Too many requests are waiting; try again in a moment.", "5")
             else:
@@ -9407,12 +9403,12 @@ class Gate:
             elif self._waiting:
                 self._waiting.pop(0).send(b"x")
             else:
-                self._working -= 1
+                self.working -= 1
 
     @property
     def load(self) -> Tuple[int, int]:
         """Requests at work and waiting."""
-        return self._working, len(self._waiting)
+        return self.working, len(self._waiting)
 
 
 # ------------------------------ what is known of a model ------------------------------
@@ -9735,7 +9731,7 @@ class Warmer(Waiter):
 
     def start(self) -> None:
         """Warm in the background, unless something runs already."""
-        if self._server.config.warm and not self._server.gate.load[0]:
+        if self._server.config.warm and not self._server.gate.working:
             threading.Thread(target=self._run, daemon=True).start()
 
     def cancel(self) -> None:
@@ -9765,9 +9761,9 @@ class Warmer(Waiter):
             if wait_ready((self._cancelled,), (), 0.0):  # it was meant for an earlier reading
                 self._cancelled.recv(READ_BYTES)
             self._reading = True  # before the look: a request cancels what it sees
-            if self.prefix and not server.gate.load[0]:
+            if self.prefix and not server.gate.working:
                 server.upstream.ask("POST", *self.prefix, self, until)
-            elif known and model.num_ctx and not server.gate.load[0]:
+            elif known and model.num_ctx and not server.gate.working:
                 server.registry.load(model.facts, model.num_ctx, None, self, until)
         except ShimError as error:
             server.log.write("warn", error.message)
@@ -9899,8 +9895,8 @@ class SharedRelay:
     wait for anything else while it holds it.
     """
 
-    def __init__(self, stop_signal: socket.socket, load: Callable[[], int]) -> None:
-        self._stop, self._load = stop_signal, load
+    def __init__(self, stop_signal: socket.socket) -> None:
+        self._stop = stop_signal
         self._lock, self._next = threading.Lock(), threading.Lock()
         self.lent: Dict[int, Lent] = {}  # by either socket's descriptor
         self._epoll: Any = None
@@ -9916,10 +9912,9 @@ class SharedRelay:
             yield
 
     def carry(self, exchange: Exchange, call: UpstreamCall, turn: Turn) -> None:
-        """Have a stream relayed until it needs its own thread; at once where few run."""
+        """Have a stream relayed until it needs its own thread, which may be at once."""
         link = exchange.link
-        if self._load() < MANY_STREAMS or not call.pollable or not link.calm \
-                or exchange.audience.detached or not make_epoll:
+        if not call.pollable or not link.calm or exchange.audience.detached or not make_epoll:
             return
         lent = Lent(exchange, call, turn, call.pollable, link.sock, threading.Event(), [])
         with self._lock:
@@ -10004,7 +9999,8 @@ class Exchange:
         self.session = self.server.session(self.session_id + ("" if request.tools else " -"))
         self.started = False
         self.begun_at, self.first_at = time.monotonic(), 0.0
-        self.until, self.lines, self.kept = 0.0, 0, b""  # of Ollama's answer
+        self.until, self.kept = 0.0, b""  # of Ollama's answer
+        self.silence_s = self.config.timeout_ms / 1000
         self.translator = StreamTranslator(
             "msg_" + fresh_id(), request.model or self.config.model, lambda: "toolu_" + fresh_id())
         self.estimate = 1
@@ -10029,7 +10025,7 @@ class Exchange:
         self.link.on_tick = self._tick
         self.link.tick_at = self.begun_at + FIRST_EVENT_S
         stats = self.server.stats
-        stats.begin(self, self.session_id, self.model, time.time(), "waiting")
+        self.running = stats.begin(self, self.session_id, self.model, time.time(), "waiting")
         stats.settle(self.session_id, self.session.rescued, self.request)
         outcome = CLIENT_LEFT
         failure: Optional[ShimError] = None
@@ -10065,7 +10061,7 @@ class Exchange:
             if self.agent:  # subagents in turn: each switch costs the model a re-read (OL 5b)
                 places.enter_context(self.server.side_gate.place(self.audience))
             places.enter_context(self.server.gate.place(self.audience))
-            self.server.stats.progress(self, time.time(), state="prefill")
+            self.running.enter("prefill", time.time())
             self.server.warmer.cancel()
             self._relay()
 
@@ -10366,8 +10362,7 @@ class Exchange:
         """Relay Ollama's answer until the turn is done."""
         call.read_head(until)
         if call.status != 200:
-            silence = self.config.timeout_ms / 1000
-            text = call.read_all(time.monotonic() + silence).decode("utf-8", "replace")
+            text = call.read_all(time.monotonic() + self.silence_s).decode("utf-8", "replace")
             raise upstream_error(
                 call.status, text, turn.model, retry_after=call.headers.get("retry-after"),
                 prompt_tokens=self.estimate, window=self.window)
@@ -10375,7 +10370,7 @@ class Exchange:
         while not turn.done:
             data, self.kept = self.kept or call.read(self.until), b""
             self._take(data, turn)
-            if self.started and not turn.done:
+            if self.started and not turn.done and self.server.gate.working >= MANY_STREAMS:
                 self.server.shared.carry(self, call, turn)
 
     def relay_now(self, call: UpstreamCall, turn: Turn) -> bool:
@@ -10391,21 +10386,22 @@ class Exchange:
     def _take(self, data: bytes, turn: Turn) -> None:
         """Pass on what a piece of Ollama's answer makes; b"" is its end."""
         now = time.monotonic()
-        self.until = now + self.config.timeout_ms / 1000
-        self.lines += data.count(b"\n")  # Ollama writes a line for each token
-        self.server.stats.progress(self, time.time(), self.lines)
+        self.until = now + self.silence_s
+        self.running.tokens += data.count(b"\n")  # Ollama writes a line for each token
         events = turn.feed(data) if data else turn.close()
-        if turn.heard and not self.first_at:  # not the first event, which may be ours
+        if not self.first_at and turn.heard:  # not the first event, which may be ours
             self.first_at = now
+            self.running.enter("writing", time.time())
         if turn.error and not self.started and not events:
             self._refuse(turn.error)
-        if turn.heard and not self.started:
+        if not self.started and turn.heard:
             events = self._begin() + events
         if turn.done:  # before the client can send the next turn
             if self.unrendered:  # and chat has served: the rendering is at fault
                 self.server.registry.no_render(self.facts, self.unrendered)
             self._remember(turn)
         if events:
+            self.link.tick_at = now + KEEP_ALIVE_S
             self._send(events, last=turn.done)
         if turn.error:
             raise turn.error
@@ -10467,7 +10463,6 @@ class Exchange:
             return
         if isinstance(batch, bytes):
             self.handler.send_piece(batch, last)
-            self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
             return
         self.events.extend(batch)
         if not last:
@@ -10931,7 +10926,7 @@ class ShimServer(ThreadingHTTPServer):
         self.stats = Stats(time.time(), threading.Lock())
         self.counter = read_counts(config, self.log)
         self.warmer = Warmer(self)
-        self.shared = SharedRelay(self.stop_signal, lambda: self.gate.load[0])
+        self.shared = SharedRelay(self.stop_signal)
         self._rates: Dict[str, float] = {}
         self._joints: Dict[str, Exchange] = {}
         self._lock = threading.Lock()
@@ -11000,7 +10995,7 @@ class ShimServer(ThreadingHTTPServer):
     def tidy(self) -> None:
         """Give memory back after a turn, now and then, when no other runs."""
         now = time.monotonic()
-        if now >= self._tidy_at and not self.gate.load[0]:
+        if now >= self._tidy_at and not self.gate.working:
             self._tidy_at = now + TIDY_S
             heap_trimmer()()
 

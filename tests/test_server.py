@@ -545,8 +545,8 @@ def test_stopping_ends_streams_with_an_error_event():
         got = []
         client = threading.Thread(target=lambda: got.append(shim.messages()))
         client.start()
-        wait_until(lambda: mock.turns)
-        wait_until(lambda: shim.server.stats.active)
+        wait_until(lambda: "writing" in [
+            one.state for one in list(shim.server.stats.active.values())])
         begun = time.monotonic()
         shim.server.stop()
         client.join(5)

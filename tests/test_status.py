@@ -144,10 +144,9 @@ def test_what_broke_the_prefix_is_named_with_its_cost(before, now, said):
 def test_a_request_is_seen_from_its_start_to_its_end():
     stats = q.Stats(100.0, threading.Lock())
     stats.begin("a", "s1", "qwen3", 101.0, state="waiting")
-    stats.begin("b", "s2", "qwen3", 102.0)
-    stats.progress("b", 105.0, 0)
-    stats.progress("b", 107.0, 60)
-    stats.progress("nobody", 107.0, 60)
+    running = stats.begin("b", "s2", "qwen3", 102.0)
+    running.enter("writing", 105.0)
+    running.tokens += 60
     status = q.status_json(stats, config(), {}, 107.0)
     assert status["waiting"] == [{
         "session": "s1", "model": "qwen3", "state": "waiting", "seconds": 6.0,

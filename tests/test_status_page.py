@@ -122,10 +122,10 @@ def test_it_shows_windows_turns_rescues_errors_and_counters(browser, site):
 def test_it_follows_a_running_stream_without_a_reload(browser, site):
     open_page(browser, site)
     assert "Nothing is running." in text_of(browser, "running")
-    site.stats.begin(1, "s1", "qwen3", NOW)
+    running = site.stats.begin(1, "s1", "qwen3", NOW)
     browser.wait("document.getElementById('running').innerText.includes('prefill')")
-    site.stats.progress(1, NOW, 0)
-    site.stats.progress(1, NOW, 84)
+    running.enter("writing", NOW)
+    running.tokens = 84
     site.now = NOW + 2
     browser.wait("document.getElementById('running').innerText.includes('42')")
     site.stats.end(1, TURN)
