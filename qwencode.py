@@ -2734,23 +2734,13 @@ def probe_body(name: str, options: Json) -> Json:
 
 
 class Rendered(NamedTuple):
-    """A prompt as Ollama rendered it, and that as JSON: its own, less Go's escapes."""
+    """A prompt as Ollama rendered it, and that as JSON."""
 
     prompt: str
     json: str
 
 
 RENDERED_KEY = Pattern(r'"rendered_template":\s*')
-# Go escapes these signs, of which prompts are full: six bytes for one.
-GO_ESCAPES = (("\\u003c", "<"), ("\\u003e", ">"), ("\\u0026", "&"))
-
-
-def without_go_escapes(literal: str) -> str:
-    """Write <, > and & in a JSON string as themselves."""
-    parts = literal.split("\\\\")  # behind an escaped backslash u003c is text
-    for escape, sign in GO_ESCAPES:
-        parts = [part.replace(escape, sign) for part in parts]
-    return "\\\\".join(parts)
 
 
 def rendered_prompt(answer: str) -> Optional[Rendered]:
@@ -2762,8 +2752,11 @@ def rendered_prompt(answer: str) -> Optional[Rendered]:
         rest = _strict_json.decode(answer[:at] + "0" + answer[end:])
     except (ValueError, RecursionError):
         return None
-    own = _inside(rest, "_debug_info", "rendered_template") == 0 and isinstance(prompt, str)
-    return Rendered(prompt, without_go_escapes(answer[at:end])) if own and prompt else None
+    if not prompt or _inside(rest, "_debug_info", "rendered_template") != 0 \
+            or not isinstance(prompt, str):
+        return None
+    written = answer[at:end]  # Go writes < > and & in six bytes, and prompts are full of them
+    return Rendered(prompt, to_json(prompt) if "\\u00" in written else written)
 
 
 def facts_from_probe(facts: ModelFacts, prompt: str) -> ModelFacts:

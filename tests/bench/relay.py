@@ -295,9 +295,13 @@ class Upstream:
         key = len(body) >> 15
         if not key or key not in self.rendered:
             prompt = chatml(json.loads(body))
-            self.rendered[key] = json.dumps({
+            written = json.dumps({
                 "model": MODEL, "created_at": CREATED, "message": {"role": "", "content": ""},
-                "done": False, "_debug_info": {"rendered_template": prompt}}).encode()
+                "done": False, "_debug_info": {"rendered_template": prompt}},
+                separators=(",", ":"), ensure_ascii=False)
+            for sign in "<>&":  # as Go writes it
+                written = written.replace(sign, f"\\u{ord(sign):04x}")
+            self.rendered[key] = written.encode()
         return self.rendered[key]
 
     def play(self, exchange: Exchange, dialect: str) -> None:
