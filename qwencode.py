@@ -9803,10 +9803,10 @@ class Audience(Waiter):
     listen, the request goes on without it (detached).
     """
 
-    def __init__(self, link: ClientLink) -> None:
+    def __init__(self, link: ClientLink, stream: bool) -> None:
         self._link = link
         self._wakers: Dict[socket.socket, socket.socket] = {}
-        self.batches: List[Batch] = []
+        self.sent: Any = bytearray() if stream else []  # all that the batches held
         self.detached = self.ended = False
         self.failure: Optional[ShimError] = None
 
@@ -9822,7 +9822,7 @@ class Audience(Waiter):
         mine.close()
 
     def share(self, batch: Batch) -> None:
-        self.batches.append(batch)
+        self.sent += batch
         self._wake()
 
     def end(self) -> None:
@@ -10006,7 +10006,7 @@ class Exchange:
         self.notes: List[str] = []
         self.left_out: Tuple[str, ...] = ()
         self.key = handler.join_key
-        self.audience = Audience(self.link)
+        self.audience = Audience(self.link, request.stream)
 
     @property
     def deadline(self) -> float:
@@ -10106,12 +10106,12 @@ class Exchange:
         try:
             while True:
                 ended = leader.audience.ended
-                batches = leader.audience.batches[seen:]
-                seen += len(batches)
-                for batch in batches:
-                    if not self.started:
-                        self._open_stream()
-                    self._pass_on(batch)
+                news = leader.audience.sent[seen:]
+                seen += len(news)
+                if news and not self.started:
+                    self._open_stream()
+                if news:
+                    self._pass_on(bytes(news) if self.request.stream else news)
                 if ended:
                     break
                 if self.link.wait(mine, False, time.monotonic() + FOLLOW_S):
