@@ -872,6 +872,31 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def json_lines(text: str) -> Tuple[List[Any], str]:
+    """Decode lines of JSON; return their values, and the rest from where it is none.
+
+    Many at once are read as one array, at two thirds of the cost.
+    """
+    values: List[Any] = []
+    count = text.count("\n")
+    if count > 4:
+        with contextlib.suppress(ValueError, RecursionError):
+            values = _strict_json.decode("[" + text[:-1].replace("\n", ",") + "]")
+        if len(values) == count:  # else a line held two values, or lines one together
+            return values, ""
+    values, at, end = [], 0, len(text)
+    while at < end:
+        if text[at] in " \t\r\n":
+            at += 1
+            continue
+        try:
+            value, at = _scan_json(text, at)
+        except (ValueError, RecursionError):
+            break
+        values.append(value)
+    return values, text[at:]
+
+
 class LineSplitter:
     """Cut a byte stream into runs of whole lines.
 
@@ -3390,23 +3415,17 @@ class ChatDecoder:
         return parts
 
     def _read(self, whole: bytes, parts: Parts) -> None:
-        """Decode whole lines: one sweep costs a third of json.loads a line."""
+        """Take whole lines."""
         broken = False
         try:
             text = whole.decode("utf-8")
         except UnicodeDecodeError as problem:
             text, broken = whole[:whole.rfind(b"\n", 0, problem.start) + 1].decode("utf-8"), True
-        at, end = 0, len(text)
+        lines, rest = json_lines(text)
         run: List[str] = []
-        while at < end and not self._ended:
-            if text[at] in " \t\r\n":
-                at += 1
-                continue
-            try:
-                line, at = _scan_json(text, at)
-            except (ValueError, RecursionError):
-                self._show(run, parts)
-                raise self._garbage(text[at:at + 200]) from None
+        for line in lines:
+            if self._ended:
+                break
             self.lines += 1
             piece = self._plain_text(line)
             if piece is None:
@@ -3416,6 +3435,8 @@ class ChatDecoder:
             elif piece:
                 run.append(piece)
         self._show(run, parts)
+        if rest and not self._ended:
+            raise self._garbage(rest[:200])
         if broken and not self._ended:
             raise UpstreamBrokenError("Ollama sent bytes that are not UTF-8.")
 

@@ -7,6 +7,7 @@ from qwencode import (
     LineSplitter,
     UpstreamBrokenError,
     clean,
+    json_lines,
     parse_json,
     redact,
     sse,
@@ -33,6 +34,24 @@ def test_an_endless_line_is_given_up(monkeypatch):
     assert splitter.feed(b"0123456789") == b""
     with pytest.raises(UpstreamBrokenError):
         splitter.feed(b"x")
+
+
+LINE = '{"a":1}\n'
+JSON_LINES = [
+    ("", [], ""), ("\n", [], ""), (LINE, [{"a": 1}], ""), (LINE * 9, [{"a": 1}] * 9, ""),
+    (LINE * 9 + "\r\n\n" + LINE, [{"a": 1}] * 10, ""),
+    ('{"a":\n1}\n' * 6, [{"a": 1}] * 6, ""),
+    (LINE * 6 + "%%\n" + LINE, [{"a": 1}] * 6, "%%\n" + LINE),
+    (LINE * 6 + '{"a":NaN}\n', [{"a": 1}] * 6, '{"a":NaN}\n'),
+    (LINE * 6 + "1,2\n", [{"a": 1}] * 6 + [1], ",2\n"),
+    (LINE * 6 + "[1\n2]\n", [{"a": 1}] * 6, "[1\n2]\n"),
+    (LINE * 6 + "[" * 9999 + "\n", [{"a": 1}] * 6, "[" * 9999 + "\n"),
+]
+
+
+@pytest.mark.parametrize(("text", "values", "rest"), JSON_LINES)
+def test_many_lines_are_read_as_each_alone(text, values, rest):
+    assert json_lines(text) == (values, rest)
 
 
 @pytest.mark.parametrize(("data", "payload", "rest"), [
