@@ -7795,17 +7795,17 @@ class StopScanner:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._begin = {stop[0] for stop in stops}
-        self._held = ""
+        self.held = ""
 
     def feed(self, text: str) -> Tuple[str, Optional[str]]:
-        if not self._held and self._begin.isdisjoint(text):
+        if not self.held and self._begin.isdisjoint(text):
             return text, None  # nearly every token
-        text, stop, rest = split_at(self._held + text, self._stops)
-        self._held = "" if stop else rest
+        text, stop, rest = split_at(self.held + text, self._stops)
+        self.held = "" if stop else rest
         return text, stop or None
 
     def close(self) -> str:
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held
 
 
@@ -7861,7 +7861,7 @@ class Turn:
         self._usage_of, self._rescue = usage_of, rescue
         self._parser = ToolTextParser(tools, stream_inputs=decoder.verbatim, enabled=text_calls)
         self._ends = CHATML_ENDS if decoder.verbatim else ()
-        self._scanner = StopScanner([*stops, *self._ends])
+        self.scanner = StopScanner([*stops, *self._ends])
         self._text: List[str] = []
         self._events: Events = []
         self.calls: List[Tuple[str, str]] = []
@@ -7893,7 +7893,7 @@ class Turn:
             if self.done or self.error:
                 break
             if isinstance(part, TextDelta):
-                text, stop = self._scanner.feed(part.text)
+                text, stop = self.scanner.feed(part.text)
                 self._show(self._parser.feed(text))
                 if stop is not None:
                     self._end(Finish("stop"), None if stop in self._ends else stop)
@@ -7913,7 +7913,7 @@ class Turn:
 
     def _release(self, reason: str) -> None:
         """Show what was held back: nothing follows."""
-        self._show(self._parser.feed(self._scanner.close()))
+        self._show(self._parser.feed(self.scanner.close()))
         self._show(self._parser.close(reason))
 
     def _show(self, deltas: List[Delta]) -> None:
@@ -9826,7 +9826,7 @@ class Audience(Waiter):
 
     def __init__(self, link: ClientLink, stream: bool) -> None:
         self._link = link
-        self._wakers: Dict[socket.socket, socket.socket] = {}
+        self.listeners: Dict[socket.socket, socket.socket] = {}
         self.sent: Any = bytearray() if stream else []  # all that the batches held
         self.detached = self.ended = False
         self.failure: Optional[ShimError] = None
@@ -9835,11 +9835,11 @@ class Audience(Waiter):
         """Return a socket that can be read whenever there is news."""
         mine, wake = socket.socketpair()
         wake.setblocking(False)
-        self._wakers[mine] = wake
+        self.listeners[mine] = wake
         return mine
 
     def leave(self, mine: socket.socket) -> None:
-        self._wakers.pop(mine).close()
+        self.listeners.pop(mine).close()
         mine.close()
 
     def share(self, batch: Batch) -> None:
@@ -9851,7 +9851,7 @@ class Audience(Waiter):
         self._wake()
 
     def _wake(self) -> None:
-        for wake in list(self._wakers.values()):
+        for wake in list(self.listeners.values()):
             with contextlib.suppress(OSError):  # full: it wakes anyway
                 wake.send(b"x")
 
@@ -9861,7 +9861,7 @@ class Audience(Waiter):
                 return self._link.wait(sock, writing, until)
             except ClientGoneError:
                 self.detached = True
-        while self._wakers:
+        while self.listeners:
             if super().wait(sock, writing, min(until, time.monotonic() + FOLLOW_S)):
                 return True
             if time.monotonic() >= self._link.tick_at:
@@ -9877,8 +9877,9 @@ def is_new_file(ops: Sequence[FileOp], cwd: str) -> bool:
         and not os.path.lexists(os.path.join(cwd, os.path.expanduser(ops[0].path)))
 
 
-# Begins the last line of an answer, as far as Ollama's writer goes.
-DONE_LINE = b'"done":true'
+# In a line that may end a turn, and so ask for a rescue: Ollama's last one, however it is
+# spaced, and the model's own mark, which some writers of JSON escape.
+LAST_SIGNS = (b'"done":true', b'"done": true', b"|>", b"|\\u003e")
 
 
 class Lent(NamedTuple):
@@ -10384,18 +10385,21 @@ class Exchange:
         while not turn.done:
             data, self.kept = self.kept or call.read(self.until), b""
             self._take(data, turn)
-            if self.started and not turn.done and self.server.gate.working >= MANY_STREAMS:
+            if self.server.gate.working >= MANY_STREAMS and self.started and not turn.done \
+                    and data[-1:] == b"\n" and not turn.scanner.held:
                 self.server.shared.carry(self, call, turn)
 
     def relay_now(self, call: UpstreamCall, turn: Turn) -> bool:
         """Relay what has come, without waiting; False where the own thread must go on."""
         data = call.read_now()
-        if data is None or (data and (DONE_LINE in data or data[-1:] != b"\n")):
+        if data is None or data[-1:] not in (b"", b"\n") or any(
+                sign in data for sign in LAST_SIGNS):
             self.kept = data or b""  # what follows the last line may take long: a rescue
             return False
         if data:
             self._take(data, turn)
-        return self.link.calm and not turn.done
+        more = bool(call.pollable) and not turn.done
+        return more and self.link.calm and not turn.scanner.held  # that may be the own mark
 
     def _take(self, data: bytes, turn: Turn) -> None:
         """Pass on what a piece of Ollama's answer makes; b"" is its end."""
@@ -10469,7 +10473,12 @@ class Exchange:
         batch: Batch = sse(events) if self.request.stream else events
         if self.key:
             self.audience.share(batch)
-        self._pass_on(batch, last)
+        try:
+            self._pass_on(batch, last)
+        except ClientGoneError:
+            if not self.audience.listeners:
+                raise
+            self.audience.detached = True  # as where a wait sees it leave
 
     def _pass_on(self, batch: Batch, last: bool = False) -> None:
         """Send a batch of a stream, with its end where it is the last; keep others till then."""

@@ -3,6 +3,7 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 
@@ -24,6 +25,7 @@ from mock_ollama import (
     cut,
     delay,
     done,
+    end,
     error_line,
     hang,
     raw,
@@ -626,6 +628,63 @@ def test_forty_streams_share_one_thread_and_keep_apart(relayed):
 
 
 SLOW = text("a") + delay(0.1) + text("b") + delay(0.1) + text("c") + done()
+
+
+def line(content, **fields):
+    return json.dumps({"model": MODEL, "message": {"role": "assistant", "content": content},
+                       "response": content, "done": False, **fields})
+
+
+DONE = line("", done=True, done_reason="stop")
+ENDS = {
+    "whole": [DONE + "\n"], "in two reads": [DONE[:-30], DONE[-30:] + "\n"],
+    "compact": [DONE.replace(": ", ":") + "\n"],
+    "compact, within the word": [DONE.replace(": ", ":")[:-25], DONE.replace(": ", ":")[-25:] + "\n"],
+    "the model's own mark": [line("<|im_end|>") + "\n", DONE + "\n"],
+    "its mark as Go writes it": [line("<|im_end|>").replace("<", "\\u003c").replace(">", "\\u003e")
+                                 + "\n", DONE + "\n"],
+    "its mark in two tokens": [line("<|im_") + "\n", line("end|>") + "\n", DONE + "\n"],
+}
+
+
+@needs_epoll
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("way", ["off", "on"])
+def test_a_rescue_never_holds_up_the_other_streams(monkeypatch, name, way):
+    asked = []
+    monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
+    monkeypatch.setattr(qwencode.Exchange, "_rescue", lambda exchange, *_: asked.append(
+        threading.current_thread() is exchange.server.shared.thread))
+    reply = text("Hello") + delay(0.05) + text(" you")
+    for piece in ENDS[name]:
+        reply = reply + delay(0.05) + raw(piece)
+    with MockOllama([reply + end()], model=MODEL) as mock, \
+            running_shim(mock.url, verbatim=way) as shim:
+        assert joined(shim.messages().events)[-1] == ("end", "end_turn")
+    assert asked == [False]
+
+
+def test_a_retry_outlives_a_first_client_that_resets_in_mid_stream():
+    tokens = 20
+    reply = text("t0 ")
+    for token in range(1, tokens):
+        reply = reply + delay(0.01) + text(f"t{token} ")
+    got = []
+    with MockOllama([reply + done()] * 5, model=MODEL) as mock, running_shim(mock.url) as shim:
+        for turn in range(5):
+            session = f"s{turn}"
+            with socket.create_connection(("127.0.0.1", shim.port), 5) as first:
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                first.sendall(post({**HI, "stream": True}, f"X-Claude-Code-Session-Id: {session}\r\n"))
+                first.recv(10)
+                retry = threading.Thread(target=lambda name: got.append(shim.request(
+                    "POST", "/v1/messages", {**HI, "stream": True},
+                    {"X-Claude-Code-Session-Id": name})), args=(session,))
+                retry.start()
+                wait_until(lambda: len(shim.server.stats.active) == 2)
+            retry.join(10)
+    assert [joined(answer.events)[1] for answer in got] == [
+        ("text_delta", "".join(f"t{token} " for token in range(tokens)))] * 5
 
 
 @needs_epoll

@@ -138,6 +138,8 @@ BROKEN = {  # steps -> text that had arrived, status before any text, words of t
     "chunk longer than said": ([CHUNKED + b"5\r\n" + GOOD], "", 502, "framed wrongly"),
     "endless trailers": ([CHUNKED + chunk(HEL) + b"0\r\n" + b"A: b\r\n" * 200, "hang"],
                          "", 502, "framed wrongly"),
+    "ended without a done line": ([CHUNKED + chunk(HEL), b"0\r\n\r\n", "hang"], "Hel", 0,
+                                  "broke off"),
     "cut after text": ([PLAIN + HEL], "Hel", 0, "broke off"),
     "reset after text": ([PLAIN + HEL, "reset"], "Hel", 0, "broke"),
     "silent after text": ([CHUNKED + chunk(HEL), "hang"], "Hel", 0, "timed out"),
@@ -157,6 +159,13 @@ BROKEN = {  # steps -> text that had arrived, status before any text, words of t
     "error of another type": ([PLAIN + HEL + b'{"error":[null,7]}\n'], "Hel", 0, "Ollama failed"),
     "top level no object": ([PLAIN + HEL + b"[1,2]\n" + DONE], "Hel", 0, "streaming response"),
 }
+
+
+@pytest.fixture(autouse=True, params=["own thread", "shared relay"])
+def relayed(request, monkeypatch):
+    """Each test twice: streams on threads of their own, and on the one for many."""
+    if request.param == "shared relay":
+        monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
 
 
 def arrived(events):
