@@ -532,7 +532,7 @@ def test_who_joined_gets_the_whole_stream_when_the_first_leaves(step):
             shim.request("POST", "/v1/messages", data, headers)))
         second.start()
         wait_until(lambda: any(
-            one.audience._wakers for one in list(shim.server._joints.values())))
+            one.audience.listeners for one in list(shim.server._joints.values())))
         sock.close()
         begin.set()
         second.join(5.0)
