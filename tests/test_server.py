@@ -681,7 +681,8 @@ def test_a_retry_outlives_a_first_client_that_resets_in_mid_stream():
                     "POST", "/v1/messages", {**HI, "stream": True},
                     {"X-Claude-Code-Session-Id": name})), args=(session,))
                 retry.start()
-                wait_until(lambda: len(shim.server.stats.active) == 2)
+                wait_until(lambda: any(
+                    one.audience.listeners for one in list(shim.server._joints.values())))
             retry.join(10)
     assert [joined(answer.events)[1] for answer in got] == [
         ("text_delta", "".join(f"t{token} " for token in range(tokens)))] * 5
