@@ -9906,7 +9906,7 @@ class SharedRelay:
     all that is no plain token: the end, a client that lags, asks or leaves, a failure,
     a silence. Needs epoll; elsewhere each thread keeps its stream.
 
-    _lock is held for a round of tokens, by translate() and for lending. Nothing may
+    _lock is held for a round of tokens, while paused() and for lending. Nothing may
     wait for anything else while it holds it.
     """
 
@@ -9993,7 +9993,7 @@ class SharedRelay:
     def _step(self, lent: Lent, fd: int) -> None:
         try:
             stays = fd == lent.upstream.fileno() and lent.exchange.relay_now(lent.call, lent.turn)
-        except Exception as problem:  # whatever it is, the stream's own thread tells it
+        except Exception as problem:  # carry() raises it; one stream's must not end the others
             lent.failures.append(problem)
             stays = False
         if not stays:
@@ -10130,9 +10130,9 @@ class Exchange:
                 ended = leader.audience.ended
                 news = leader.audience.sent[seen:]
                 seen += len(news)
-                if news and not self.started:
-                    self._open_stream()
                 if news:
+                    if not self.started:
+                        self._open_stream()
                     self._pass_on(bytes(news) if self.request.stream else news)
                 if ended:
                     break

@@ -1,8 +1,10 @@
-"""Fixtures: the recorded traffic of real Ollama servers."""
+"""Fixtures: the recorded traffic of real Ollama servers, and both ways to relay."""
 import json
 from pathlib import Path
 
 import pytest
+
+import qwencode
 
 RECORDINGS = Path(__file__).resolve().parent / "data" / "recordings"
 
@@ -14,3 +16,11 @@ def load_recording(version, case):
 @pytest.fixture
 def recording():
     return load_recording
+
+
+@pytest.fixture(params=["own thread", "shared relay"])
+def relayed(request, monkeypatch):
+    """A test twice: streams on threads of their own, and on the one for many."""
+    if request.param == "shared relay":
+        monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
+    return request.param

@@ -181,3 +181,10 @@ def tool(name: str, **properties: str) -> Dict[str, Any]:
 READ, WRITE, BASH = (tool("Read", file_path="string"),
                      tool("Write", file_path="string", content="string"),
                      tool("Bash", command="string"))
+
+
+def chat_line(content: str, **fields: Any) -> bytes:
+    """A line of Ollama's answer, which either of its calls could send."""
+    message = {"role": "assistant", "content": content}
+    return json.dumps({"model": "m", "message": message, "response": content, "done": False,
+                       **fields}).encode() + b"\n"

@@ -37,6 +37,7 @@ def missing():
     return ""
 
 
+# It comes with a package of others, which the test command does not install.
 needed = pytest.mark.skipif(bool(missing()), reason=missing())
 
 

@@ -12,6 +12,7 @@ from helpers import (
     BASH,
     READ,
     WRITE,
+    chat_line,
     check_events,
     is_keep_alive,
     joined,
@@ -37,16 +38,9 @@ from mock_ollama import (
 
 import qwencode
 
+pytestmark = pytest.mark.usefixtures("relayed")
 MODEL = "qwen2.5-coder:14b"
 GONE_S = 3.0  # the promise is one second; the machine may be busy
-
-
-@pytest.fixture(autouse=True, params=["own thread", "shared relay"])
-def relayed(request, monkeypatch):
-    """Each test twice: streams on threads of their own, and on the one for many."""
-    if request.param == "shared relay":
-        monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -604,7 +598,9 @@ def test_identical_requests_join():
 
 # ------------------------------ many streams on one thread ------------------------------
 
-needs_epoll = pytest.mark.skipif(not qwencode.make_epoll, reason="streams are shared on Linux")
+# Elsewhere each stream keeps its own thread, so that there is nothing to see.
+needs_epoll = pytest.mark.skipif(
+    not qwencode.make_epoll, reason="only Linux has epoll, with which streams share a thread")
 
 
 @needs_epoll
@@ -630,20 +626,15 @@ def test_forty_streams_share_one_thread_and_keep_apart(relayed):
 SLOW = text("a") + delay(0.1) + text("b") + delay(0.1) + text("c") + done()
 
 
-def line(content, **fields):
-    return json.dumps({"model": MODEL, "message": {"role": "assistant", "content": content},
-                       "response": content, "done": False, **fields})
-
-
-DONE = line("", done=True, done_reason="stop")
+DONE = chat_line("", done=True, done_reason="stop")
+COMPACT = DONE.replace(b": ", b":")
 ENDS = {
-    "whole": [DONE + "\n"], "in two reads": [DONE[:-30], DONE[-30:] + "\n"],
-    "compact": [DONE.replace(": ", ":") + "\n"],
-    "compact, within the word": [DONE.replace(": ", ":")[:-25], DONE.replace(": ", ":")[-25:] + "\n"],
-    "the model's own mark": [line("<|im_end|>") + "\n", DONE + "\n"],
-    "its mark as Go writes it": [line("<|im_end|>").replace("<", "\\u003c").replace(">", "\\u003e")
-                                 + "\n", DONE + "\n"],
-    "its mark in two tokens": [line("<|im_") + "\n", line("end|>") + "\n", DONE + "\n"],
+    "whole": [DONE], "in two reads": [DONE[:-31], DONE[-31:]],
+    "compact": [COMPACT], "compact, within the word": [COMPACT[:-26], COMPACT[-26:]],
+    "the model's own mark": [chat_line("<|im_end|>"), DONE],
+    "its mark as Go writes it": [
+        chat_line("<|im_end|>").replace(b"<", b"\\u003c").replace(b">", b"\\u003e"), DONE],
+    "its mark in two tokens": [chat_line("<|im_"), chat_line("end|>"), DONE],
 }
 
 

@@ -7,23 +7,16 @@ import threading
 import time
 
 import pytest
-from helpers import check_events, joined, running_shim
+from helpers import chat_line, check_events, joined, running_shim
 from mock_ollama import MockOllama, StoppedError, cut, error_line, hang, raw, status, text
 
 import qwencode
 
+pytestmark = pytest.mark.usefixtures("relayed")
 MODEL = "qwen2.5-coder:14b"
 SILENCE_MS = "300"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 PLAIN = b"HTTP/1.1 200 OK\r\n\r\n"
-
-
-def chat_line(content, **fields):
-    message = {"role": "assistant", "content": content}
-    return json.dumps({"model": "m", "message": message, "response": content, "done": False,
-                       **fields}).encode() + b"\n"
-
-
 DONE = chat_line("", done=True, done_reason="stop", prompt_eval_count=9, eval_count=3)
 GOOD = chat_line("Hel") + chat_line("lo") + DONE
 
@@ -159,13 +152,6 @@ BROKEN = {  # steps -> text that had arrived, status before any text, words of t
     "error of another type": ([PLAIN + HEL + b'{"error":[null,7]}\n'], "Hel", 0, "Ollama failed"),
     "top level no object": ([PLAIN + HEL + b"[1,2]\n" + DONE], "Hel", 0, "streaming response"),
 }
-
-
-@pytest.fixture(autouse=True, params=["own thread", "shared relay"])
-def relayed(request, monkeypatch):
-    """Each test twice: streams on threads of their own, and on the one for many."""
-    if request.param == "shared relay":
-        monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
 
 
 def arrived(events):
