@@ -9051,7 +9051,7 @@ class Upstream:
             try:
                 reason = self._connect_one(sock, address, waiter, until)
                 if not reason:
-                    return self._wrap(sock) if self.tls else sock
+                    return self._wrap(sock, waiter, until) if self.tls else sock
             except BaseException:
                 sock.close()
                 raise
@@ -9100,19 +9100,26 @@ class Upstream:
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return os.strerror(code) if code else ""
 
-    def _wrap(self, sock: socket.socket) -> socket.socket:
+    def _wrap(self, sock: Any, waiter: Waiter, until: float) -> socket.socket:
+        """Begin TLS; a server may accept and then never answer."""
         global WOULD_BLOCK
         ssl = late("ssl")
         WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError,
                        ssl.SSLWantWriteError)
-        sock.settimeout(CONNECT_S)
         try:
-            wrapped: socket.socket = ssl.create_default_context().wrap_socket(
-                sock, server_hostname=self.host)
-        except (OSError, ValueError) as problem:
-            raise self._refused(f"TLS failed ({clean(str(problem))})") from None
-        wrapped.setblocking(False)
-        return wrapped
+            sock = ssl.create_default_context().wrap_socket(
+                sock, server_hostname=self.host, do_handshake_on_connect=False)
+            while True:
+                with contextlib.suppress(*WOULD_BLOCK):
+                    sock.do_handshake()
+                    return sock  # type: ignore[no-any-return]
+                if not waiter.wait(sock, False, until):
+                    raise TimeoutError("no answer in time")
+        except BaseException as problem:
+            sock.close()
+            if isinstance(problem, (OSError, ValueError)):
+                raise self._refused(f"TLS failed ({clean(str(problem))})") from None
+            raise
 
     def _refused(self, reason: str) -> UpstreamRefusedError:
         return UpstreamRefusedError(
@@ -9144,7 +9151,6 @@ class Log:
         self._secrets = secrets_of(config)
         self._colour = sys.stderr is not None and sys.stderr.isatty() \
             and not os.environ.get("NO_COLOR")
-        self._utc_offset_s = time.localtime().tm_gmtoff or 0
         self._lock = threading.Lock()
 
     def on(self, level: str) -> bool:
@@ -9163,8 +9169,8 @@ class Log:
         """Write the line of a turn."""
         level = "warn" if record.error else "info"
         if self.on(level):
-            self._line(turn_json(record, self._secrets) if self._json else
-                       turn_line(record, self._colour, self._utc_offset_s, self._secrets))
+            self._line(turn_json(record, self._secrets) if self._json else turn_line(
+                record, self._colour, time.localtime().tm_gmtoff or 0, self._secrets))
 
     def _line(self, text: str) -> None:
         with self._lock, contextlib.suppress(OSError, ValueError):
@@ -11567,7 +11573,6 @@ def run_env(config: Config, args: Any, env: Env) -> int:
 # ------------------------------ doctor: verdicts ------------------------------
 # Each takes what was seen and judges it, without I/O.
 
-
 class Finding(NamedTuple):
     """One line of `doctor`: ok is ok, warn, bad or skip; cure says what to do."""
 
@@ -12130,7 +12135,6 @@ def wants_colour(env: Env) -> bool:
 
 # ------------------------------ claude ------------------------------
 
-
 def same_shim(config: Config) -> str:
     """Return the address of a healthy shim that serves this configuration, "" if none."""
     url = local_url(config)
@@ -12174,9 +12178,6 @@ def wait_for_model(doctor: Doctor, log: str) -> Env:
 
 
 # ------------------------------ models and explain ------------------------------
-
-
-
 
 # Families from the best at tools on; a model that none of them names comes last.
 FAMILIES = ("qwen3-coder", "qwen3.8", "qwen3.6", "qwen3.5", "qwen3-next", "qwen3", "qwen2.5-coder",
@@ -12300,7 +12301,6 @@ def run_explain(config: Config, args: Any, env: Env) -> int:
 
 
 # ------------------------------ the command line ------------------------------
-
 
 class Command(NamedTuple):
     """A subcommand: its name, help, function and own arguments, as argparse wants them."""

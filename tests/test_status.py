@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 
 import pytest
 import qwencode as q
@@ -61,6 +62,18 @@ def test_a_turn_is_one_readable_line(name, record, line):
 
 def test_the_line_counts_in_local_time():
     assert q.turn_line(BARE, utc_offset_s=-2 * 3600).startswith("23:01:01")
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows sets no time zone by a variable")
+def test_the_line_follows_the_clock_to_summer_time(monkeypatch, capsys):
+    log = q.Log(config())
+    for zone, hour in (("UTC-1", "02"), ("UTC-2", "03")):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        log.turn(BARE)
+        assert capsys.readouterr().err.startswith(f"{hour}:01:01")
+    monkeypatch.undo()
+    time.tzset()
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("ok", 32), ("client left", 33), ("api_error", 31)])

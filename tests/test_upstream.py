@@ -307,6 +307,17 @@ def test_an_upstream_that_answers_nothing_is_told_within_twice_the_timeout():
         assert time.monotonic() - begun < 1.2
 
 
+def test_a_server_that_begins_no_tls_holds_up_nobody():
+    with socket.create_server(("127.0.0.1", 0)) as silent, running_shim(
+            f"https://127.0.0.1:{silent.getsockname()[1]}", timeout_ms="500") as shim:
+        begun = time.monotonic()
+        assert shim.request("GET", "/health").json["ok"] is False
+        assert time.monotonic() - begun < 1.2
+        begun = time.monotonic()
+        assert "TLS failed (no answer in time)" in shim.messages().error[1]
+        assert time.monotonic() - begun < 1.5
+
+
 SHOW = {"modelfile": "FROM /x/sha256-" + "a" * 64, "template": "{{ .Messages }}{{ .Tools }}",
         "parameters": "num_ctx 32768", "capabilities": ["completion", "tools"],
         "model_info": {"general.architecture": "qwen2", "qwen2.context_length": 32768,
