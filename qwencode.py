@@ -8785,10 +8785,10 @@ STATUS_LINE = Pattern(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)")
 # What a socket that would block raises; TLS sockets have errors of their own, whose
 # module is loaded only when TLS is used.
 WOULD_BLOCK: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)
+Sockets = Sequence[socket.socket]
 
-def readiness(
-    readers: Sequence[socket.socket], writers: Sequence[socket.socket],
-) -> Callable[[float], List[socket.socket]]:
+
+def readiness(readers: Sockets, writers: Sockets) -> Callable[[float], List[socket.socket]]:
     """Prepare a wait, which takes seconds and returns the sockets that are ready.
 
     poll() where there is one: select() fails above descriptor 1,023.
@@ -8804,9 +8804,7 @@ def readiness(
     return lambda timeout_s: [by_fd[fd] for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)]
 
 
-def wait_ready(
-    readers: Sequence[socket.socket], writers: Sequence[socket.socket], timeout_s: float,
-) -> List[socket.socket]:
+def wait_ready(readers: Sockets, writers: Sockets, timeout_s: float) -> List[socket.socket]:
     """Wait until a socket can be read or written; return those that can."""
     return readiness(readers, writers)(timeout_s)
 
@@ -9087,9 +9085,7 @@ class Upstream:
         return list(found[0])
 
     @staticmethod
-    def _connect_one(
-        sock: socket.socket, address: Any, waiter: Waiter, until: float,
-    ) -> str:
+    def _connect_one(sock: socket.socket, address: Any, waiter: Waiter, until: float) -> str:
         """Connect; return "" or why it failed."""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -10775,19 +10771,18 @@ class Handler:
 
     def models(self) -> None:
         query = late("urllib.parse").parse_qsl(self.http.target.partition("?")[2][:2000])
-        self.reply_json(model_page(self.server.model_names(self.link), dict(query)))
+        self.reply_json(model_page(self.server.model_names(), dict(query)))
 
     def model(self) -> None:
         self.reply_json(model_row(clean(self.http.path[len("/v1/models/"):], 200)))
 
     def health(self) -> None:
-        full = not self.server.config.api_key or self.has_key()
-        self.reply_json(self.server.health(self.link, full))
+        self.reply_json(self.server.health(not self.server.config.api_key or self.has_key()))
 
     def status(self) -> None:
         """Tell what the status page shows."""
         server = self.server
-        told = status_json(server.stats, server.config, server.recent_health(self.link),
+        told = status_json(server.stats, server.config, server.recent_health(),
                            time.time(), self._secrets())
         self.reply(200, to_json(told).encode())
 
@@ -11081,52 +11076,51 @@ class ShimServer(ThreadingHTTPServer):
                 del self._joints[exchange.key]
         exchange.audience.end()
 
-    def model_names(self, waiter: Waiter) -> List[str]:
+    def model_names(self) -> List[str]:
         """List the configured model and what Ollama has."""
         try:
-            tags = self.upstream.ask("GET", "/api/tags", None, waiter,
+            tags = self.upstream.ask("GET", "/api/tags", None, Waiter(),
                                      time.monotonic() + HEALTH_S).body
         except ShimError:
             tags = None
         return list(dict.fromkeys([self.config.model, *(row["name"] for row in model_rows(tags))]))
 
-    def recent_health(self, waiter: Waiter) -> Json:
+    def recent_health(self) -> Json:
         """Return what health() said in the last seconds: the page asks every second."""
         if time.monotonic() > self._health[0]:
-            self._health = (time.monotonic() + HEALTH_TTL_S, self.health(waiter, True))
+            self._health = (time.monotonic() + HEALTH_TTL_S, self.health(True))
         return self._health[1]
 
-    def health(self, waiter: Waiter, full: bool) -> Json:
-        """Tell how things are, within a second; without the key only up or down."""
-        until = time.monotonic() + HEALTH_S
+    def health(self, full: bool) -> Json:
+        """Tell how things are, within a second; without the key only up or down.
+
+        So short a time needs no eye on the client, which may have closed its half.
+        """
         upstream: Json = {"url": self.upstream.url, "reachable": False}
         model: Json = {"name": self.config.model, "present": None}
         try:
+            until, waiter = time.monotonic() + HEALTH_S, Waiter()
             answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
             upstream.update(reachable=True, version=told_version(answer) or None)
-            show = self.upstream.ask("POST", "/api/show", to_json({"model": self.config.model}),
-                                     waiter, until)
-            facts = facts_from_show(self.config.model, show.body)
-            known = self.registry.known(self.config.model)
+            name = self.config.model
+            show = self.upstream.ask("POST", "/api/show", to_json({"model": name}), waiter, until)
+            facts, known = facts_from_show(name, show.body), self.registry.known(name)
             model.update(
                 capabilities=sorted(facts.capabilities or ()), context_length=facts.trained,
                 window=known.window or None if known else None, way=self._last_way)
-            if show.status == 200:
-                model["present"] = True
-            elif isinstance(upstream_error(show.status, show.text, self.config.model),
-                            ModelMissingError):
-                model["present"] = False
-                upstream["error"] = (f"model {self.config.model} is missing:"
-                                     f" ollama pull {self.config.model}")
+            if show.status != 200:
+                raise upstream_error(show.status, show.text, name)
+            model["present"] = True
         except ShimError as error:
+            if isinstance(error, ModelMissingError):
+                model["present"] = False
             upstream["error"] = redact(error.message, self.secrets)
         ok = bool(upstream["reachable"])
         if not full:
             return {"ok": ok, "status": "ok" if ok else "down"}
-        working, waiting = self.gate.load
         return {"ok": ok, "status": "ok" if ok and model["present"] is not False else "degraded",
                 "shim": "qwencode", "version": __version__, "upstream": upstream, "model": model,
-                "requests": {"working": working, "waiting": waiting}}
+                "requests": dict(zip(("working", "waiting"), self.gate.load))}
 
 
 @lru_cache(maxsize=256)

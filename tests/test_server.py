@@ -190,6 +190,30 @@ def test_expect_continue_is_answered(quiet):
         assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/status", "/metrics"])
+def test_a_client_that_closes_its_half_reads_its_answer(quiet, path):
+    with socket.create_connection(("127.0.0.1", quiet.port), 5) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize(("code", "said", "present", "words"), [
+    (404, {"error": "model 'm' not found"}, False, "ollama pull qwen2.5-coder:14b"),
+    (500, {"error": "disk full"}, None, "disk full"), (401, "", None, "OLLAMA_AUTH_TOKEN")])
+def test_health_says_why_the_model_cannot_be_asked(code, said, present, words):
+    with MockOllama(model=MODEL) as mock, running_shim(mock.url) as shim:
+        mock.routes["POST", "/api/show"] = lambda answer, _: answer.json(code, said)
+        told = shim.request("GET", "/health").json
+        assert (told["upstream"]["reachable"], told["model"]["present"]) == (True, present)
+        assert words in told["upstream"]["error"]
+
+
+def test_without_a_log_the_connection_stays(monkeypatch, quiet):
+    monkeypatch.setattr(sys, "stderr", None)  # as pythonw has it, or a shell's 2>&-
+    assert exchange(quiet.port, post(HI, close=False) + SIMPLE).count(b"HTTP/1.1 200 OK") == 2
+
+
 def test_http_1_0_gets_its_stream_until_the_close(quiet):
     data = json.dumps({**HI, "stream": True}).encode()
     answer = exchange(quiet.port, b"POST /v1/messages HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b"
