@@ -10716,10 +10716,10 @@ class Handler:
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Write an answer's head; a header without a value is left out."""
         reason = BaseHTTPRequestHandler.responses.get(status, ("Overloaded", ""))[0]
-        origin = self.http.header("origin")
-        allowed = origin and self._origin_allowed(origin)
-        rows = {**headers, "Access-Control-Allow-Origin": origin if allowed else "",
-                "Vary": "Origin" if allowed else "", "request-id": self.request_id,
+        any_origin, origin = self.server.config.cors_wildcard, self.http.header("origin")
+        allowed = "*" if any_origin else origin if self._origin_allowed(origin) else ""
+        rows = {**headers, "Access-Control-Allow-Origin": allowed,
+                "Vary": "" if any_origin else "Origin", "request-id": self.request_id,
                 "Connection": "keep-alive" if self.keep else "close"}
         lines = [f"{name}: {value}\r\n" for name, value in rows.items() if value]
         return f"HTTP/1.1 {status} {reason}\r\n{''.join(lines)}\r\n".encode("latin-1", "replace")
@@ -10808,8 +10808,9 @@ class Handler:
         """Answer a CORS preflight; _guard has refused foreign origins."""
         self.reply(204, b"", "", {
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-            "Access-Control-Allow-Headers": "content-type, x-api-key, authorization,"
-                                            " anthropic-version, anthropic-beta",
+            # What is asked for: Anthropic's SDK sends a dozen headers of its own.
+            "Access-Control-Allow-Headers": self.http.header("access-control-request-headers")
+            or "content-type, x-api-key, authorization, anthropic-version, anthropic-beta",
             "Access-Control-Max-Age": "600"})
 
 

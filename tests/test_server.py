@@ -249,14 +249,21 @@ def test_foreign_hosts_and_origins_never_reach_the_model(quiet, headers, wanted)
 
 
 @pytest.mark.parametrize(("origin", "flags", "allowed"), [
-    ("http://localhost:3000", {}, True), ("http://evil.com", {}, False),
-    ("http://evil.com", {"cors_wildcard": "on"}, True),
+    ("http://localhost:3000", {}, "http://localhost:3000"), ("http://evil.com", {}, None),
+    ("http://evil.com", {"cors_wildcard": "on"}, "*"), ("null", {"cors_wildcard": "on"}, "*"),
+    ("", {}, None), ("", {"cors_wildcard": "on"}, "*"),
 ])
 def test_preflights(origin, flags, allowed):
+    wanted = "x-stainless-os,content-type,x-api-key"
     with running_shim("http://127.0.0.1:9", **flags) as shim:
-        answer = shim.request("OPTIONS", "/v1/messages", None, {"Origin": origin})
-        assert answer.status == (204 if allowed else 403)
-        assert answer.headers.get("Access-Control-Allow-Origin") == (origin if allowed else None)
+        answer = shim.request("OPTIONS", "/v1/messages", None, {
+            "Origin": origin, "Access-Control-Request-Headers": wanted})
+        assert answer.status == (204 if allowed or not origin else 403)
+        assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+        if answer.status == 204:
+            assert answer.headers["Access-Control-Allow-Headers"] == wanted
+            assert "x-api-key" in shim.request(
+                "OPTIONS", "/v1/messages").headers["Access-Control-Allow-Headers"]
 
 
 @pytest.mark.parametrize(("headers", "wanted"), [
