@@ -10774,7 +10774,8 @@ class Handler:
         self.reply_json(model_page(self.server.model_names(), dict(query)))
 
     def model(self) -> None:
-        self.reply_json(model_row(clean(self.http.path[len("/v1/models/"):], 200)))
+        name = late("urllib.parse").unquote(self.http.path[len("/v1/models/"):])
+        self.reply_json(model_row(clean(name, 200)))
 
     def health(self) -> None:
         self.reply_json(self.server.health(not self.server.config.api_key or self.has_key()))

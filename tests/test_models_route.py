@@ -65,6 +65,7 @@ def test_what_ollama_has_is_listed_for_the_picker():
             ollama.url, model="qwen3:8b") as shim:
         rows = shim.request("GET", "/v1/models?limit=1000").json["data"]
         one = shim.request("GET", "/v1/models/claude-qwen3:8b").json
+        assert shim.request("GET", "/v1/models/claude-qwen3%3A8b?beta=true").json == one
     assert [row["id"] for row in rows if row["id"].startswith("claude-")] == [
         "claude-qwen3:8b", "claude-plain:latest"]
     assert one == {"type": "model", "id": "claude-qwen3:8b", "display_name": "qwen3:8b (Ollama)",
