@@ -12393,9 +12393,12 @@ def main(argv: Sequence[str], env: Env) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+    except OSError as problem:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left would fail once more
+        if isinstance(problem, BrokenPipeError):  # whoever read our output left, as `head` does
+            return 141
+        tell(f"qwencode: {problem.filename or 'the output'}: {reason_of(problem)}")
+        return 1
 
 
 def console_main() -> None:

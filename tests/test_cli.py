@@ -45,3 +45,13 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
         f'"{sys.executable}" "{PROGRAM}" env --port 1 | true; exit "${{PIPESTATUS[0]}}"',
         shell=True, executable=shutil.which("bash"), stderr=subprocess.PIPE, text=True, timeout=30)
     assert (shown.returncode in (0, 141), shown.stderr) == (True, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this machine")
+@pytest.mark.parametrize("command", [["demo"], ["env", "--port", "1"], ["serve", "--port", "0"]])
+def test_a_full_disk_is_one_line(command):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, str(PROGRAM), *command], stdout=full,
+                               stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr) == (
+        1, "qwencode: the output: No space left on device\n")
