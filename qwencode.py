@@ -9169,7 +9169,7 @@ class Log:
                 record, self._colour, time.localtime().tm_gmtoff or 0, self._secrets))
 
     def _line(self, text: str) -> None:
-        with self._lock, contextlib.suppress(OSError, ValueError):
+        with self._lock, contextlib.suppress(AttributeError, OSError, ValueError):  # or None
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 

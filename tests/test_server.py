@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 
