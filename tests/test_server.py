@@ -89,6 +89,7 @@ ROUTES = [
     ("POST", "/v1/messages/count_tokens?beta=true", 200), ("OPTIONS", "/v1/messages", 204),
     ("GET", "/v1/messages", 405), ("DELETE", "/v1/models", 405), ("POST", "/health", 405),
     ("GET", "/nope", 404), ("POST", "/v1/complete", 404), ("GET", "/../etc/passwd", 404),
+    ("GET", "/" + "a" * 12_000, 404),
 ]
 
 
