@@ -8878,8 +8878,8 @@ class UpstreamCall:
         except WOULD_BLOCK:
             return None
         except OSError as problem:
-            raise UpstreamBrokenError(
-                f"The connection to Ollama broke: {clean(str(problem))}") from None
+            reason = clean(problem.strerror or str(problem))
+            raise UpstreamBrokenError(f"The connection to Ollama broke: {reason}") from None
 
     def read_head(self, until: float) -> None:
         """Read status and headers; raise UpstreamBrokenError where they make no sense."""
