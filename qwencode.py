@@ -10605,6 +10605,8 @@ class Handler:
                 head = bytes(link.input[:end])
                 del link.input[:end + 4]
                 return head
+            if not b"A" <= link.input[:1] <= b"Z" and link.input[:1] != b"\r":
+                raise BadRequestError("This is not HTTP; for TLS, the address begins with http://.")
             if len(link.input) > MAX_HEAD_BYTES:
                 raise HeadTooLargeError(f"The request's headers are over {MAX_HEAD_BYTES} bytes.")
             if not link.wait(None, False, until):

@@ -105,6 +105,7 @@ def test_routes(quiet, method, path, wanted):
 
 BAD_HTTP = {
     "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", 400),
+    "TLS from its first byte": (b"\x16\x03\x01", 400),
     "lower case method": (b"get / HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\n", 400),
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
