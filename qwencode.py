@@ -11096,14 +11096,11 @@ class ShimServer(ThreadingHTTPServer):
         return self._health[1]
 
     def health(self, full: bool) -> Json:
-        """Tell how things are, within a second; without the key only up or down.
-
-        So short a time needs no eye on the client, which may have closed its half.
-        """
+        """Tell how things are, within a second; without the key only up or down."""
         upstream: Json = {"url": self.upstream.url, "reachable": False}
         model: Json = {"name": self.config.model, "present": None}
         try:
-            until, waiter = time.monotonic() + HEALTH_S, Waiter()
+            until, waiter = time.monotonic() + HEALTH_S, Waiter()  # the client may half-close
             answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
             upstream.update(reachable=True, version=told_version(answer) or None)
             name = self.config.model
@@ -12399,7 +12396,7 @@ def main(argv: Sequence[str], env: Env) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left would fail once more
         if isinstance(problem, BrokenPipeError):  # whoever read our output left, as `head` does
             return 141
-        tell(f"qwencode: {problem.filename or 'the output'}: {reason_of(problem)}")
+        tell(": ".join(filter(None, ("qwencode", problem.filename, reason_of(problem)))))
         return 1
 
 

@@ -54,4 +54,4 @@ def test_a_full_disk_is_one_line(command):
         ended = subprocess.run([sys.executable, str(PROGRAM), *command], stdout=full,
                                stderr=subprocess.PIPE, text=True, timeout=30, check=False)
     assert (ended.returncode, ended.stderr) == (
-        1, "qwencode: the output: No space left on device\n")
+        1, "qwencode: No space left on device\n")
