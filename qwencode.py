@@ -1864,9 +1864,10 @@ def parse_request(body: Any) -> Request:
 
 def _read_request(body: Json) -> Request:
     messages = _need(body, "messages", list)
-    if not messages:
-        raise BadRequestError("messages: at least one message is required")
     parsed = _each(".messages", messages, _read_message)
+    if not any([message.blocks for message in parsed]):
+        content = " with content" if messages else ""
+        raise BadRequestError(f"messages: at least one message{content} is required")
     max_tokens = _take(body, "max_tokens", int, DEFAULT_MAX_TOKENS)
     if max_tokens < 1:
         raise BadRequestError(f"max_tokens: expected at least 1, got {max_tokens}")

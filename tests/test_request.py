@@ -54,6 +54,8 @@ BAD_FIELDS = [
     ([], "body: expected an object, got an array"),
     ({}, "messages: an array is required"),
     ({"messages": []}, "messages: at least one message is required"),
+    ({"messages": [{"role": "user"}, user()], "system": "s"},
+     "messages: at least one message with content is required"),
     ({"messages": "x"}, "messages: expected an array, got a string"),
     ({"messages": [5]}, "messages.0: expected an object, got a number"),
     ({"messages": [{"content": "x"}]}, "messages.0.role: a string is required"),
