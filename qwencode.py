@@ -9158,9 +9158,9 @@ class Log:
         if not self.on(level):
             return
         text = clean(redact(message, self._secrets), 10_000_000 if level == "debug" else 2000)
-        stamp = time.strftime("%H:%M:%S")
-        self._line(to_json({"time": stamp, "level": level, "message": text}) if self._json
-                   else f"{stamp} {'' if level == 'info' else level + ': '}{text}")
+        told = {"event": "log", "time": round(time.time(), 3), "level": level, "message": text}
+        self._line(to_json(told) if self._json else time.strftime(
+            f"%H:%M:%S {'' if level == 'info' else level + ': '}") + text)
 
     def turn(self, record: TurnRecord) -> None:
         """Write the line of a turn."""

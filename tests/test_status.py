@@ -106,6 +106,16 @@ def test_a_turn_as_json_is_one_line_that_holds_every_field():
     assert set(q.TurnRecord._fields) < set(fields)
 
 
+def test_every_line_of_a_json_log_has_its_event_and_the_same_kind_of_time(capsys):
+    log = q.Log(config(SHIM_LOG_FORMAT="json"))
+    log.write("warn", "a\nb")
+    log.turn(TURN)
+    told, turn = map(json.loads, capsys.readouterr().err.splitlines())
+    assert [type(line["time"]) for line in (told, turn)] == [float, float]
+    assert (turn["event"], {**told, "time": 0}) == (
+        "turn", {"event": "log", "time": 0, "level": "warn", "message": "a b"})
+
+
 def test_secrets_are_in_no_output():
     record = FAILED._replace(error="refused sk-1 for tok-2 at http://u:p4ss@h/", session="sk-1")
     stats = q.Stats()
