@@ -11894,8 +11894,9 @@ class Doctor:
         self.wait_s = config.first_token_timeout_ms / 1000
 
     def ask(self, path: str, body: Optional[Json] = None, what: str = "asking Ollama") -> Answer:
-        """Ask Ollama; what concerns a model may take as long as a first token."""
-        until = time.monotonic() + (self.wait_s if body else OLLAMA_ANSWER_S)
+        """Ask Ollama; what may load a model may take as long as a first token."""
+        loads = body and path != "/api/show"
+        until = time.monotonic() + (self.wait_s if loads else OLLAMA_ANSWER_S)
         return self.server.upstream.ask("POST" if body else "GET", path,
                                         to_json(body) if body else None, Ticker(what), until)
 

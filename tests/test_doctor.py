@@ -234,6 +234,17 @@ def test_without_ollama_the_rest_is_still_checked(place):
     assert found["claude"][0] == found["bash"][0] == "ok"
 
 
+def test_an_ollama_that_falls_silent_is_told_soon(place, monkeypatch):
+    monkeypatch.setattr(q, "OLLAMA_ANSWER_S", 0.2)
+    with MockOllama(answer, model="qwen3-coder:30b") as ollama:
+        ollama.routes["POST", "/api/show"] = lambda reply, _: reply.connection.wait(60)
+        code, found = doctor(place, ollama.url, "--quick", OLLAMA_MODEL=ollama.model,
+                             SHIM_FIRST_TOKEN_TIMEOUT_MS="20000")
+    assert code == 1
+    assert found["model"][0] == "bad"
+    assert "timed out" in found["model"][1]
+
+
 def test_missing_programs_are_named(place):
     (place / "bin" / "claude").unlink()
     for name in ("sh", "nvidia-smi"):
