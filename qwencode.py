@@ -11165,7 +11165,7 @@ def open_server(config: Config) -> ShimServer:
             raise ConfigError(f"PORT: {config.port} on {config.host} is in use; stop the other"
                               " program or choose another port with --port") from None
         raise ConfigError(f"HOST and PORT: cannot listen on {config.host}:{config.port}"
-                          f" ({problem.strerror or problem})") from None
+                          f" ({reason_of(problem)}); choose others: --host, --port") from None
 
 
 @contextlib.contextmanager

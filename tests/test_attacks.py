@@ -562,7 +562,7 @@ BAD_STARTS = [
     ([], {"SHIM_REQUEST_TIMEOUT_MS": "soon"}, "SHIM_REQUEST_TIMEOUT_MS"),
     ([], {"OLLAMA_BASE_URL": "http://h:99999"}, "OLLAMA_BASE_URL"),
     ([], {"HOST": "0.0.0.0"}, "SHIM_API_KEY"),  # noqa: S104
-    ([], {"HOST": "203.0.113.7", "SHIM_API_KEY": "k"}, "cannot listen"),
+    ([], {"HOST": "203.0.113.7", "SHIM_API_KEY": "k"}, "choose others: --host, --port"),
     ([], {"HOST": "no-such-host.invalid", "SHIM_API_KEY": "k"}, "cannot listen"),
     ([], {"SHIM_LOG": "loud"}, "SHIM_LOG"),
     (["frobnicate"], {}, "choose from"),
