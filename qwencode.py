@@ -7817,17 +7817,16 @@ LOST_TOKENS = 64
 LOST_RATIO = 2.0
 CHARS_PER_TOKEN_LEAST = 1.5
 
-NOTHING_SHOWN = (
-    "The model {model} ended its answer without any text or tool call ({tokens} tokens were"
-    " generated). Ollama's parser may have dropped a malformed tool call; SHIM_VERBATIM=on reads"
-    " the model's own text instead. Otherwise ask again in other words.")
-SWALLOWED = (
-    "Ollama dropped the greater part of the answer of {model}: {tokens} tokens were generated,"
-    " about {shown} arrived. A malformed tool call does this; SHIM_VERBATIM=on reads the model's"
-    " own text instead.")
-CUT_BEFORE_ANYTHING = (
-    "The answer of {model} was cut at its length limit before anything could be shown: the context"
-    " window or max_tokens is too small for this conversation.")
+NOTHING_SHOWN = ("The model {model} ended its answer without any text or tool call ({tokens}"
+                 " tokens were generated). Ask again in other words.")
+MAY_BE_DROPPED = (" Ollama's parser may have dropped a malformed tool call; SHIM_VERBATIM=on reads"
+                  " the model's own text instead.")
+SWALLOWED = ("Ollama dropped the greater part of the answer of {model}: {tokens} tokens were"
+             " generated, about {shown} arrived. A malformed tool call does this; SHIM_VERBATIM=on"
+             " reads the model's own text instead.")
+CUT_BEFORE_ANYTHING = ("The answer of {model} was cut at its length limit before anything could be"
+                       " shown: the context window or max_tokens is too small for this"
+                       " conversation.")
 
 
 # In the model's own text its own markup is no rescue: Hermes JSON and Qwen3-Coder XML.
@@ -7979,7 +7978,8 @@ class Turn:
         """Tell an answer of which nothing or little arrived: never an empty success."""
         tokens, shown = finish.output_tokens or 0, self._shown_chars
         if not shown and not self.calls:
-            words = CUT_BEFORE_ANYTHING if finish.reason == "length" else NOTHING_SHOWN
+            words = CUT_BEFORE_ANYTHING if finish.reason == "length" else \
+                NOTHING_SHOWN if self._decoder.verbatim else NOTHING_SHOWN + MAY_BE_DROPPED
         elif not self._decoder.verbatim and \
                 tokens > LOST_TOKENS + LOST_RATIO * shown / CHARS_PER_TOKEN_LEAST:
             words = SWALLOWED

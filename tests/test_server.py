@@ -341,6 +341,8 @@ def test_what_ollama_refuses_becomes_a_true_status(name, stream, way):
         assert len(mock.turns) == 1, "the model was asked twice"
         assert (answer.status, answer.error[0]) == (wanted, kind)
         assert words in answer.error[1]
+        # In the model's own text no parser of Ollama's loses anything.
+        assert ("SHIM_VERBATIM" in answer.error[1]) == (name == "nothing but done" and way == "off")
 
 
 MID_STREAM = {
