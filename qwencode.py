@@ -8360,7 +8360,7 @@ def status_json(
             for some in (stats.turns, stats.rescued, stats.failed))
         counters = {name: dict(counter) for name, counter in stats.counters.items()}
     return dict(scrub({
-        "version": __version__, "now": now, "uptime_s": now - stats.started, "health": health,
+        "version": __version__, "now": now, "uptime_s": max(0.0, now - stats.started), "health": health,
         "options": shown_options(config),
         "running": [one for one in active if one["state"] != "waiting"],
         "waiting": [one for one in active if one["state"] == "waiting"],

@@ -183,6 +183,7 @@ def test_a_request_is_seen_from_its_start_to_its_end():
     assert after["running"] == after["waiting"] == []
     assert after["counters"]["requests"] == {"ok": 1, "client left": 1}
     assert after["uptime_s"] == 10.0
+    assert q.status_json(stats, config(), {}, 90.0)["uptime_s"] == 0  # the clock was set back
     assert [turn["outcome"] for turn in after["turns"]] == ["ok", "client left"]
 
 
