@@ -10666,7 +10666,7 @@ class Handler:
     def _read_body(self) -> bytes:
         """Read the request's body; raise 4xx for what is not plain, too long or too slow."""
         decoder, link = self._body_decoder(), self.link
-        if not decoder.finished and not link.input \
+        if not decoder.finished and not link.input and self.http.version != "1.0" \
                 and self.http.header("expect").lower() == "100-continue":
             link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces: List[bytes] = []
