@@ -11120,7 +11120,7 @@ class ShimServer(ThreadingHTTPServer):
         ok = bool(upstream["reachable"])
         if not full:
             return {"ok": ok, "status": "ok" if ok else "down"}
-        return {"ok": ok, "status": "ok" if ok and model["present"] is not False else "degraded",
+        return {"ok": ok, "status": "degraded" if "error" in upstream else "ok",
                 "shim": "qwencode", "version": __version__, "upstream": upstream, "model": model,
                 "requests": dict(zip(("working", "waiting"), self.gate.load))}
 

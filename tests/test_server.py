@@ -212,7 +212,8 @@ def test_health_says_why_the_model_cannot_be_asked(code, said, present, words):
     with MockOllama(model=MODEL) as mock, running_shim(mock.url) as shim:
         mock.routes["POST", "/api/show"] = lambda answer, _: answer.json(code, said)
         told = shim.request("GET", "/health").json
-        assert (told["upstream"]["reachable"], told["model"]["present"]) == (True, present)
+        assert (told["upstream"]["reachable"], told["model"]["present"], told["status"]) == (
+            True, present, "degraded")
         assert words in told["upstream"]["error"]
 
 
