@@ -1865,7 +1865,7 @@ def parse_request(body: Any) -> Request:
 def _read_request(body: Json) -> Request:
     messages = _need(body, "messages", list)
     parsed = _each(".messages", messages, _read_message)
-    if not any([message.blocks for message in parsed]):
+    if not any(message.blocks for message in parsed):
         content = " with content" if messages else ""
         raise BadRequestError(f"messages: at least one message{content} is required")
     max_tokens = _take(body, "max_tokens", int, DEFAULT_MAX_TOKENS)
@@ -8360,8 +8360,8 @@ def status_json(
             for some in (stats.turns, stats.rescued, stats.failed))
         counters = {name: dict(counter) for name, counter in stats.counters.items()}
     return dict(scrub({
-        "version": __version__, "now": now, "uptime_s": max(0.0, now - stats.started), "health": health,
-        "options": shown_options(config),
+        "version": __version__, "now": now, "uptime_s": max(0.0, now - stats.started),
+        "health": health, "options": shown_options(config),
         "running": [one for one in active if one["state"] != "waiting"],
         "waiting": [one for one in active if one["state"] == "waiting"],
         "sessions": sessions[::-1], "turns": turns, "rescues": rescues, "errors": errors,
@@ -12396,10 +12396,10 @@ def main(argv: Sequence[str], env: Env) -> int:
         return 130
     except OSError as problem:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left would fail once more
-        if isinstance(problem, BrokenPipeError):  # whoever read our output left, as `head` does
-            return 141
-        tell(": ".join(filter(None, ("qwencode", problem.filename, reason_of(problem)))))
-        return 1
+        left = isinstance(problem, BrokenPipeError)  # whoever read our output did, as `head` does
+        if not left:
+            tell(": ".join(filter(None, ("qwencode", problem.filename, reason_of(problem)))))
+        return 141 if left else 1
 
 
 def console_main() -> None:
