@@ -8787,17 +8787,20 @@ STATUS_LINE = Pattern(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)")
 # module is loaded only when TLS is used.
 WOULD_BLOCK: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)
 Sockets = Sequence[socket.socket]
+Waiting = Callable[[float], List[socket.socket]]  # takes seconds, returns those that are ready
 
 
-def readiness(readers: Sockets, writers: Sockets) -> Callable[[float], List[socket.socket]]:
-    """Prepare a wait, which takes seconds and returns the sockets that are ready.
+def readiness(readers: Sockets, writers: Sockets, leaving: Sockets = ()) -> Waiting:
+    """Prepare a wait; leaving are only watched for their end, where the system can (Linux).
 
     poll() where there is one: select() fails above descriptor 1,023.
     """
     if sys.platform == "win32":
         return lambda timeout_s: [ready for some in select.select(
             readers, writers, {*readers, *writers}, max(0.0, timeout_s)) for ready in some]
-    poll, by_fd = select.poll(), {sock.fileno(): sock for sock in (*readers, *writers)}
+    poll, by_fd = select.poll(), {sock.fileno(): sock for sock in (*readers, *writers, *leaving)}
+    for sock in leaving:
+        poll.register(sock, getattr(select, "POLLRDHUP", 0))
     for sock in readers:
         poll.register(sock, select.POLLIN)
     for sock in writers:
@@ -9061,24 +9064,21 @@ class Upstream:
         """Look the name up, on a thread: a resolver may take half a minute to give up."""
         found: List[Any] = []
 
-        def look_up() -> None:
+        def look_up(then: Callable[[], object] = int) -> None:
             try:
                 # As bytes: a text loads the codec of international names, which takes 1.5 ms.
                 found.append(socket.getaddrinfo(
                     self.host.encode(), self.port, type=socket.SOCK_STREAM))
             except (OSError, UnicodeError) as problem:
                 found.append(problem)
-
-        def look_up_and_wake() -> None:
-            look_up()
-            wake.close()
+            then()
 
         if self.host in LOCAL_NAMES:
             look_up()
         else:
             mine, wake = socket.socketpair()
             with mine:
-                threading.Thread(target=look_up_and_wake, daemon=True).start()
+                threading.Thread(target=look_up, args=(wake.close,), daemon=True).start()
                 waiter.wait(mine, False, until)
         if not found or isinstance(found[0], Exception):
             reason = found[0] if found else "the lookup takes too long"
@@ -9195,7 +9195,7 @@ class ClientLink(Waiter):
         self._taken_at = 0.0
         self._eof = False
         self._watched: Any = None
-        self._ready: Callable[[float], List[socket.socket]] = lambda timeout_s: []
+        self._ready: Waiting = lambda timeout_s: []
         self.tick_at = float("inf")
         self.on_tick: Callable[[], None] = lambda: None
         self.serving = False
@@ -9269,16 +9269,16 @@ class ClientLink(Waiter):
             raise StoppingError("The shim is being stopped; the answer ends here.")
         if self.sock not in ready:
             return False
+        before = len(self.input)
         if self._pending:
             self._flush()
-        before = len(self.input)
+        elif before >= READ_BYTES:  # it was only watched for its end
+            raise ClientGoneError
         if before < READ_BYTES:
             self._take_input()
         return sock is None and len(self.input) > before
 
-    def _watch(
-        self, sock: Optional[socket.socket], writing: bool,
-    ) -> Callable[[float], List[socket.socket]]:
+    def _watch(self, sock: Optional[socket.socket], writing: bool) -> Waiting:
         """Return the wait for these sockets; the last one is kept, as tokens share it."""
         full, pending = len(self.input) >= READ_BYTES, bool(self._pending)
         key = (sock, writing, full, pending)
@@ -9287,7 +9287,8 @@ class ClientLink(Waiter):
             writers = [self.sock] if pending else []
             if sock is not None:
                 (writers if writing else readers).append(sock)
-            self._watched, self._ready = key, readiness(readers, writers)
+            leaving = [self.sock] if full and not pending else []
+            self._watched, self._ready = key, readiness(readers, writers, leaving)
         return self._ready
 
     def _patience(self, now: float) -> float:
@@ -10785,8 +10786,7 @@ class Handler:
 
     def status(self) -> None:
         """Tell what the status page shows."""
-        server = self.server
-        told = status_json(server.stats, server.config, server.recent_health(),
+        told = status_json(self.server.stats, self.server.config, self.server.recent_health(),
                            time.time(), self._secrets())
         self.reply(200, to_json(told).encode())
 

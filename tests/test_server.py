@@ -418,7 +418,10 @@ def test_a_slow_healthy_stream_is_not_cut():
         assert joined(shim.messages().events)[1][1].count("w") == 8
 
 
-@pytest.mark.parametrize("stage", ["silent", "mid-stream", "not streamed"])
+STAGES = ["silent", "mid-stream", "not streamed"]
+
+
+@pytest.mark.parametrize("stage", STAGES + ["requests wait behind"] * (sys.platform == "linux"))
 @pytest.mark.parametrize("way", ["off", "on"])
 def test_a_client_that_leaves_cancels_the_upstream(stage, way):
     reply = text("Hel") + hang() if stage == "mid-stream" else hang()
@@ -431,6 +434,8 @@ def test_a_client_that_leaves_cancels_the_upstream(stage, way):
                     pass
             else:
                 wait_until(lambda: mock.turns)
+            if stage == "requests wait behind":  # more of them than are read ahead
+                sock.sendall(post({**HI, "x": "x" * 40_000}, close=False) * 2)
         assert mock.turns[0].closed_by_client.wait(GONE_S)
         assert shim.request("GET", "/health").status == 200
 
