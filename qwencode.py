@@ -9263,10 +9263,9 @@ class ClientLink(Waiter):
 
     def _serve(self, ready: List[socket.socket], sock: Optional[socket.socket]) -> bool:
         """Do what the client's socket is ready for; True if input came that was awaited."""
-        if self._stop in ready and not self.serving:
-            raise ClientGoneError
         if self._stop in ready:
-            raise StoppingError("The shim is being stopped; the answer ends here.")
+            raise StoppingError("The shim is being stopped; the answer ends here.") \
+                if self.serving else ClientGoneError()
         if self.sock not in ready:
             return False
         before = len(self.input)
@@ -9325,7 +9324,7 @@ class HttpRequest(NamedTuple):
         return self.headers.get(name, "")
 
 
-REQUEST_LINE = Pattern(r"([A-Z]{1,20}) ([!-~]+) HTTP/(1\.[01])")
+REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (?:https?://([^/?#]*)(?=[/?#]))?([!-~]+) HTTP/(1\.[01])")
 # Bytes beyond ASCII are let through: a key may hold them (RFC 9110 5.5, obs-text).
 HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # Two of these could mean one thing to us and another to whoever stands before us.
@@ -9343,7 +9342,7 @@ def parse_head(head: bytes) -> HttpRequest:
     first = REQUEST_LINE.fullmatch(lines[0])
     if not first:
         raise BadRequestError("This is not an HTTP/1.1 request.")
-    method, target, version = first.groups()
+    method, authority, target, version = first.groups()
     if len(lines) > MAX_HEADERS + 1:
         raise HeadTooLargeError(f"More than {MAX_HEADERS} headers.")
     headers: Dict[str, str] = {}
@@ -9357,6 +9356,7 @@ def parse_head(head: bytes) -> HttpRequest:
         headers[name] = match.group(2).strip(" \t")
     if version == "1.1" and "host" not in headers:
         raise BadRequestError("The Host header is missing.")
+    headers.update({"host": authority} if authority is not None else {})  # RFC 9112 3.2.2
     path = target.partition("?")[0].partition("#")[0]
     return HttpRequest(method, target, path[max(path.rfind("/v1/"), 0):], version, headers)
 
