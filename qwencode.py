@@ -270,6 +270,7 @@ class ShimError(Exception):
     """
 
     status, kind, retry = 500, "api_error", True
+    cure = ""  # what helps where the message does not say it
 
     def __init__(self, message: str, retry_after: Optional[str] = None) -> None:
         super().__init__(message)
@@ -288,6 +289,8 @@ class PromptTooLongError(BadRequestError):
     loaded: maximum is the window that Ollama says it has, not what the shim lets a turn use.
     """
 
+    cure = "Type /compact, or give the model a larger OLLAMA_NUM_CTX."
+
     def __init__(self, tokens: int, maximum: int, *, loaded: bool = False) -> None:
         super().__init__(f"prompt is too long: {tokens} tokens > {maximum} maximum")
         self.tokens, self.maximum, self.loaded = tokens, maximum, loaded
@@ -301,6 +304,7 @@ class UnauthorizedError(ShimError):
     """The client's key is missing or wrong."""
 
     status, kind, retry = 401, "authentication_error", False
+    cure = "Give the client the key of SHIM_API_KEY."
 
 
 class ForbiddenError(ShimError):
@@ -353,6 +357,7 @@ class BusyError(ShimError):
     """Too much at once, here or at Ollama."""
 
     status, kind = 529, "overloaded_error"
+    cure = "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."
 
 
 class RateLimitError(ShimError):
@@ -377,6 +382,7 @@ class UpstreamBrokenError(ShimError):
     """The answer broke off or made no sense; another try may succeed."""
 
     status = 502
+    cure = "See Ollama's log; `python qwencode.py doctor` checks the model."
 
 
 class UpstreamGarbageError(UpstreamBrokenError):
@@ -399,16 +405,21 @@ class UpstreamDeniedError(ShimError):
     """The upstream wants another login: its 401 or 403 is not the client's."""
 
     status, retry = 502, False
+    cure = "Check OLLAMA_AUTH_TOKEN."
 
 
 class UpstreamTimeoutError(ShimError):
     """The upstream was silent for longer than the timeout."""
 
     status, kind, retry = 504, "timeout_error", False
+    cure = ("See `ollama ps`: the model may be too large for this machine."
+            " SHIM_REQUEST_TIMEOUT_MS allows more time.")
 
 
 class UpstreamFailedError(ShimError):
     """The upstream answered 5xx; retry is decided by its text."""
+
+    cure = UpstreamBrokenError.cure
 
     def __init__(self, message: str, retry: bool, status: int = 500) -> None:
         super().__init__(message)
@@ -8039,27 +8050,11 @@ CLIENT_LEFT = "client left"
 # Kinds that are Ollama's failures, not the client's or our own.
 UPSTREAM_KINDS = Pattern(r"upstream_|model_missing|rate_limit")
 CAPITAL = Pattern(r"(?<=[a-z])(?=[A-Z])")
-# What helps where the error's own sentence does not say it.
-CURES: Tuple[Tuple[Tuple[Type[ShimError], ...], str], ...] = (
-    ((PromptTooLongError,), "Type /compact, or give the model a larger OLLAMA_NUM_CTX."),
-    ((UnauthorizedError,), "Give the client the key of SHIM_API_KEY."),
-    ((UpstreamDeniedError,), "Check OLLAMA_AUTH_TOKEN."),
-    ((UpstreamTimeoutError,), "See `ollama ps`: the model may be too large for this machine."
-                              " SHIM_REQUEST_TIMEOUT_MS allows more time."),
-    ((UpstreamBrokenError, UpstreamFailedError),
-     "See Ollama's log; `python qwencode.py doctor` checks the model."),
-    ((BusyError,), "Wait for the running requests, or raise SHIM_MAX_CONCURRENT."),
-)
 
 
 def outcome_of(error: ShimError) -> str:
     """Name an error's kind: UpstreamTimeoutError is upstream_timeout."""
     return CAPITAL.sub("_", type(error).__name__.replace("Error", "")).lower()
-
-
-def cure_of(error: ShimError) -> str:
-    """Say what helps against an error, "" where its sentence says it."""
-    return next((cure for kinds, cure in CURES if isinstance(error, kinds)), "")
 
 
 class Running:
@@ -10115,7 +10110,7 @@ class Exchange:
             tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
             window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
             rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
-            error=failure.message if failure else "", cure=cure_of(failure) if failure else "",
+            error=failure.message if failure else "", cure=failure.cure if failure else "",
             notes=tuple(self.notes), left_out=self.left_out)
         self.server.note_turn(self, record)
         if turn and self.server.log.on("debug"):

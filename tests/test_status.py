@@ -238,7 +238,7 @@ def test_what_came_of_a_rescue_is_told_later():
 ])
 def test_errors_have_a_name_and_a_cure(error, kind, cured):
     assert q.outcome_of(error) == kind
-    assert bool(q.cure_of(error)) == cured
+    assert bool(error.cure) == cured
 
 
 def test_memory_is_bounded_whatever_names_come_from_outside():
