@@ -8081,24 +8081,21 @@ class Histogram:
     """Counts of observations at or below each bound, as Prometheus wants them."""
 
     def __init__(self, bounds: Tuple[float, ...]) -> None:
-        self.bounds = (*bounds, math.inf)
-        self.counts = [0] * len(self.bounds)
+        self.counts = dict.fromkeys((*bounds, math.inf), 0)
         self.total = 0.0
 
     def observe(self, value: float) -> None:
         """Count value; anything but a number from 0 up is left out."""
         if 0 <= value < math.inf:
-            self.counts[sum(bound < value for bound in self.bounds)] += 1
             self.total += value
+            for bound in self.counts:
+                self.counts[bound] += value <= bound
 
     def samples(self) -> Dict[str, float]:
         """Return the cumulative buckets, the sum and the count."""
-        samples, seen = {}, 0
-        for bound, count in zip(self.bounds, self.counts):
-            seen += count
-            name = "+Inf" if bound == math.inf else f"{bound:g}"
-            samples["_bucket" + labels(le=name)] = float(seen)
-        return {**samples, "_sum": self.total, "_count": seen}
+        return {**{"_bucket" + labels(le=f"{bound:g}".replace("inf", "+Inf")): count
+                   for bound, count in self.counts.items()},
+                "_sum": self.total, "_count": self.counts[math.inf]}
 
 
 def bump(counter: Dict[str, int], key: str) -> None:
@@ -8163,10 +8160,9 @@ class Stats:
             return
         outcome = "failed" if any(block.is_error for block in results) else "worked"
         with self.lock:
-            for index in range(len(self.rescued) - 1, -1, -1):
-                record = self.rescued[index]
-                if record.session == session:
-                    self.rescued[index] = record._replace(rescue_outcome=outcome)
+            for index in reversed(range(len(self.rescued))):
+                if self.rescued[index].session == session:
+                    self.rescued[index] = self.rescued[index]._replace(rescue_outcome=outcome)
                     return
 
     def _count(self, record: TurnRecord) -> None:
