@@ -8817,7 +8817,7 @@ class UpstreamCall:
     """One request to Ollama, its answer read as it comes.
 
     Made by Upstream.open. Every wait goes through the waiter, which may raise
-    ClientGoneError; close() cancels whatever Ollama is doing for us.
+    ClientGoneError.
     """
 
     def __init__(self, sock: socket.socket, waiter: Waiter, url: str) -> None:
@@ -8964,15 +8964,6 @@ class UpstreamCall:
             if size > MAX_ANSWER_BYTES:
                 raise UpstreamBrokenError(f"Ollama's answer is over {MAX_ANSWER_BYTES} bytes.")
 
-    def close(self) -> None:
-        self._sock.close()
-
-    def __enter__(self) -> UpstreamCall:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class Answer(NamedTuple):
     """A whole answer of the upstream."""
@@ -9015,29 +9006,31 @@ class Upstream:
         if authorization:
             self._fixed += f"Authorization: {authorization}\r\n"
 
+    @contextlib.contextmanager
     def open(
-        self, method: str, path: str, body: Optional[str], waiter: Waiter, until: float,
-    ) -> UpstreamCall:
-        """Connect and send; the answer is read from the returned call."""
-        payload = body.encode() if body is not None else b""
-        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._fixed}"
+        self, path: str, body: Optional[str], waiter: Waiter, until: float,
+    ) -> Iterator[UpstreamCall]:
+        """Connect and send: a POST of body, or a GET without one; the call reads the answer.
+
+        Whatever Ollama still does for us at the end of the with block is cancelled.
+        """
+        head, payload = f"GET {self._prefix}{path} HTTP/1.1\r\n{self._fixed}", b""
         if body is not None:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
-        sock = self._connect(waiter, min(until, time.monotonic() + CONNECT_S))
-        call = UpstreamCall(sock, waiter, self.url)
-        try:
+            payload = body.encode()
+            head = (f"POST{head[3:]}Content-Type: application/json\r\n"
+                    f"Content-Length: {len(payload)}\r\n")
+        with self._connect(waiter, min(until, time.monotonic() + CONNECT_S)) as sock:
+            call = UpstreamCall(sock, waiter, self.url)
             call.send(head.encode("utf-8", "surrogateescape") + b"\r\n" + payload, until)
-        except BaseException:
-            call.close()
-            raise
-        return call
+            del body, payload  # a long answer need not hold them
+            yield call
 
     def _connect(self, waiter: Waiter, until: float) -> socket.socket:
         """Try each address in turn; raise UpstreamRefusedError with the reason."""
         reason = "no address"
-        for family, kind, protocol, _, address in self._addresses(waiter, until):
+        for *kind, _, address in self._addresses(waiter, until):
             try:
-                sock = socket.socket(family, kind, protocol)
+                sock = socket.socket(*kind)
             except OSError as problem:  # no such family here, or too many open files
                 reason = os.strerror(problem.errno or 0)
                 continue
@@ -9053,7 +9046,7 @@ class Upstream:
 
     def _addresses(self, waiter: Waiter, until: float) -> List[Any]:
         """Look the name up, on a thread: a resolver may take half a minute to give up."""
-        found: List[Any] = []
+        found: List[Any] = [TimeoutError("the lookup takes too long")]
 
         def look_up(then: Callable[[], object] = int) -> None:
             try:
@@ -9071,10 +9064,10 @@ class Upstream:
             with mine:
                 threading.Thread(target=look_up, args=(wake.close,), daemon=True).start()
                 waiter.wait(mine, False, until)
-        if not found or isinstance(found[0], Exception):
-            reason = found[0] if found else "the lookup takes too long"
-            raise self._refused(f"the name cannot be resolved ({reason})")
-        return list(found[0])
+        answer = found[-1]
+        if isinstance(answer, Exception):
+            raise self._refused(f"the name cannot be resolved ({answer})")
+        return list(answer)
 
     @staticmethod
     def _connect_one(sock: socket.socket, address: Any, waiter: Waiter, until: float) -> str:
@@ -9114,11 +9107,9 @@ class Upstream:
             f"Cannot reach Ollama at {self.url}: {clean(reason)}. Start it with `ollama serve`,"
             " or set OLLAMA_BASE_URL.")
 
-    def ask(
-        self, method: str, path: str, body: Optional[str], waiter: Waiter, until: float,
-    ) -> Answer:
+    def ask(self, path: str, body: Optional[str], waiter: Waiter, until: float) -> Answer:
         """Make a call and read its whole answer."""
-        with self.open(method, path, body, waiter, until) as call:
+        with self.open(path, body, waiter, until) as call:
             call.read_head(until)
             text = call.read_all(until).decode("utf-8", "replace")
         return Answer(call.status, text, call.headers.get("retry-after"))
@@ -9482,8 +9473,7 @@ class Registry:
     def _ask(self, path: str, body: Optional[Json], waiter: Waiter, until: float) -> Answer:
         """Ask on the shim's own account; silence and nonsense count as no answer."""
         try:
-            return self._upstream.ask("POST" if body else "GET", path,
-                                      to_json(body) if body else None, waiter, until)
+            return self._upstream.ask(path, to_json(body) if body else None, waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
             return Answer(0, "", None)
 
@@ -9771,7 +9761,7 @@ class Warmer(Waiter):
                 self._cancelled.recv(READ_BYTES)
             self._reading = True  # before the look: a request cancels what it sees
             if self.prefix and not server.gate.working:
-                server.upstream.ask("POST", *self.prefix, self, until)
+                server.upstream.ask(*self.prefix, self, until)
             elif known and model.num_ctx and not server.gate.working:
                 server.registry.load(model.facts, model.num_ctx, None, self, until)
         except ShimError as error:
@@ -10207,7 +10197,7 @@ class Exchange:
         self.facts, turn = facts, self._make_turn(dialect(facts.name, thinking), prompt)
         self.turn = turn
         until = time.monotonic() + self.config.first_token_timeout_ms / 1000
-        with server.upstream.open("POST", dialect.path, body, self.audience, until) as call:
+        with server.upstream.open(dialect.path, body, self.audience, until) as call:
             del body
             self._pump(call, turn, until)
         if self.request.tools and not self.agent:
@@ -10310,7 +10300,7 @@ class Exchange:
         """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
         try:
             answer = self.server.upstream.ask(
-                "POST", "/api/chat", render_body(body), self.audience, until)
+                "/api/chat", render_body(body), self.audience, until)
         except UpstreamBrokenError as problem:  # chat tells what is wrong, if it lasts
             self.notes.append(f"not verbatim: {problem.message}")
             return None
@@ -11075,8 +11065,8 @@ class ShimServer(ThreadingHTTPServer):
     def model_names(self) -> List[str]:
         """List the configured model and what Ollama has."""
         try:
-            tags = self.upstream.ask("GET", "/api/tags", None, Waiter(),
-                                     time.monotonic() + HEALTH_S).body
+            tags = self.upstream.ask(
+                "/api/tags", None, Waiter(), time.monotonic() + HEALTH_S).body
         except ShimError:
             tags = None
         return list(dict.fromkeys([self.config.model, *(row["name"] for row in model_rows(tags))]))
@@ -11093,10 +11083,10 @@ class ShimServer(ThreadingHTTPServer):
         model: Json = {"name": self.config.model, "present": None}
         try:
             until, waiter = time.monotonic() + HEALTH_S, Waiter()  # the client may half-close
-            answer = self.upstream.ask("GET", "/api/version", None, waiter, until)
+            answer = self.upstream.ask("/api/version", None, waiter, until)
             upstream.update(reachable=True, version=told_version(answer) or None)
             name = self.config.model
-            show = self.upstream.ask("POST", "/api/show", to_json({"model": name}), waiter, until)
+            show = self.upstream.ask("/api/show", to_json({"model": name}), waiter, until)
             facts, known = facts_from_show(name, show.body), self.registry.known(name)
             model.update(
                 capabilities=sorted(facts.capabilities or ()), context_length=facts.trained,
@@ -11243,7 +11233,7 @@ def stand_in_answer(handler: Any) -> None:
 
 def demo_turn(shim: Upstream, messages: List[Json]) -> Json:
     """Send one Messages request over HTTP, print its events, return the folded message."""
-    answer = shim.ask("POST", "/v1/messages", to_json({
+    answer = shim.ask("/v1/messages", to_json({
         "model": "demo", "max_tokens": 1000, "stream": True, "messages": messages,
         "tools": DEMO_TOOLS}), Waiter(), time.monotonic() + 30)
     lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
@@ -11482,7 +11472,7 @@ def ask_shim(url: str, path: str, config: Config) -> Json:
     if not BASE_URL.fullmatch(url):  # HOST may be what no URL can name
         return {}
     try:
-        answer = shim_at(url, config).ask("GET", path, None, Waiter(), time.monotonic() + 1.0)
+        answer = shim_at(url, config).ask(path, None, Waiter(), time.monotonic() + 1.0)
     except ShimError:
         return {}
     return _mapping(answer.body) if answer.status == 200 else {}
@@ -11888,8 +11878,8 @@ class Doctor:
         """Ask Ollama; what may load a model may take as long as a first token."""
         loads = body and path != "/api/show"
         until = time.monotonic() + (self.wait_s if loads else OLLAMA_ANSWER_S)
-        return self.server.upstream.ask("POST" if body else "GET", path,
-                                        to_json(body) if body else None, Ticker(what), until)
+        return self.server.upstream.ask(
+            path, to_json(body) if body else None, Ticker(what), until)
 
     def ask_well(self, path: str, body: Json, what: str) -> Json:
         """Ask Ollama; raise a ShimError where it refuses."""
@@ -11941,7 +11931,7 @@ class Doctor:
                         "messages": [{"role": "user", "content": text}], "tools": [DOCTOR_TOOL]})
         try:
             answer = shim_at(self.server.url, self.config).ask(
-                "POST", "/v1/messages", body, Ticker(what), time.monotonic() + 2 * self.wait_s)
+                "/v1/messages", body, Ticker(what), time.monotonic() + 2 * self.wait_s)
         except ShimError as error:
             return verdict([], word, error.message)
         told = _mapping(answer.body)
@@ -11950,8 +11940,7 @@ class Doctor:
 
     def check_ollama(self) -> Finding:
         answer = self.ask("/api/version")
-        version = _mapping(answer.body).get("version")
-        return verdict_ollama(self.server.upstream.url, answer.status, str(version or ""))
+        return verdict_ollama(self.server.upstream.url, answer.status, told_version(answer))
 
     def check_model(self) -> Finding:
         others, present = [], True
@@ -11995,7 +11984,7 @@ class Doctor:
         until = time.monotonic() + self.wait_s
         body = self.body(2000, think=False, stream=True, messages=[
             {"role": "user", "content": "Count from one to five hundred."}])
-        with self.server.upstream.open("POST", "/api/chat", to_json(body), Waiter(), until) as call:
+        with self.server.upstream.open("/api/chat", to_json(body), Waiter(), until) as call:
             call.read_head(until)
             call.read(until)
         begun = time.monotonic()
@@ -12196,20 +12185,19 @@ def gpu_bytes(env: Env) -> float:
     return sum(float(word) for word in words if word.isdecimal()) * 2**20
 
 
-def ask_facts(upstream: Upstream, name: str) -> ModelFacts:
-    """Ask Ollama what a model is; raise a ShimError where nothing answers."""
-    return facts_from_show(name, upstream.ask(
-        "POST", "/api/show", to_json({"model": name}), Waiter(),
-        time.monotonic() + OLLAMA_ANSWER_S).body)
+def ask_ollama(config: Config, path: str, body: Optional[str] = None) -> Any:
+    """Ask Ollama what it tells at once; return its JSON, None where that makes no sense."""
+    return Upstream(config).ask(path, body, Waiter(), time.monotonic() + OLLAMA_ANSWER_S).body
+
+
+def ask_facts(config: Config, name: str) -> ModelFacts:
+    return facts_from_show(name, ask_ollama(config, "/api/show", to_json({"model": name})))
 
 
 def run_models(config: Config, args: Any, env: Env) -> int:
     """List what Ollama has and which of it suits Claude Code here."""
-    upstream = Upstream(config)
-    tags, loaded = (model_rows(upstream.ask(
-        "GET", path, None, Waiter(), time.monotonic() + OLLAMA_ANSWER_S).body)
-        for path in ("/api/tags", "/api/ps"))
-    models = [(ask_facts(upstream, tag["name"]), natural(tag.get("size"))) for tag in tags]
+    tags, loaded = (model_rows(ask_ollama(config, path)) for path in ("/api/tags", "/api/ps"))
+    models = [(ask_facts(config, tag["name"]), natural(tag.get("size"))) for tag in tags]
     places = {row["name"]: loaded_from(row) for row in loaded}
     ours = {config.model, f"{config.model}:latest"}
     say(f"{'MODEL':32} {'SIZE':>8} {'WINDOW':>8}  TOOLS  LOADED")
@@ -12283,7 +12271,7 @@ def run_explain(config: Config, args: Any, env: Env) -> int:
                           f" {clean(str(problem))}") from None
     facts = ModelFacts(config.model)
     with contextlib.suppress(ShimError):
-        facts = ask_facts(Upstream(config), config.model)
+        facts = ask_facts(config, config.model)
     say(json.dumps(explain(request, facts, config), indent=1, ensure_ascii=False))
     return 0
 
