@@ -9480,13 +9480,11 @@ class Registry:
     def _learn(self, name: str, waiter: Waiter, until: float) -> LocalModel:
         config = self._config
         answer = self._ask("/api/show", {"model": name}, waiter, until)
-        if answer.status != 200:
-            error = upstream_error(answer.status, answer.text, name)
-            if isinstance(error, ModelMissingError):
-                raise error
-            return LocalModel(ModelFacts(name), config.num_ctx, config.num_ctx or 0)
+        raise_if_missing(name, answer)
         shown = answer.body
         facts = facts_from_show(name, shown)
+        if answer.status != 200:
+            return LocalModel(facts, config.num_ctx, config.num_ctx or 0)
         _, before = self._models.get(name, (0.0, None))
         if before and before.facts.digest == facts.digest and before.window:
             model = before._replace(facts=facts)
@@ -9589,6 +9587,13 @@ class Registry:
 
 
 VERSION_NUMBER = Pattern(r"v?([0-9]{1,6})\.([0-9]{1,6})")
+
+
+def raise_if_missing(name: str, answer: Answer) -> None:
+    """Raise ModelMissingError where the answer of /api/show says so."""
+    error = upstream_error(answer.status, answer.text, name) if answer.status != 200 else None
+    if isinstance(error, ModelMissingError):
+        raise error
 
 
 def new_enough(version: str) -> bool:
@@ -9789,13 +9794,6 @@ class Prompt(NamedTuple):
     shared: int
     num_predict: int
 
-    def fitted(self, request: Request, window: int, is_compaction: bool) -> Prompt:
-        """Clamp num_predict to the window; raise PromptTooLongError where nothing fits."""
-        answers = sum(message.role == "assistant" for message in request.messages)
-        return self._replace(num_predict=fit(
-            self.size.tokens, request.max_tokens, window, is_compaction,
-            headroom_tokens(window, answers), margin=self.size.margin))
-
 
 # What goes to a client at once: a stream's bytes, which take a sixth of the memory of
 # their events, or events that become a whole answer.
@@ -9988,31 +9986,35 @@ class SharedRelay:
 class Exchange:
     """One Messages request, from the parsed body to the last byte."""
 
-    def __init__(self, handler: Handler, request: Request) -> None:
+    way = "chat"
+    started = False
+    first_at = 0.0
+    estimate = 1
+    window = 0
+    turn: Optional[Turn] = None
+    left_out: Tuple[str, ...] = ()
+
+    def __init__(self, handler: Handler, request: Request, body_hash: int) -> None:
         self.handler, self.request = handler, request
         self.server, self.link = handler.server, handler.link
         self.config = handler.server.config
-        self.session_id = handler.session_id or request.session
+        named = handler.http.header("x-claude-code-session-id")
         self.agent = handler.http.header("x-claude-code-agent-id")
+        own_id = named + (f"/{self.agent}" if self.agent else "")
+        self.session_id = own_id or request.session
+        # A known session's request may be joined by its own retry.
+        self.key = f"{own_id} {body_hash}" if named else ""
         self.is_compaction = COMPACTION_MARK in last_user_text(request)
         # A side request without tools must not take the conversation's place.
         self.session = self.server.session(self.session_id + ("" if request.tools else " -"))
-        self.started = False
-        self.begun_at, self.first_at = time.monotonic(), 0.0
-        self.until, self.kept = 0.0, b""  # of Ollama's answer
+        self.begun_at = time.monotonic()
         self.silence_s = self.config.timeout_ms / 1000
         self.translator = StreamTranslator(
             "msg_" + fresh_id(), request.model or self.config.model, lambda: "toolu_" + fresh_id())
-        self.estimate = 1
         self.events: List[Event] = []
-        self.way, self.model, self.window = "chat", self.config.model, 0
-        self.turn: Optional[Turn] = None
-        self.facts = ModelFacts(self.model)
-        self.opening = self.unrendered = ""
+        self.model = self.config.model
         self.recalled: List[bool] = []  # earlier answers: as the model wrote them?
         self.notes: List[str] = []
-        self.left_out: Tuple[str, ...] = ()
-        self.key = handler.join_key
         self.audience = Audience(self.link, request.stream)
 
     @property
@@ -10076,28 +10078,28 @@ class Exchange:
 
     def _record(self, outcome: str, failure: Optional[ShimError]) -> None:
         """Count the request and write its line."""
-        now, turn = time.monotonic(), self.turn
-        finish = (turn.finish if turn else None) or Finish("")
-        usage = turn.usage if turn else Usage()
-        calls = turn.calls if turn else []
+        total_s = time.monotonic() - self.begun_at
         self.session.turns += 1
+        record = TurnRecord(
+            session=self.session_id, turn=self.session.turns, model=self.model, way=self.way,
+            started=time.time() - total_s, total_s=total_s, window=self.window, outcome=outcome,
+            first_s=self.first_at - self.begun_at if self.first_at else None,
+            notes=tuple(self.notes), left_out=self.left_out)
+        if failure:
+            record = record._replace(error=failure.message, cure=failure.cure)
+        turn = self.turn
         if turn:  # one that joined, or was answered here, made no calls
+            finish, usage, calls = turn.finish or Finish(""), turn.usage, turn.calls
             self.session.rescued = tuple(
                 one for one, (_, rule) in zip(self.translator.call_ids, calls) if rule)
-        record = TurnRecord(
-            session=self.session_id, turn=self.session.turns, model=self.model,
-            started=time.time() - (now - self.begun_at),
-            first_s=self.first_at - self.begun_at if self.first_at else None,
-            total_s=now - self.begun_at, output_tokens=usage.output_tokens,
-            prompt_tokens=sum(usage) - usage.output_tokens,
-            new_tokens=None if finish.prompt_tokens is None
-            else usage.input_tokens + usage.cache_creation_input_tokens,
-            cached_tokens=usage.cache_read_input_tokens, prefill_s=finish.prompt_s,
-            tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
-            window=self.window, tools=tuple(name for name, _ in calls), way=self.way,
-            rescue=",".join(rule for _, rule in calls if rule), outcome=outcome,
-            error=failure.message if failure else "", cure=failure.cure if failure else "",
-            notes=tuple(self.notes), left_out=self.left_out)
+            record = record._replace(
+                prompt_tokens=sum(usage) - usage.output_tokens, output_tokens=usage.output_tokens,
+                new_tokens=None if finish.prompt_tokens is None
+                else usage.input_tokens + usage.cache_creation_input_tokens,
+                cached_tokens=usage.cache_read_input_tokens, prefill_s=finish.prompt_s,
+                tokens_per_s=usage.output_tokens / finish.output_s if finish.output_s else 0.0,
+                tools=tuple(name for name, _ in calls),
+                rescue=",".join(rule for _, rule in calls if rule))
         self.server.note_turn(self, record)
         if turn and self.server.log.on("debug"):
             self.server.log.write("debug", f"answer {turn.raw or turn.answer!r} calls {turn.calls}")
@@ -10176,7 +10178,8 @@ class Exchange:
         body = chat_body(self.request, facts, self.config, options,
                          messages_json=prompt.messages_json, tools_json=prompt.tools_json)
         prompt = prompt._replace(messages_json="")  # a long answer need not hold it
-        dialect, prefix, self.opening = ChatDecoder, None, ""
+        dialect, prefix = ChatDecoder, None
+        self.opening = self.unrendered = ""
         if server.registry.verbatim(self.request, facts, self.audience, own_until):
             rendered = self._render(facts, body, prompt.answers, own_until)
             if rendered:
@@ -10234,15 +10237,19 @@ class Exchange:
         prompt = self._translate(model.facts, request)
         if not model.window:
             return prompt
+        may_shorten = self.is_compaction and not over
+        answers = sum(message.role == "assistant" for message in request.messages)
         try:
-            fitted = prompt.fitted(request, model.window, self.is_compaction)
+            num_predict = fit(
+                prompt.size.tokens, request.max_tokens, model.window, self.is_compaction,
+                headroom_tokens(model.window, answers), margin=prompt.size.margin)
         except PromptTooLongError as error:
-            if over or not self.is_compaction:
+            if not may_shorten:
                 raise
             return self._prepare(model, error.tokens - error.maximum + SUMMARY_TOKENS)
-        scarce = fitted.num_predict < min(SUMMARY_TOKENS, request.max_tokens)
-        return self._prepare(model, SUMMARY_TOKENS) \
-            if scarce and self.is_compaction and not over else fitted
+        if may_shorten and num_predict < min(SUMMARY_TOKENS, request.max_tokens):
+            return self._prepare(model, SUMMARY_TOKENS)
+        return prompt._replace(num_predict=num_predict)
 
     def _translate(self, facts: ModelFacts, request: Request) -> Prompt:
         session, counter = self.session, self.server.counter
@@ -10366,7 +10373,7 @@ class Exchange:
             raise upstream_error(
                 call.status, text, turn.model, retry_after=call.headers.get("retry-after"),
                 prompt_tokens=self.estimate, window=self.window)
-        self.until = until
+        self.until, self.kept = until, b""
         while not turn.done:
             data, self.kept = self.kept or call.read(self.until), b""
             self._take(data, turn)
@@ -10483,13 +10490,12 @@ class Exchange:
 
     def _tell(self, error: ShimError) -> None:
         """Tell a failure: an HTTP status before the first byte, an event after it."""
-        if not self.handler.streaming:
-            self.handler.reply_error(error)
-        elif self.request.stream:
-            self.handler.send_piece(sse([error_event(error)]), last=True)
+        handler = self.handler
+        if not handler.streaming:
+            handler.reply_error(error)
         else:
-            body = to_json(error_body(error, self.handler.request_id)).encode()
-            self.handler.send_piece(body, last=True)
+            handler.send_piece(sse([error_event(error)]) if self.request.stream
+                               else handler.error_json(error), last=True)
 
 
 def fresh_id() -> str:
@@ -10503,11 +10509,7 @@ class Handler:
     """One client connection: read requests, guard them, route them, answer."""
 
     http = HttpRequest("GET", "/", "/", "1.1", {})  # until one has come
-    request_id = join_key = ""
-    body = _unsent = b""
-    streaming = False
     keep = True
-    _unread = False  # a body that would be taken for the next request
 
     def __init__(self, sock: socket.socket, _address: Any, server: ShimServer) -> None:
         self.server = server
@@ -10527,15 +10529,11 @@ class Handler:
                 if not sock.recv(READ_BYTES) or time.monotonic() >= until:
                     break
 
-    @property
-    def session_id(self) -> str:
-        agent = self.http.header("x-claude-code-agent-id")
-        return self.http.header("x-claude-code-session-id") + (f"/{agent}" if agent else "")
-
     def _serve_one(self) -> None:
         """Read and answer one request."""
         self.request_id, self.http = "req_" + fresh_id(), Handler.http
-        self.streaming = self.keep = self._unread = self.link.serving = False
+        self.streaming = self.keep = self.link.serving = False
+        self._unread = False  # a body that would be taken for the next request
         self.body = self._unsent = b""
         try:
             head = self._read_head()
@@ -10720,10 +10718,12 @@ class Handler:
     def reply_json(self, value: Any) -> None:
         self.reply(200, to_json(scrub(value, self._secrets())).encode())
 
+    def error_json(self, error: ShimError) -> bytes:
+        return to_json(error_body(error, self.request_id)).encode()
+
     def reply_error(self, error: ShimError) -> None:
         """Answer with the Messages API error object."""
-        body = to_json(error_body(error, self.request_id)).encode()
-        self.reply(error.status, body, headers={
+        self.reply(error.status, self.error_json(error), headers={
             "x-should-retry": "" if error.retry else "false", "Allow": getattr(error, "allow", ""),
             "retry-after": clean(error.retry_after or "", 60)})
 
@@ -10745,10 +10745,8 @@ class Handler:
     # ---- routes ----
 
     def messages(self) -> None:
-        """Answer a Messages request; one of a known session may join its own retry."""
-        known = self.http.header("x-claude-code-session-id")
-        self.join_key = f"{self.session_id} {hash(self.body)}" if known else ""
-        Exchange(self, self._request()).run()
+        body_hash = hash(self.body)
+        Exchange(self, self._request(), body_hash).run()
         self.server.tidy()
 
     def count_tokens(self) -> None:
@@ -10850,18 +10848,19 @@ def model_page(names: Sequence[str], query: Mapping[str, str]) -> Json:
 
 def read_counts(config: Config, log: Log) -> TokenCounter:
     """Read what earlier runs learned of token counts; nothing where there is no file."""
-    path = config.counts_file
     try:
-        return kept_counts(path) if path and os.path.exists(path) else TokenCounter()
+        return kept_counts(config.counts_file)
     except (OSError, ValueError) as problem:
-        log.write("warn", f"SHIM_COUNTS_FILE: {path} cannot be read"
+        log.write("warn", f"SHIM_COUNTS_FILE: {config.counts_file} cannot be read"
                   f" ({reason_of(problem)}): counts are neither taken from it nor kept in it."
                   " Name another file, or remove this one.")
         return TokenCounter()
 
 
 def kept_counts(path: str) -> TokenCounter:
-    """Read a file of counts; raise ValueError where it holds something else."""
+    """Read a file of counts, if it is there; raise ValueError where it holds something else."""
+    if not os.path.exists(path):
+        return TokenCounter()
     with open(path, "rb") as file:
         kept = parse_json(file.read() or b"{}")
     counter = TokenCounter.from_json(kept)
@@ -10881,8 +10880,7 @@ def write_counts(path: str, counter: TokenCounter, log: Log) -> None:
     A file that holds something else, named by mistake, stays as it is.
     """
     try:
-        if os.path.exists(path):
-            kept_counts(path)
+        kept_counts(path)
         with open(path + ".new", "w", encoding="utf-8") as file:
             json.dump(counter.to_json(), file)
         os.replace(path + ".new", path)
@@ -11904,9 +11902,7 @@ class Doctor:
         """Ask what the model is; raise ModelMissingError where it is not there."""
         name = self.config.model
         answer = self.ask("/api/show", {"model": name})
-        error = upstream_error(answer.status, answer.text, name) if answer.status != 200 else None
-        if isinstance(error, ModelMissingError):
-            raise error
+        raise_if_missing(name, answer)
         self.model = LocalModel(facts_from_show(name, answer.body), self.config.num_ctx)
 
     def load(self) -> Loaded:
