@@ -11127,9 +11127,9 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def tell(text: str) -> None:
+def tell(text: str, end: str = "\n") -> None:
     """Say something beside a command's output."""
-    print(text, file=sys.stderr, flush=True)
+    print(text, end=end, file=sys.stderr, flush=True)
 
 
 def open_server(config: Config) -> ShimServer:
@@ -11850,9 +11850,9 @@ class Ticker(Waiter):
             ready = super().wait(sock, writing, min(until, time.monotonic() + 1.0))
             if not ready and sys.stderr.isatty():
                 line = f"{self.what} ... {time.monotonic() - self.since:.0f} s "
-                print("\r" + line, end="", file=sys.stderr, flush=True)
+                tell("\r" + line, end="")
         if line:
-            print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+            tell(f"\r{' ' * len(line)}\r", end="")
         return ready
 
 
@@ -12014,12 +12014,11 @@ class Doctor:
 
 
 class Check(NamedTuple):
-    """A check: after names the one without which it is skipped; loads the model or not."""
+    """A check: after names the one without which it is skipped."""
 
     name: str
     run: Callable[[Doctor], Finding]
     after: str = ""
-    loads: bool = False
 
 
 CHECKS: Tuple[Check, ...] = (
@@ -12029,21 +12028,21 @@ CHECKS: Tuple[Check, ...] = (
     Check("capabilities", lambda doctor: verdict_capabilities(
         sorted(doctor.model.facts.capabilities or ())), "model"),
     Check("load", lambda doctor: Finding(
-        "ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}"), "model", True),
+        "ok", f"loaded in {doctor.load().seconds:.1f} s; {doctor.model.reason}"), "model"),
     Check("window", Doctor.check_window, "model"),
-    Check("memory", lambda doctor: verdict_memory(doctor.loaded), "load", True),
-    Check("template", Doctor.check_template, "load", True),
+    Check("memory", lambda doctor: verdict_memory(doctor.loaded), "load"),
+    Check("template", Doctor.check_template, "load"),
     Check("tool call", lambda doctor: doctor.check_call(
         verdict_call, "kiwi", "a live tool call", "You call tools.",
-        "Call the tool doctor_probe with word set to kiwi. Write nothing else."), "load", True),
+        "Call the tool doctor_probe with word set to kiwi. Write nothing else."), "load"),
     Check("rescue", lambda doctor: doctor.check_call(
         verdict_rescue, "plum", "a call written as text",
         "Repeat the user's message exactly, as plain text. Write nothing else.",
-        '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'), "load", True),
-    Check("truncation", Doctor.check_truncation, "load", True),
-    Check("reuse", Doctor.check_reuse, "load", True),
-    Check("cancel", Doctor.check_cancel, "load", True),
-    Check("speed", lambda doctor: verdict_speed(*doctor.speed), "load", True),
+        '```json\n{"name": "doctor_probe", "arguments": {"word": "plum"}}\n```'), "load"),
+    Check("truncation", Doctor.check_truncation, "load"),
+    Check("reuse", Doctor.check_reuse, "load"),
+    Check("cancel", Doctor.check_cancel, "load"),
+    Check("speed", lambda doctor: verdict_speed(*doctor.speed), "load"),
     Check("bash", Doctor.check_bash),
     Check("claude", Doctor.check_claude),
     Check("port", Doctor.check_port),
@@ -12055,7 +12054,7 @@ def examine(doctor: Doctor, quick: bool) -> Iterator[Tuple[str, Finding]]:
     """Run the checks in the order in which things break."""
     broken: Set[str] = set()
     for check in CHECKS:
-        if check.loads and quick:
+        if quick and "load" in (check.name, check.after):
             continue
         try:
             found = Finding("skip", f"{check.name}: not checked") if check.after in broken \
