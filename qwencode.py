@@ -8045,6 +8045,10 @@ class TurnRecord(NamedTuple):
         """Count what is left of a known window."""
         return max(0, self.window - self.used)
 
+    @property
+    def ended(self) -> float:
+        return self.started + self.total_s
+
 
 CLIENT_LEFT = "client left"
 # Kinds that are Ollama's failures, not the client's or our own.
@@ -8260,7 +8264,7 @@ def turn_line(record: TurnRecord, colour: bool = False, utc_offset_s: float = 0.
 
     "verbatim" before the outcome says which way the answer was read; else it was chat.
     """
-    second = int(record.started + record.total_s + utc_offset_s) % 86400
+    second = int(record.ended + utc_offset_s) % 86400
     at = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
     parts = [
         f"{at} turn {record.turn}" if record.turn else at,
@@ -8280,8 +8284,7 @@ def turn_line(record: TurnRecord, colour: bool = False, utc_offset_s: float = 0.
 
 def turn_json(record: TurnRecord, secrets: Tuple[str, ...] = ()) -> str:
     """Write a turn as one line of JSON for `--log-format json`."""
-    return json.dumps(scrub({"event": "turn", "time": record.started + record.total_s,
-                             **record._asdict()}, secrets))
+    return json.dumps(scrub({"event": "turn", "time": record.ended, **record._asdict()}, secrets))
 
 
 # ------------------------------ what broke the prefix ------------------------------
@@ -8332,7 +8335,7 @@ def session_fields(record: TurnRecord) -> Json:
     return {"session": record.session, "model": record.model, "turn": record.turn,
             "used": record.used, "window": record.window,
             "left": record.left if record.window else None,
-            "last": record.started + record.total_s, "left_out": record.left_out}
+            "last": record.ended, "left_out": record.left_out}
 
 
 def status_json(
@@ -8374,6 +8377,7 @@ def metrics_text(stats: Stats, config: Config) -> str:
     with stats.lock:
         states = [one.state for one in stats.active.values()]
         waiting, counters = states.count("waiting"), stats.counters
+        tokens = counters["tokens"]
 
         def by(label: str, name: str) -> Dict[str, float]:
             return {labels(**{label: key}): n for key, n in sorted(counters[name].items())}
@@ -8392,11 +8396,11 @@ def metrics_text(stats: Stats, config: Config) -> str:
             ("upstream_errors_total", "counter", "Failures of Ollama by kind.",
              by("kind", "upstream_errors")),
             ("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.",
-             {"": counters["tokens"]["prompt"]}),
+             {"": tokens["prompt"]}),
             ("cached_prompt_tokens_total", "counter", "Tokens of prompts not read again.",
-             {"": counters["tokens"]["cached"]}),
+             {"": tokens["cached"]}),
             ("output_tokens_total", "counter", "Tokens written by the model.",
-             {"": counters["tokens"]["output"]}),
+             {"": tokens["output"]}),
             ("time_to_first_token_seconds", "histogram", "From the request to the first token.",
              stats.first_token.samples()),
             ("time_per_output_token_seconds", "histogram",
@@ -9475,7 +9479,7 @@ class Registry:
         try:
             return self._upstream.ask(path, to_json(body) if body else None, waiter, until)
         except (UpstreamBrokenError, UpstreamTimeoutError):
-            return Answer(0, "", None)
+            return Answer(0, "")
 
     def _learn(self, name: str, waiter: Waiter, until: float) -> LocalModel:
         config = self._config
@@ -11609,11 +11613,6 @@ def dotted(version: Iterable[int]) -> str:
     return ".".join(map(str, version))
 
 
-def verdict_python(version: Tuple[int, ...]) -> Finding:
-    line = f"Python {dotted(version)}"
-    return judge(line, (version < (3, 9), "bad", f"{line} is too old", "Install 3.9 or newer."))
-
-
 def verdict_ollama(url: str, status: int, version: str) -> Finding:
     """Judge the answer of /api/version."""
     number, line = version_of(version), f"Ollama {version} at {url}"
@@ -12022,7 +12021,8 @@ class Check(NamedTuple):
 
 
 CHECKS: Tuple[Check, ...] = (
-    Check("python", lambda doctor: verdict_python(sys.version_info[:3])),
+    # An older one than 3.9 cannot import this file: functools.cache is not there.
+    Check("python", lambda doctor: Finding("ok", f"Python {dotted(sys.version_info[:3])}")),
     Check("ollama", Doctor.check_ollama),
     Check("model", Doctor.check_model, "ollama"),
     Check("capabilities", lambda doctor: verdict_capabilities(

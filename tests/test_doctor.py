@@ -20,8 +20,6 @@ AS_TEXT = [{"type": "text", "text": '{"name": "doctor_probe"}'}]
 GOOD_PROMPT = "ProbeTool probe question probe said probe value probe reminder"
 
 VERDICTS = [
-    ("a Python that is too old", q.verdict_python((3, 8, 1)), "bad", "3.8.1 is too old"),
-    ("a Python that is new enough", q.verdict_python((3, 9, 0)), "ok", "Python 3.9.0"),
     ("a new Ollama", q.verdict_ollama("http://h:1", 200, "0.33.0"), "ok", "Ollama 0.33.0 at"),
     ("an Ollama built from source", q.verdict_ollama("u", 200, "0.0.0"), "ok", "Ollama 0.0.0"),
     ("an old Ollama", q.verdict_ollama("u", 200, "0.12.3"), "warn", "gives tool calls no ids"),
