@@ -11290,10 +11290,6 @@ def run_demo(config: Config, args: Any, env: Env) -> int:
     return 0 if done else 1
 
 
-TRY_TOOLS = {"Bash": Tool("Bash", "", {"type": "object", "required": ["command"], "properties": {
-    "command": {"type": "string"}, "description": {"type": "string"}}})}
-
-
 def run_try(config: Config, args: Any, env: Env) -> int:
     """Carry out one request here, as the rescue would; return the command's exit code."""
     found = find_rescue((Message("user", (Text(" ".join(args.request)),)),), "I'll do that now.")
@@ -11301,12 +11297,12 @@ def run_try(config: Config, args: Any, env: Env) -> int:
         say("No rescue: these words are not one clear file operation inside this folder, so the"
             " shim would not act. Name the file, and put its content in quotes.")
         return 1
-    call = rescue_call(found.ops, TRY_TOOLS, config.bash_style, config.max_read_bytes)
-    if not call or "command" not in call[1]:
-        say("No rescue: this cannot be carried by one shell command.")
+    try:
+        command, in_short = commands_for(found.ops, config.bash_style, config.max_read_bytes)
+    except CannotCarryError as problem:
+        say(f"No rescue: {problem}")
         return 1
-    command = call[1]["command"]
-    say(f"rule: {found.rule}\n{call[1].get('description', '')}\n\n{command}\n")
+    say(f"rule: {found.rule}\n{in_short}\n\n{command}\n")
     if args.dry_run:
         return 0
     bash, subprocess = late("shutil").which("bash"), late("subprocess")

@@ -27,6 +27,7 @@ TRIES = [
     ("append the text 'y' to x.txt", [], 0, "exit code 0: done and verified", "a\ny"),
     ("rename x.txt to x.txt/y.txt", ["--bash-style", "coded"], 98, "not done", "a\n"),
     ("what is the weather?", [], 1, "No rescue: these words are not one clear", "a\n"),
+    ("append '\udcff' to x.txt", [], 1, "No rescue: The text holds half a surrogate pair.", "a\n"),
 ]
 
 
