@@ -11925,9 +11925,9 @@ class Doctor:
                 "/v1/messages", body, Ticker(what), time.monotonic() + 2 * self.wait_s)
         except ShimError as error:
             return verdict([], word, error.message)
-        told = _mapping(answer.body)
+        told = _mapping(answer.body)  # an error with status 200, where the answer took long
         problem = str(_mapping(told.get("error")).get("message") or "")
-        return verdict(told.get("content") or [], word, problem if answer.status != 200 else "")
+        return verdict(told.get("content") or [], word, problem)
 
     def check_ollama(self) -> Finding:
         answer = self.ask("/api/version")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import qwencode as q
 from helpers import running_shim
-from mock_ollama import MockOllama, Model, call, done, model_text, text
+from mock_ollama import MockOllama, Model, call, delay, done, model_text, status, text
 
 GIB = 2**30
 WORDS = [{"type": "text", "text": "kiwi"}]
@@ -220,6 +220,15 @@ def closed_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_a_call_that_fails_after_a_long_wait_is_no_call_in_words(place, monkeypatch):
+    monkeypatch.setattr(q, "FIRST_EVENT_S", 0.05)
+    with MockOllama(delay(0.3) + status(500, {"error": "out of luck"}),
+                    model="qwen3-coder:30b") as ollama:
+        _, found = doctor(place, ollama.url, OLLAMA_MODEL=ollama.model)
+    assert found["tool call"][0] == "bad"
+    assert "a live tool call failed: Ollama failed (500): out of luck" in found["tool call"][1]
 
 
 def test_without_ollama_the_rest_is_still_checked(place):
