@@ -10578,13 +10578,15 @@ class Handler:
 
     def _read_head(self) -> bytes:
         """Read up to the empty line; raise for what is too long or too slow."""
-        link = self.link
-        while link.input[:2] == b"\r\n":  # an empty line before a request (RFC 9112 2.2)
-            del link.input[:2]
-        if not link.input and not link.wait(None, False, time.monotonic() + IDLE_CONNECTION_S):
-            raise ClientGoneError
-        until = time.monotonic() + HEAD_PROGRESS_S
+        link, until = self.link, 0.0
         while True:
+            while link.input[:2] == b"\r\n":  # an empty line before a request (RFC 9112 2.2)
+                del link.input[:2]
+            if not link.input:
+                if not link.wait(None, False, time.monotonic() + IDLE_CONNECTION_S):
+                    raise ClientGoneError
+                continue
+            until = until or time.monotonic() + HEAD_PROGRESS_S
             end = link.input.find(b"\r\n\r\n")
             if 0 <= end <= MAX_HEAD_BYTES:
                 head = bytes(link.input[:end])

@@ -184,6 +184,14 @@ def test_chunked_bodies_and_pipelined_requests(quiet):
     assert answer.rindex(b'"id":"z"') > answer.rindex(b'"stop_reason"')
 
 
+@pytest.mark.parametrize(("data", "more", "answers"), [
+    (b"\r\n" + SIMPLE, b"", 1), (b"\r\n\r\n" + SIMPLE, b"", 1), (b"\r\n", SIMPLE, 1),
+    (post(HI, close=False) + b"\r\n", b"\r\n" + SIMPLE, 2)])
+def test_empty_lines_before_a_request_are_passed_over(quiet, data, more, answers):
+    answer = exchange(quiet.port, data, more)
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 OK") == answers
+
+
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 def test_expect_continue_is_answered_where_it_may_be(quiet, version):
     data = json.dumps(HI).encode()
