@@ -10454,12 +10454,8 @@ class Exchange:
         """Keep the client waiting: the first event after 15 s, then one every 10 s."""
         self.link.tick_at = time.monotonic() + KEEP_ALIVE_S
         if self.request.stream:
-            if self.way == "joined":
-                return
-            if not self.started:
-                self._send(self._begin())
-            else:
-                self._send([self.translator.keep_alive()])
+            if self.way != "joined":
+                self._send([self.translator.keep_alive()] if self.started else self._begin())
         elif not self.audience.detached:
             if not self.handler.streaming:
                 self.handler.start_stream("application/json")
@@ -11363,18 +11359,21 @@ def child_env(made: Env, env: Env) -> Env:
     Not kept: where to send to and with which key, what would lead past the shim, and a
     NO_PROXY that would send loopback requests to a proxy.
     """
-    ours = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")
-    child = {**made, **{name: text for name, text in env.items()
-                        if text and name not in (*ours, *CLOUD_SWITCHES)}}
+    ours = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", *CLOUD_SWITCHES)
+    child = {**made, **{name: text for name, text in env.items() if text and name not in ours}}
     if not covers_loopback(env):
-        there = env.get("NO_PROXY") or env.get("no_proxy") or ""
-        child["NO_PROXY"] = child["no_proxy"] = f"{there},127.0.0.1,localhost".lstrip(",")
+        child["NO_PROXY"] = child["no_proxy"] = \
+            f"{no_proxy(env)},127.0.0.1,localhost".lstrip(",")
     return child
+
+
+def no_proxy(env: Env) -> str:
+    return env.get("NO_PROXY") or env.get("no_proxy") or ""
 
 
 def covers_loopback(env: Env) -> bool:
     """Tell whether NO_PROXY keeps loopback requests away from a proxy."""
-    names = (env.get("NO_PROXY") or env.get("no_proxy") or "").replace(" ", "").split(",")
+    names = no_proxy(env).replace(" ", "").split(",")
     return "*" in names or {"127.0.0.1", "localhost"} <= set(names)
 
 
@@ -11741,14 +11740,16 @@ def verdict_cancel(seconds: float) -> Finding:
 
 def verdict_speed(read_per_s: float, write_per_s: float) -> Finding:
     """Judge tokens a second; 0 is unknown."""
-    if not read_per_s or not write_per_s:
-        return Finding("warn", "Ollama gave no times: the speed is unknown", UPDATE_OLLAMA)
-    wait_s = FIRST_PROMPT_TOKENS / read_per_s
+    unknown = not read_per_s or not write_per_s
+    wait_s = FIRST_PROMPT_TOKENS / (read_per_s or 1)
     line = (f"reads {read_per_s:,.0f} and writes {write_per_s:.1f} tokens a second: a session's"
             f" first answer begins after about {wait_s:.0f} s")
-    slow = wait_s > SLOW_FIRST_ANSWER_S or write_per_s < SLOW_TOKENS_PER_S
-    return judge(line, (slow, "warn", line, "Choose a smaller model, or one that fits into graphics"
-                        " memory (`python qwencode.py models`)."))
+    return judge(
+        line,
+        (unknown, "warn", "Ollama gave no times: the speed is unknown", UPDATE_OLLAMA),
+        (wait_s > SLOW_FIRST_ANSWER_S or write_per_s < SLOW_TOKENS_PER_S, "warn", line,
+         "Choose a smaller model, or one that fits into graphics memory (`python qwencode.py"
+         " models`)."))
 
 
 def verdict_bash(path: str, missing: Sequence[str], windows: bool) -> Finding:
@@ -11862,11 +11863,12 @@ def loaded_from(row: Any) -> Loaded:
 class Doctor:
     """What the checks share: the configuration, a shim of their own, what Ollama said."""
 
+    loaded = Loaded()
+    speed = (0.0, 0.0)
+
     def __init__(self, config: Config, env: Env, server: ShimServer) -> None:
         self.config, self.env, self.server = config, env, server
         self.model = LocalModel(ModelFacts(config.model))
-        self.loaded = Loaded()
-        self.speed = (0.0, 0.0)
         self.wait_s = config.first_token_timeout_ms / 1000
 
     def ask(self, path: str, body: Optional[Json] = None, what: str = "asking Ollama") -> Answer:
@@ -11936,12 +11938,13 @@ class Doctor:
         return verdict_ollama(self.server.upstream.url, answer.status, told_version(answer))
 
     def check_model(self) -> Finding:
-        others, present = [], True
+        name = self.config.model
         try:
             self.learn()
         except ModelMissingError:
-            others, present = [one["name"] for one in model_rows(self.ask("/api/tags").body)], False
-        return verdict_model(self.config.model, present, others)
+            others = [row["name"] for row in model_rows(self.ask("/api/tags").body)]
+            return verdict_model(name, False, others)
+        return verdict_model(name, True, [])
 
     def check_window(self) -> Finding:
         facts = self.model.facts
