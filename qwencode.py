@@ -8330,14 +8330,6 @@ def shown_options(config: Config) -> Json:
             if not row.secret and row.name not in HIDDEN_OPTIONS}
 
 
-def session_fields(record: TurnRecord) -> Json:
-    """Describe a session by its last turn: what its window holds and what is left."""
-    return {"session": record.session, "model": record.model, "turn": record.turn,
-            "used": record.used, "window": record.window,
-            "left": record.left if record.window else None,
-            "last": record.ended, "left_out": record.left_out}
-
-
 def status_json(
     stats: Stats, config: Config, health: Json, now: float, secrets: Tuple[str, ...] = (),
 ) -> Json:
@@ -8348,7 +8340,10 @@ def status_json(
     """
     with stats.lock:
         active = [one.fields(now) for one in stats.active.values()]
-        sessions = [session_fields(one) for one in stats.sessions.values()]
+        sessions = [
+            {"session": last.session, "model": last.model, "turn": last.turn, "used": last.used,
+             "window": last.window, "left": last.left if last.window else None,
+             "last": last.ended, "left_out": last.left_out} for last in stats.sessions.values()]
         turns, rescues, errors = (
             [one._asdict() for one in reversed(some)]
             for some in (stats.turns, stats.rescued, stats.failed))
@@ -9673,20 +9668,20 @@ class Session:
         return self.tools
 
 
-def tool_segments(tools: WrittenTools) -> List[Segment]:
-    texts = [(tool.name, to_json(tool_json(tool))) for tool in tools.tools]
-    return [Segment(f"tools changed at {name}", text, estimate_tokens(text))
-            for name, text in texts]
-
-
-def message_segments(messages: Sequence[WrittenMessage], start: int) -> List[Segment]:
-    """Name the message at start, and lump those behind it."""
-    if start >= len(messages):
-        return []
-    role = messages[start].message["role"]
-    name = "system text" if role == "system" and not start else f"message {start} ({role})"
-    first, *rest = [int(sum(row.size[1])) for row in messages[start:]]
-    return [Segment(f"{name} changed", messages[start].json, first), Segment("", None, sum(rest))]
+def prompt_segments(
+    tools: Sequence[Tool], messages: Sequence[WrittenMessage], start: int,
+) -> List[Segment]:
+    """Name the tools, if any are to be told apart, and the message at start; lump the rest."""
+    texts = [(tool.name, to_json(tool_json(tool))) for tool in tools]
+    segments = [Segment(f"tools changed at {name}", text, estimate_tokens(text))
+                for name, text in texts]
+    if start < len(messages):
+        role = messages[start].message["role"]
+        name = "system text" if role == "system" and not start else f"message {start} ({role})"
+        first, *rest = [int(sum(row.size[1])) for row in messages[start:]]
+        segments += [Segment(f"{name} changed", messages[start].json, first),
+                     Segment("", None, sum(rest))]
+    return segments
 
 
 class RawTurns:
@@ -9702,8 +9697,7 @@ class RawTurns:
             self._chars += len(raw) - len(self._turns.pop(key, ""))
             self._turns[key] = raw
             while len(self._turns) > MAX_RAW_TURNS or self._chars > MAX_RAW_CHARS:
-                oldest = next(iter(self._turns))
-                self._chars -= len(self._turns.pop(oldest))
+                self._chars -= len(self._turns.pop(next(iter(self._turns))))
 
     def recall(self, session: str, index: int, turn: Message) -> Optional[str]:
         ids = tuple([call.id for call in blocks_of(ToolUse, turn.blocks)])
@@ -10276,8 +10270,8 @@ class Exchange:
             same = 0
         if same < len(before[1]) and self.session_id:
             broken = prefix_break(*[
-                (tool_segments(row[0]) if tools is not before[0] else [])
-                + message_segments(row[1], same) for row in (before, (tools, written))])
+                prompt_segments(row[0].tools if tools is not before[0] else (), row[1], same)
+                for row in (before, (tools, written))])
             self.notes += [broken] if broken else []
         sizes = [counter.sizes_of(tools.json), *[row.size for row in written]]
         count = counter.count(facts.name, sizes, sum([len(m.get("images", ())) for m in messages]))
@@ -11064,12 +11058,11 @@ class ShimServer(ThreadingHTTPServer):
 
     def model_names(self) -> List[str]:
         """List the configured model and what Ollama has."""
-        try:
-            tags = self.upstream.ask(
-                "/api/tags", None, Waiter(), time.monotonic() + HEALTH_S).body
-        except ShimError:
-            tags = None
-        return list(dict.fromkeys([self.config.model, *(row["name"] for row in model_rows(tags))]))
+        names = [self.config.model]
+        with contextlib.suppress(ShimError):
+            names += [row["name"] for row in model_rows(self.upstream.ask(
+                "/api/tags", None, Waiter(), time.monotonic() + HEALTH_S).body)]
+        return [*dict.fromkeys(names)]
 
     def recent_health(self) -> Json:
         """Return what health() said in the last seconds: the page asks every second."""
