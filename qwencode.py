@@ -9177,9 +9177,13 @@ class ClientLink(Waiter):
         self._eof = False
         self._watched: Any = None
         self._ready: Waiting = lambda timeout_s: []
-        self.tick_at = float("inf")
-        self.on_tick: Callable[[], None] = lambda: None
         self.serving = False
+        self.stop_ticking()
+
+    def stop_ticking(self) -> None:
+        """Forget who ticked: a connection idles for minutes, and its last request is large."""
+        self.tick_at = math.inf
+        self.on_tick: Callable[[], None] = lambda: None
 
     def send(self, data: bytes) -> None:
         """Send now what the client takes and keep the rest."""
@@ -10042,7 +10046,7 @@ class Exchange:
             if not self.audience.detached:
                 self._tell(failure)
         finally:
-            self.link.tick_at = float("inf")
+            self.link.stop_ticking()
             self.server.close_joint(self)
             self._record(outcome, failure)
         if self.audience.detached:

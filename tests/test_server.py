@@ -1,5 +1,6 @@
 """Section 16 against raw sockets and polite clients: routes, guards, faults, ends."""
 import contextlib
+import gc
 import json
 import re
 import select
@@ -190,6 +191,14 @@ def test_chunked_bodies_and_pipelined_requests(quiet):
 def test_empty_lines_before_a_request_are_passed_over(quiet, data, more, answers):
     answer = exchange(quiet.port, data, more)
     assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 OK") == answers
+
+
+def test_an_idle_connection_holds_nothing_of_its_last_request(quiet):
+    with socket.create_connection(("127.0.0.1", quiet.port), 5) as sock:
+        sock.sendall(post(HI, close=False))
+        assert b'"stop_reason"' in sock.recv(65536)
+        wait_until(lambda: gc.collect() >= 0 and not any(
+            type(one) is qwencode.Exchange for one in gc.get_objects()))
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
