@@ -9151,7 +9151,8 @@ class Log:
                 record, self._colour, time.localtime().tm_gmtoff or 0, self._secrets))
 
     def _line(self, text: str) -> None:
-        with self._lock, contextlib.suppress(AttributeError, OSError, ValueError):  # or None
+        # Closed, or None from the start as under pythonw.exe: nobody is there to read it.
+        with self._lock, contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
