@@ -42,7 +42,8 @@ if "wait" in sys.argv:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(42))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(43))
     print("waiting", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal that comes just before a sleep waits for its end
+        time.sleep(0.1)
 if "die" in sys.argv:
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(7)
