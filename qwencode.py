@@ -389,6 +389,10 @@ class UpstreamGarbageError(UpstreamBrokenError):
     """A line that is not JSON."""
 
 
+class GivenUpError(UpstreamBrokenError):
+    """An identical request that this one had joined lost its client."""
+
+
 class UpstreamLostError(UpstreamBrokenError):
     """The answer ended well but its text is gone or empty: asking again repeats it."""
 
@@ -10038,7 +10042,7 @@ class Exchange:
             self._carry_out()
             outcome = "ok"
         except ClientGoneError:
-            self.audience.failure = UpstreamBrokenError(
+            self.audience.failure = GivenUpError(
                 "The identical request that this one had joined was given up. Ask again.")
             raise
         except Exception as problem:  # a bug, too, must end a begun stream with an error event
@@ -10059,9 +10063,10 @@ class Exchange:
             self._answer_here(answer)
             return
         leader = self.server.joint(self)
-        if leader is not self:
-            self._follow(leader)
-            return
+        while leader is not self:
+            if self._follow(leader):
+                return
+            leader = self.server.joint(self)
         with contextlib.ExitStack() as places:
             if self.agent:  # subagents in turn: each switch costs the model a re-read (OL 5b)
                 places.enter_context(self.server.side_gate.place(self.audience))
@@ -10107,11 +10112,12 @@ class Exchange:
         if turn and self.server.log.on("debug"):
             self.server.log.write("debug", f"answer {turn.raw or turn.answer!r} calls {turn.calls}")
 
-    def _follow(self, leader: Exchange) -> None:
+    def _follow(self, leader: Exchange) -> bool:
         """Give this client the whole stream of an identical request that runs already.
 
         The CLI sends a request again after a timeout; a second prefill of the same prompt
-        would wait for the first and then start over.
+        would wait for the first and then start over. False where the other had just been
+        given up, with nothing said yet.
         """
         self.way, self.notes = "joined", ["joined an identical request that was running"]
         seen, mine = 0, leader.audience.join()
@@ -10130,9 +10136,14 @@ class Exchange:
                     mine.recv(READ_BYTES)
         finally:
             leader.audience.leave(mine)
-        if leader.audience.failure:
-            raise leader.audience.failure
+        failure = leader.audience.failure
+        if isinstance(failure, GivenUpError) and not (self.started or self.handler.streaming):
+            self.way, self.notes = "chat", []
+            return False
+        if failure:
+            raise failure
         self._pass_on(b"" if self.request.stream else [], last=True)
+        return True
 
     def _relay(self) -> None:
         name = self.model = self.server.local_model(self.request)

@@ -659,6 +659,39 @@ def test_identical_requests_join():
             assert joined(answer.events)[1] == ("text_delta", "once")
 
 
+def test_a_retry_that_joins_as_the_first_is_given_up_asks_by_itself(monkeypatch):
+    joining, ended, given_up, got = threading.Event(), threading.Event(), [], []
+    joint, close_joint = qwencode.ShimServer.joint, qwencode.ShimServer.close_joint
+
+    def late_joint(server, exchange):
+        leader = joint(server, exchange)
+        if leader is not exchange:
+            joining.set()
+            assert ended.wait(5)
+        return leader
+
+    def close(server, exchange):
+        close_joint(server, exchange)
+        given_up.append(exchange.audience.failure)
+        ended.set()
+    monkeypatch.setattr(qwencode.ShimServer, "joint", late_joint)
+    monkeypatch.setattr(qwencode.ShimServer, "close_joint", close)
+    session = {"X-Claude-Code-Session-Id": "s"}
+    with MockOllama([delay(20) + text("late") + done(), text("own") + done()], model=MODEL) as mock, \
+            running_shim(mock.url) as shim:
+        first = socket.create_connection(("127.0.0.1", shim.port), 5)
+        first.sendall(post({**HI, "stream": True}, "X-Claude-Code-Session-Id: s\r\n"))
+        wait_until(lambda: mock.turns)
+        retry = threading.Thread(target=lambda: got.append(
+            shim.request("POST", "/v1/messages", {**HI, "stream": True}, session)))
+        retry.start()
+        assert joining.wait(5)
+        first.close()
+        retry.join(10)
+        assert isinstance(given_up[0], qwencode.GivenUpError)
+        assert joined(got[0].events)[1] == ("text_delta", "own")
+
+
 # ------------------------------ many streams on one thread ------------------------------
 
 # Elsewhere each stream keeps its own thread, so that there is nothing to see.
