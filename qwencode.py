@@ -11115,10 +11115,24 @@ class ShimServer(ThreadingHTTPServer):
                 "requests": dict(zip(("working", "waiting"), self.gate.load))}
 
 
+def find_bash(env: Env) -> str:
+    """Find the bash that Claude Code runs: on Windows Git's, looked for where it looks.
+
+    Never that of WSL, which is there, and fails, where no Linux is installed.
+    """
+    which, path = late("shutil").which, env.get("PATH")
+    if os.name != "nt":
+        return which("bash", path=path) or ""
+    git = os.path.dirname(os.path.dirname(which("git", path=path) or ""))
+    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), r"C:\Program Files\Git\bin\bash.exe",
+              r"C:\Program Files (x86)\Git\bin\bash.exe", os.path.join(git, "bin", "bash.exe"))
+    return next(filter(os.path.isfile, places), "")
+
+
 @lru_cache(maxsize=256)
 def bash_parses(command: str) -> bool:
     """Run `bash -n` on a command, bounded; True where there is no bash to ask."""
-    subprocess, bash = late("subprocess"), late("shutil").which("bash")
+    subprocess, bash = late("subprocess"), find_bash(os.environ)
     if not bash or not command:
         return True
     try:
@@ -11312,7 +11326,7 @@ def run_try(config: Config, args: Any, env: Env) -> int:
     say(f"rule: {found.rule}\n{in_short}\n\n{command}\n")
     if args.dry_run:
         return 0
-    bash, subprocess = late("shutil").which("bash"), late("subprocess")
+    bash, subprocess = find_bash(env), late("subprocess")
     if not bash:
         say("There is no bash here to run it; on Windows install Git Bash.")
         return 1
@@ -11821,17 +11835,6 @@ SHELL_PROGRAMS = (
     "base64", "cat", "cmp", "cp", "cut", "diff", "grep", "head", "ls", "mkdir", "mv", "od",
     "printf", "readlink", "rm", "rmdir", "sed", "sort", "tail", "tr", "wc", "xargs")
 OLLAMA_ANSWER_S = 5.0
-
-
-def find_bash(env: Env) -> str:
-    """Find the bash that Claude Code runs: on Windows Git's, never that of WSL."""
-    which, path = late("shutil").which, env.get("PATH")
-    if os.name != "nt":
-        return which("bash", path=path) or ""
-    git = which("git", path=path) or r"C:\Program Files\Git\cmd\git.exe"
-    folder = os.path.dirname(os.path.dirname(git))
-    places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), os.path.join(folder, "bin", "bash.exe"))
-    return next(filter(os.path.isfile, places), "")
 
 
 def output_of(command: Sequence[str], env: Env) -> str:

@@ -276,6 +276,25 @@ def test_an_untested_claude_is_named(place):
     assert "claude 9.9.9" in found["claude"][1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="this machine's own Git would be found")
+def test_on_windows_it_is_git_s_bash_and_never_that_of_wsl(tmp_path, monkeypatch):
+    for name, says in (("System32/bash", "exit 1"), ("Git/cmd/git", ""), ("Git/bin/bash.exe", "")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    wsl, git, bash = (str(tmp_path / name) for name in ("System32", "Git/cmd", "Git/bin/bash.exe"))
+    rows = (({"PATH": wsl}, "", True), ({"PATH": f"{wsl}:{git}"}, bash, True),
+            ({"PATH": wsl, "CLAUDE_CODE_GIT_BASH_PATH": bash}, bash, True),
+            ({"PATH": wsl, "CLAUDE_CODE_GIT_BASH_PATH": f"{wsl}/bash"}, f"{wsl}/bash", False))
+    for env, found, parses in rows:
+        q.bash_parses.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "environ", env)
+            patched.setattr(os, "name", "nt")
+            assert (q.find_bash(env), q.bash_parses("true")) == (found, parses), env
+    q.bash_parses.cache_clear()
+
+
 def test_a_port_is_free_ours_or_taken(place):
     with MockOllama(answer) as ollama, running_shim(ollama.url) as shim, socket.socket() as other:
         other.bind(("127.0.0.1", 0))
