@@ -9035,7 +9035,7 @@ class Upstream:
             try:
                 sock = socket.socket(*kind)
             except OSError as problem:  # no such family here, or too many open files
-                reason = os.strerror(problem.errno or 0)
+                reason = problem.strerror or str(problem)
                 continue
             try:
                 reason = self._connect_one(sock, address, waiter, until)
@@ -9082,7 +9082,9 @@ class Upstream:
             if not waiter.wait(sock, True, until):
                 return "it does not accept connections in time"
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return os.strerror(code) if code else ""
+        # Windows has a table of its own: its C library knows no error of a socket.
+        named = getattr(socket, "errorTab", {}).get(code, "").rstrip(".")
+        return named or os.strerror(code) if code else ""
 
     def _wrap(self, sock: Any, waiter: Waiter, until: float) -> socket.socket:
         """Begin TLS; a server may accept and then never answer."""

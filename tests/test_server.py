@@ -1,7 +1,9 @@
 """Section 16 against raw sockets and polite clients: routes, guards, faults, ends."""
 import contextlib
+import errno
 import gc
 import json
+import os
 import re
 import select
 import socket
@@ -404,8 +406,15 @@ def test_ollama_down_is_told_at_once():
         answer = shim.messages()
         assert answer.status == 502
         assert answer.headers["x-should-retry"] == "false"
-        assert "ollama serve" in answer.error[1]
+        assert re.search(r"Connection refused\. Start it with `ollama serve`", answer.error[1])
         assert shim.request("GET", "/health").json["upstream"]["reachable"] is False
+
+
+def test_where_the_c_library_names_no_error_of_a_socket_python_s_table_does(monkeypatch):
+    monkeypatch.setattr(os, "strerror", lambda code: "Unknown error")  # as on Windows
+    monkeypatch.setattr(
+        socket, "errorTab", {errno.ECONNREFUSED: "Connection refused."}, raising=False)
+    test_ollama_down_is_told_at_once()
 
 
 def test_an_unresolvable_name_is_told():
