@@ -5978,7 +5978,7 @@ PLAN_MODE = Pattern(
     r"|plan mode (?:is |still |now |currently ){0,3}(?:active|on\b)|entering plan mode",
     re.IGNORECASE)
 WORKING_DIRECTORY = Pattern(
-    r"(?:working directory|cwd)(?: is)?:?[ \t]+`?(/[^\n`]{0,1000})", re.IGNORECASE)
+    r"(?:working directory|cwd)(?: is)?:?[ \t]+`?((?:[a-z]:[\\/]|/)[^\n`]{0,1000})", re.IGNORECASE)
 
 
 def own_texts(message: Message) -> List[str]:
@@ -6034,9 +6034,14 @@ def _announced(notices: Sequence[str], pattern: Pattern, *words: str) -> List[re
             if any(word in lower for word in words) for match in pattern.finditer(notice)]
 
 
+def slashed(text: str, cwd: str) -> str:
+    """Write separators as bash does where cwd is a folder of Windows."""
+    return text.replace("\\", "/") if cwd[1:2] == ":" else text
+
+
 def working_directory(notices: Sequence[str]) -> str:
     """Return the announced working directory; "" when none or more than one is named."""
-    found = {match[1].strip().rstrip("/.") for match in _announced(
+    found = {slashed(match[1], match[1]).strip().rstrip("/.") for match in _announced(
         notices, WORKING_DIRECTORY, "working directory", "cwd")}
     return found.pop() if len(found) == 1 else ""
 
@@ -6265,12 +6270,12 @@ def _is_file_name(raw: str) -> bool:
 
 def _safe_path(raw: str, scope: Scope) -> str:
     """Return a path inside the project in its plain form, or ""."""
-    path = raw.strip()
+    path = slashed(raw.strip(), scope.cwd)
     inside = bool(scope.cwd) and path.startswith(scope.cwd + "/")
     rest = path[len(scope.cwd):] if inside else path
     plain = PATH_NOISE.sub("", rest) or "."
     home = scope.home_ok and path.startswith("~/") and plain[2:3] not in ("", ".")
-    if (not path or len(path) > MAX_PATH_CHARS or UNSAFE_PATH.search(rest) or path[1:2] == ":"
+    if (not path or len(path) > MAX_PATH_CHARS or UNSAFE_PATH.search(rest) or rest[1:2] == ":"
             or (path.startswith(("/", "\\")) and not inside) or (path.startswith("~") and not home)
             or max(map(len, plain.encode("utf-8", "replace").split(b"/"))) > MAX_NAME_BYTES):
         return ""
@@ -7239,6 +7244,7 @@ def _matched(rules: str, masked: Masked, asked: Asked, scope: Scope) -> Tuple[st
 def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the user's words ask for by themselves."""
     for masked in _readings(words):
+        masked = masked._replace(text=slashed(masked.text, scope.cwd))
         for source, rules, text in (
                 ("asked:", RULES, masked.text), ("asked:", RULES, _without_reason(masked.text)),
                 ("question:", QUESTIONS, masked.text)):

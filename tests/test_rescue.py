@@ -208,6 +208,24 @@ def test_paths_stay_inside_the_project(path, expected):
     assert (rescue.ops[0].path if rescue else None) == expected
 
 
+@pytest.mark.parametrize(("words", "expected"), [
+    ("read src\\app.py", FileOp("read", "src/app.py")),
+    ("read `C:\\Users\\me\\proj\\a.txt`", FileOp("read", "C:/Users/me/proj/a.txt")),
+    ("read 'c:/Users/me/proj/a.txt'", None),  # another drive's name, as far as text tells
+    ("read `C:\\Users\\me\\b.txt`", None),
+    ("read ..\\b.txt", None),
+    ("read .\\sub\\b.txt", FileOp("read", "sub/b.txt")),
+    ("read \\b.txt", None),
+    ("create a file called a\\b.txt with the text 'C:\\new'", FileOp("create", "a/b.txt", "C:\\new")),
+])
+def test_separators_of_windows_are_read_where_the_client_runs_on_it(words, expected):
+    windows = system("Primary working directory: C:\\Users\\me\\proj\nPlatform: win32")
+    rescue = find_rescue([user(words), windows], tables.DOING)
+    assert (rescue.ops[0] if rescue else None) == expected
+    if "\\" in words:
+        assert find_rescue([user(words), ENVIRONMENT], tables.DOING) is None
+
+
 def test_two_announced_folders_make_absolute_paths_unsafe():
     turns = [user("read /a/b.txt"), system("Working directory: /a"), system("cwd: /")]
     assert find_rescue(turns, tables.DOING) is None
