@@ -1,5 +1,5 @@
 """Section 17: the commands that need neither Ollama nor Claude Code, as a user runs them."""
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import qwencode as q
 
 PROGRAM = Path(q.__file__).resolve()
-needs_bash = pytest.mark.skipif(not shutil.which("bash"), reason="no bash on this machine")
+needs_bash = pytest.mark.skipif(not q.find_bash(os.environ), reason="no bash on this machine")
 
 
 def test_the_demo_carries_a_call_through_and_shows_it(capsys):
@@ -41,10 +41,11 @@ def test_try_carries_one_request_out(tmp_path, monkeypatch, capfd, words, flags,
     assert (tmp_path / "x.txt").read_text() == held
 
 
+@needs_bash
 def test_a_reader_that_leaves_ends_the_command_quietly():
     shown = subprocess.run(
         f'"{sys.executable}" "{PROGRAM}" env --port 1 | true; exit "${{PIPESTATUS[0]}}"',
-        shell=True, executable=shutil.which("bash"), stderr=subprocess.PIPE, text=True, timeout=30)
+        shell=True, executable=q.find_bash(os.environ), stderr=subprocess.PIPE, text=True, timeout=30)
     assert (shown.returncode in (0, 141), shown.stderr) == (True, "")
 
 

@@ -125,6 +125,9 @@ def answer(request):
     return text("one two three")
 
 
+scripted = pytest.mark.skipif(os.name == "nt", reason="the stand-in programs are shell scripts")
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A home with a claude and every program of the rescue, and nothing else."""
@@ -152,6 +155,7 @@ def doctor(place, url, *flags, **env):
     return code, {row["name"]: (row["ok"], row["line"], row["cure"]) for row in told["checks"]}
 
 
+@scripted
 def test_a_good_machine_is_told_so(place):
     with MockOllama(answer, model="qwen3-coder:30b") as ollama:
         code, found = doctor(place, ollama.url, OLLAMA_MODEL=ollama.model)
@@ -160,6 +164,7 @@ def test_a_good_machine_is_told_so(place):
     assert code == 0
 
 
+@scripted
 def test_quick_loads_nothing(place):
     with MockOllama(answer, model="qwen3-coder:30b") as ollama:
         code, found = doctor(place, ollama.url, "--quick", OLLAMA_MODEL=ollama.model)
@@ -231,6 +236,7 @@ def test_a_call_that_fails_after_a_long_wait_is_no_call_in_words(place, monkeypa
     assert "a live tool call failed: Ollama failed (500): out of luck" in found["tool call"][1]
 
 
+@scripted
 def test_without_ollama_the_rest_is_still_checked(place):
     code, found = doctor(place, f"http://127.0.0.1:{closed_port()}")
     assert code == 1
@@ -252,6 +258,7 @@ def test_an_ollama_that_falls_silent_is_told_soon(place, monkeypatch):
     assert "timed out" in found["model"][1]
 
 
+@scripted
 def test_missing_programs_are_named(place):
     (place / "bin" / "claude").unlink()
     for name in ("sh", "nvidia-smi"):
@@ -262,6 +269,7 @@ def test_missing_programs_are_named(place):
     assert "npm install -g @anthropic-ai/claude-code" in found["claude"][2]
 
 
+@scripted
 def test_a_bash_without_the_rescue_s_programs_is_found_out(place):
     (place / "bin" / "bash").symlink_to(os.path.realpath("/bin/bash"))
     _, found = doctor(place, f"http://127.0.0.1:{closed_port()}", PATH=str(place / "bin"))
@@ -269,6 +277,7 @@ def test_a_bash_without_the_rescue_s_programs_is_found_out(place):
     assert "base64, cat, cmp" in found["bash"][1]
 
 
+@scripted
 def test_an_untested_claude_is_named(place):
     add_program(place, "claude", "echo '9.9.9 (Claude Code)'")
     _, found = doctor(place, f"http://127.0.0.1:{closed_port()}")
@@ -324,6 +333,7 @@ def test_no_secret_is_printed(place, capsys):
     assert "-secret" not in printed.out + printed.err
 
 
+@scripted
 def test_for_people_it_marks_lines_and_puts_cures_below(place, capsys, monkeypatch):
     env = {"HOME": str(place), "PATH": str(place), "PORT": "0",
            "OLLAMA_BASE_URL": f"http://127.0.0.1:{closed_port()}"}
