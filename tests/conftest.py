@@ -20,7 +20,10 @@ def recording():
 
 @pytest.fixture(params=["own thread", "shared relay"])
 def relayed(request, monkeypatch):
-    """A test twice: streams on threads of their own, and on the one for many."""
+    """A test twice: streams on threads of their own, and on the one for many.
+
+    For tests in which an answer runs; before its first word both ways are one.
+    """
     if request.param == "shared relay":
         monkeypatch.setattr(qwencode, "MANY_STREAMS", 1)
     return request.param

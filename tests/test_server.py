@@ -34,6 +34,7 @@ from mock_ollama import (
     end,
     error_line,
     hang,
+    hold,
     raw,
     reset,
     status,
@@ -43,7 +44,7 @@ from mock_ollama import (
 
 import qwencode
 
-pytestmark = pytest.mark.usefixtures("relayed")
+both_ways = pytest.mark.usefixtures("relayed")
 MODEL = "qwen2.5-coder:14b"
 GONE_S = 3.0  # the promise is one second; the machine may be busy
 
@@ -79,6 +80,11 @@ def post(body, extra="", path="/v1/messages", host="127.0.0.1", close=True):
     end = "Connection: close\r\n" if close else ""
     return (f"POST {path} HTTP/1.1\r\nHost: {host}\r\n{end}{extra}"
             f"Content-Length: {len(data)}\r\n\r\n").encode() + data
+
+
+def listening(shim):
+    """How many clients hear the answer of a request that was there before theirs."""
+    return sum(len(one.audience.listeners) for one in list(shim.server._joints.values()))
 
 
 HI = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
@@ -241,6 +247,7 @@ def test_without_a_log_the_connection_stays(monkeypatch, quiet):
     assert exchange(quiet.port, post(HI, close=False) + SIMPLE).count(b"HTTP/1.1 200 OK") == 2
 
 
+@both_ways
 def test_http_1_0_gets_its_stream_until_the_close(quiet):
     data = json.dumps({**HI, "stream": True}).encode()
     answer = exchange(quiet.port, b"POST /v1/messages HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b"
@@ -378,6 +385,7 @@ MID_STREAM = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("name", MID_STREAM)
 def test_a_stream_that_fails_ends_in_an_error_event(name):
     reply, words = MID_STREAM[name]
@@ -422,6 +430,7 @@ def test_an_unresolvable_name_is_told():
         assert "resolved" in shim.messages().error[1]
 
 
+@both_ways
 @pytest.mark.parametrize("reply", [hang(), text("Hel") + hang()])
 def test_silence_is_told_in_time(reply):
     with MockOllama([reply], model=MODEL) as mock, \
@@ -434,6 +443,7 @@ def test_silence_is_told_in_time(reply):
         assert kind == "timeout_error"
 
 
+@both_ways
 def test_a_slow_healthy_stream_is_not_cut():
     words = [text("w ") + delay(0.1)] * 8
     reply = words[0]
@@ -447,6 +457,7 @@ def test_a_slow_healthy_stream_is_not_cut():
 STAGES = ["silent", "mid-stream", "not streamed"]
 
 
+@both_ways
 @pytest.mark.parametrize("stage", STAGES + ["requests wait behind"] * (sys.platform == "linux"))
 @pytest.mark.parametrize("way", ["off", "on"])
 def test_a_client_that_leaves_cancels_the_upstream(stage, way):
@@ -466,10 +477,11 @@ def test_a_client_that_leaves_cancels_the_upstream(stage, way):
         assert shim.request("GET", "/health").status == 200
 
 
+@both_ways
 def test_keep_alives_fill_the_silence(monkeypatch):
-    monkeypatch.setattr(qwencode, "FIRST_EVENT_S", 0.1)
-    monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.1)
-    reply = delay(0.5) + text("Hel") + delay(0.5) + text("lo") + done()
+    monkeypatch.setattr(qwencode, "FIRST_EVENT_S", 0.03)
+    monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.03)
+    reply = delay(0.25) + text("Hel") + delay(0.25) + text("lo") + done()
     with MockOllama([reply], model=MODEL) as mock, running_shim(mock.url, verbatim="off") as shim:
         events = shim.messages().events
         check_events(events)
@@ -482,13 +494,15 @@ def test_keep_alives_fill_the_silence(monkeypatch):
         assert answer.json["content"] == [{"type": "text", "text": "Hello"}]
 
 
+@both_ways
 def test_keep_alives_reach_a_retry_whose_first_client_left(monkeypatch):
-    monkeypatch.setattr(qwencode, "FIRST_EVENT_S", 0.4)
-    monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.2)
-    monkeypatch.setattr(qwencode, "FOLLOW_S", 0.05)
+    monkeypatch.setattr(qwencode, "FIRST_EVENT_S", 0.1)
+    monkeypatch.setattr(qwencode, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(qwencode, "FOLLOW_S", 0.02)
     session = {"X-Claude-Code-Session-Id": "s"}
     body, got = {**HI, "stream": True}, []
-    with MockOllama([delay(1.5) + text("once") + done()], model=MODEL) as mock, \
+    go = threading.Event()
+    with MockOllama([hold(go) + delay(0.5) + text("once") + done()], model=MODEL) as mock, \
             running_shim(mock.url, verbatim="off") as shim:
         with socket.create_connection(("127.0.0.1", shim.port), 5) as first:
             first.sendall(post(body, "X-Claude-Code-Session-Id: s\r\n"))
@@ -496,13 +510,15 @@ def test_keep_alives_reach_a_retry_whose_first_client_left(monkeypatch):
             retry = threading.Thread(target=lambda: got.append(
                 shim.request("POST", "/v1/messages", body, session)))
             retry.start()
-            wait_until(lambda: len(shim.server.stats.active) == 2)
+            wait_until(lambda: listening(shim) == 1)
+        go.set()
         retry.join(10)
     events = got[0].events
     assert joined([e for e in events if not is_keep_alive(e)])[1] == ("text_delta", "once")
     assert len([event for event in events if is_keep_alive(event)]) >= 2
 
 
+@both_ways
 def test_thinking_calls_and_usage():
     reply = thinking("hm") + text("Look.") + call("Read", {"file_path": "a"}) \
         + done(prompt_eval_count=21, eval_count=9)
@@ -523,6 +539,7 @@ def test_thinking_calls_and_usage():
         assert mock.turns[0].body["think"] is True
 
 
+@both_ways
 def test_stop_sequences_are_ours_and_the_models_stay():
     with MockOllama([text("one STOP two")], model=MODEL) as mock, running_shim(mock.url) as shim:
         events = shim.messages(stop_sequences=["STOP", "x"]).events
@@ -532,6 +549,7 @@ def test_stop_sequences_are_ours_and_the_models_stay():
         assert "stop" not in mock.turns[0].body["options"]
 
 
+@both_ways
 def test_an_answer_cut_at_its_limit_says_so():
     with MockOllama([text("so far") + done(reason="length")], model=MODEL) as mock, \
             running_shim(mock.url) as shim:
@@ -547,8 +565,9 @@ def lagging_client(shim):
         yield sock
 
 
+@both_ways
 def test_a_client_that_takes_nothing_is_cut_off(monkeypatch):
-    monkeypatch.setattr(qwencode, "CLIENT_STALL_S", 0.5)
+    monkeypatch.setattr(qwencode, "CLIENT_STALL_S", 0.2)
     reply = text("x" * 20_000_000, pieces=1)  # more than the system's buffers take
     with MockOllama([reply + hang()], model=MODEL) as mock, running_shim(mock.url) as shim, \
             lagging_client(shim) as sock:
@@ -557,6 +576,7 @@ def test_a_client_that_takes_nothing_is_cut_off(monkeypatch):
         wait_until(lambda: shim.server.stats.counters["requests"].get("client left") == 1)
 
 
+@both_ways
 @pytest.mark.parametrize("stream", [True, False])
 def test_one_line_of_ten_megabytes_arrives(stream):
     words = "0123456789" * 1_000_000
@@ -567,6 +587,7 @@ def test_one_line_of_ten_megabytes_arrives(stream):
         assert told == words
 
 
+@both_ways
 def test_more_than_four_megabytes_wait_for_nobody():
     reply = text("x" * 20_000_000, pieces=100)
     with MockOllama([reply + hang()], model=MODEL) as mock, running_shim(mock.url) as shim, \
@@ -608,6 +629,7 @@ def test_a_body_that_dribbles_is_cut(monkeypatch, quiet):
     assert exchange(quiet.port, b"POST /v1/mess").startswith(b"HTTP/1.1 408")
 
 
+@both_ways
 def test_stopping_ends_streams_with_an_error_event():
     with MockOllama([text("Hel") + hang()], model=MODEL) as mock, running_shim(mock.url) as shim:
         got = []
@@ -650,8 +672,10 @@ def test_background_requests_are_answered_here(quiet):
     assert len(quiet.mock.turns) == before
 
 
+@both_ways
 def test_identical_requests_join():
-    with MockOllama([delay(0.5) + text("once") + done()], model=MODEL) as mock, \
+    go = threading.Event()
+    with MockOllama([hold(go) + text("once") + done()], model=MODEL) as mock, \
             running_shim(mock.url) as shim:
         got = []
 
@@ -661,6 +685,8 @@ def test_identical_requests_join():
         clients = [threading.Thread(target=ask) for _ in range(3)]
         for client in clients:
             client.start()
+        wait_until(lambda: listening(shim) == 2)
+        go.set()
         for client in clients:
             client.join(10)
         assert len(mock.turns) == 1
@@ -760,6 +786,7 @@ def test_a_rescue_never_holds_up_the_other_streams(monkeypatch, name, way):
     assert asked == [False]
 
 
+@both_ways
 def test_a_retry_outlives_a_first_client_that_resets_in_mid_stream():
     tokens = 20
     reply = text("t0 ")
@@ -777,8 +804,7 @@ def test_a_retry_outlives_a_first_client_that_resets_in_mid_stream():
                     "POST", "/v1/messages", {**HI, "stream": True},
                     {"X-Claude-Code-Session-Id": name})), args=(session,))
                 retry.start()
-                wait_until(lambda: any(
-                    one.audience.listeners for one in list(shim.server._joints.values())))
+                wait_until(lambda: listening(shim) == 1)
             retry.join(10)
     assert [joined(answer.events)[1] for answer in got] == [
         ("text_delta", "".join(f"t{token} " for token in range(tokens)))] * 5
