@@ -79,6 +79,27 @@ def run(command, folder, path=SYSTEM, before="", home=None):
     )
 
 
+POOL = ThreadPoolExecutor(os.cpu_count())
+
+
+def side_by_side(rows, *fixtures):
+    """Make a test for each row, given a folder; those selected run as many at once as cores are."""
+    def decorate(check):
+        begun = {}
+
+        @pytest.mark.parametrize("row", rows)
+        def test(row, request, tmp_path_factory):
+            if not begun:
+                more = [request.getfixturevalue(name) for name in fixtures]
+                for one in request.session.items:
+                    if one.function is test:
+                        begun[one.callspec.params["row"]] = POOL.submit(
+                            check, one.callspec.params["row"], tmp_path_factory.mktemp("row"), *more)
+            begun[row].result()
+        return test
+    return decorate
+
+
 # Contents that a shell is likely to spoil. Each is created, appended, put in by replace.
 CONTENTS = {
     "plain": "hello\n",
@@ -150,14 +171,14 @@ def check_edits(text, kinds, folder, path):
     assert sorted(harvest(folder)) == sorted([*kinds, *(["old"] if text else [])])
 
 
-@pytest.mark.parametrize("name", CONTENTS)
-def test_content_is_byte_exact(name, tmp_path):
-    check_edits(CONTENTS[name], list(EDITS)[: 8 if name in FEW else 3], tmp_path, SYSTEM)
+@side_by_side(CONTENTS)
+def test_content_is_byte_exact(name, folder):
+    check_edits(CONTENTS[name], list(EDITS)[: 8 if name in FEW else 3], folder, SYSTEM)
 
 
-@pytest.mark.parametrize("name", FEW[:4:2])
-def test_content_is_byte_exact_with_busybox(name, tmp_path, busybox_path):
-    check_edits(CONTENTS[name], EDITS, tmp_path, busybox_path)
+@side_by_side(FEW[:4:2], "busybox_path")
+def test_content_is_byte_exact_with_busybox(name, folder, busybox_path):
+    check_edits(CONTENTS[name], EDITS, folder, busybox_path)
 
 
 @pytest.mark.parametrize("name", CONTENTS)
@@ -175,10 +196,10 @@ NAMES = ["a b", "caf\u00e9 \U0001f600", "a*b", "[x]?", "-n", "--help", "it's", "
          "a\\b", "{a,b}", "~x", "a;b&c|d", "#x", "!x", "d/-e/ f", "%s", "(x)", "a\u00a0b", "=x", "x y\\ z"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_names_are_literal(name, tmp_path):
-    home = tmp_path / "home"
-    work = tmp_path / "work"
+@side_by_side(NAMES)
+def test_names_are_literal(name, folder):
+    home = folder / "home"
+    work = folder / "work"
     home.mkdir()
     work.mkdir()
     other = name + " 2"
@@ -357,14 +378,14 @@ def check_case(case, folder, style, path):
         assert done.returncode in (codes if style == "coded" else {1})
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_tree_afterwards(case, tmp_path):
-    check_case(case, tmp_path, "plain", SYSTEM)
+@side_by_side(CASES)
+def test_the_tree_afterwards(name, folder):
+    check_case(CASES[name], folder, "plain", SYSTEM)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_tree_afterwards_with_busybox(case, tmp_path, busybox_path):
-    check_case(case, tmp_path, "plain", busybox_path)
+@side_by_side(CASES, "busybox_path")
+def test_the_tree_afterwards_with_busybox(name, folder, busybox_path):
+    check_case(CASES[name], folder, "plain", busybox_path)
 
 
 CODES = [
@@ -457,44 +478,43 @@ def judge(before, after, folder, done, what):
         assert kept in (content, new.get(name)) or asked or moved, (what, name, kept, done)
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_tool_never_brings_a_false_success(name, tmp_path):
+def stub_of(tool, fault, folder):
+    """Put a broken tool into a folder; return what breaks the shell's own one, too."""
+    body = FAULTS[fault].format(real=shutil.which(tool, path=SYSTEM))
+    if "cuts" in fault:
+        (folder / tool).write_text(f"#!{BASH}\n{body}\n")
+        (folder / tool).chmod(0o755)
+    else:
+        (folder / tool).symlink_to(f"/bin/{body}")
+    if tool not in ("echo", "printf"):
+        return ""
+    return f"{tool}() {{ {FAULTS[fault].format(real='builtin ' + tool)}; }}\n"
+
+
+@side_by_side(BROKEN)
+def test_a_broken_tool_never_brings_a_false_success(name, folder):
     before, ops, after = BROKEN[name]
     command = commands_for(ops).command
     named = [tool for tool in TOOLS if re.search(rf"(?m)(^|[|&;(] ?|then |if |xargs ){tool}\b", command)]
-
-    def attempt(pair):
-        tool, fault = pair
-        folder = tmp_path / f"{tool} {fault}"
-        (folder / "bin").mkdir(parents=True)
-        (folder / "work").mkdir()
-        body = FAULTS[fault].format(real=shutil.which(tool, path=SYSTEM))
-        stub = folder / "bin" / tool
-        if "cuts" in fault:
-            stub.write_text(f"#!{BASH}\n{body}\n")
-            stub.chmod(0o755)
-        else:
-            stub.symlink_to(f"/bin/{body}")
-        shadow = ""
-        if tool in ("echo", "printf"):
-            shadow = f"{tool}() {{ {FAULTS[fault].format(real='builtin ' + tool)}; }}\n"
-        plant(folder / "work", before)
-        done = run(command, folder / "work", f"{folder / 'bin'}:{SYSTEM}", shadow)
-        judge(before, after, folder / "work", done, pair)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(attempt, [
+    for tool, fault in [
             (tool, fault) for tool in named for fault in FAULTS
             if "cuts" not in fault or tool not in WITHOUT_OUTPUT
-            and ("last" not in fault or name in ("create", "append line", "replace", "rename"))]))
+            and ("last" not in fault or name in ("create", "append line", "replace", "rename"))]:
+        work, tools = folder / f"{tool} {fault}", folder / f"{tool} that {fault}"
+        work.mkdir()
+        tools.mkdir()
+        shadow = stub_of(tool, fault, tools)
+        plant(work, before)
+        done = run(command, work, f"{tools}:{SYSTEM}", shadow)
+        judge(before, after, work, done, (tool, fault))
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_full_disk_changes_nothing(name, tmp_path):
+@side_by_side(BROKEN)
+def test_a_full_disk_changes_nothing(name, place):
     before, ops, after = BROKEN[name]
     command = commands_for(ops).command
     for blocks in (0, 1, 2, 3):
-        folder = tmp_path / str(blocks)
+        folder = place / str(blocks)
         folder.mkdir()
         plant(folder, before)
         done = run(command, folder, before=f"ulimit -f {blocks}\n")
@@ -596,17 +616,17 @@ PAYLOADS = [
 ]
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_nothing_hostile_is_executed(payload, tmp_path):
+@side_by_side(PAYLOADS)
+def test_nothing_hostile_is_executed(payload, folder):
     word = payload.replace("\n", " ")
     ops = [FileOp("create", word, payload), FileOp("replace", word, payload + "!", payload),
            FileOp("rename", word, other=word + "2"), FileOp("run", words=("printf", "%s", payload))]
     command, description = commands_for(ops)
-    done = run(command, tmp_path)
+    done = run(command, folder)
     assert done.returncode == 0, done
-    assert "pwned" not in os.listdir(tmp_path)
+    assert "pwned" not in os.listdir(folder)
     assert done.stdout.endswith(payload.encode())
-    assert harvest(tmp_path) == {word + "2": (payload + "!").encode()}
+    assert harvest(folder) == {word + "2": (payload + "!").encode()}
     assert "\n" not in description
     if payload != word:
         with pytest.raises(CannotCarryError):
