@@ -7,7 +7,7 @@ import pytest
 import qwencode as q
 from browser import Browser, browser_path
 from helpers import running_shim
-from mock_ollama import MockOllama, delay, error_line, text
+from mock_ollama import MockOllama, error_line, hold, text
 from test_status import FAILED, TURN, config
 
 KEY = "open sesame"
@@ -253,7 +253,8 @@ def test_a_shim_that_goes_away_is_told_and_found_again(browser, site):
 
 
 def test_the_real_shim_shows_a_stream_while_it_runs_and_then_an_error(browser):
-    words = text("one ") + delay(1.5) + text("two ") + delay(1.5) + text("three")
+    go = threading.Event()
+    words = text("one ") + hold(go) + text("two")
     with MockOllama([words, error_line("it broke")]) as ollama, \
             running_shim(ollama.url, model=ollama.model) as shim:
         browser.errors.clear()
@@ -263,6 +264,7 @@ def test_the_real_shim_shows_a_stream_while_it_runs_and_then_an_error(browser):
         asking = threading.Thread(target=shim.messages, args=("a secret question",))
         asking.start()
         browser.wait("document.getElementById('running').innerText.includes('writing')")
+        go.set()
         asking.join()
         browser.wait("document.getElementById('turns').innerText.includes('ok')")
         shim.messages("a secret question")
