@@ -27,7 +27,7 @@ from test_claude_code import VERSIONS, program_of
 PROGRAM = Path(q.__file__).resolve()
 ESCAPES = re.compile(r"\x1b(?:\[[0-9;?<>=]*[a-zA-Z]|\][^\x07]*\x07|[=>78])|\s")
 # What a claude would see: its arguments, its environment, and whether the shim answers.
-FAKE = """#!{python}
+FAKE = """#!{python} -IS
 import json, os, signal, sys, time, urllib.request
 base = os.environ["ANTHROPIC_BASE_URL"]
 try:
@@ -67,10 +67,11 @@ def settings(place, **env):
 
 
 def run(place, *arguments, **env):
-    """Run the program in the project's folder."""
+    """Run the program in the project's folder, as a module: it is compiled only once."""
+    kept = {"PYTHONPATH": str(PROGRAM.parent), "PYTHONPYCACHEPREFIX": str(place.parent / "compiled")}
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments], cwd=place / "my project",
-        env=settings(place, **env), capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", PROGRAM.stem, *arguments], cwd=place / "my project",
+        env=settings(place, **kept, **env), capture_output=True, text=True, timeout=60,
         stdin=subprocess.DEVNULL)
 
 

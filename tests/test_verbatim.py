@@ -161,12 +161,12 @@ LINES = "".join(f"    value_{n} = compute({n}, 'x')  # line {n}\n" for n in rang
 
 @pytest.mark.parametrize("path", ["A", "B"])
 def test_a_long_input_streams_while_it_is_written(path):
-    """3,000 lines over 2 s (40 s at a twentieth): no gap, and the name at once."""
+    """3,000 lines over 1 s (40 s at a fortieth): no gap, and the name at once."""
     write = xml if path == "A" else hermes
     script = "Writing it.\n" + write("Write", file_path="/tmp/long.py", content=LINES)
     pieces = 200
     with MockOllama(model_text(script, pieces), model=MODELS[path], default_num_ctx=131072,
-                    token_delay=2.0 / pieces) as mock, \
+                    token_delay=1.0 / pieces) as mock, \
             running_shim(mock.url, model=MODELS[path], num_ctx="131072") as shim:
         shim.server.registry.model(MODELS[path], qwencode.Waiter(),
                                    time.monotonic() + 5)
@@ -362,7 +362,7 @@ def test_faults_of_generation_are_told_as_on_chat(name, way):
     model = Model("b-x")
     with MockOllama([reply], model=model) as mock, \
             running_shim(mock.url, model="b-x", num_ctx="16384", verbatim=way,
-                         first_token_timeout_ms="500", timeout_ms="500") as shim:
+                         first_token_timeout_ms="300", timeout_ms="300") as shim:
         got = send_hi(shim)
         assert mock.turns[0].path == ("/api/generate" if way == "on" else "/api/chat")
     if code:
