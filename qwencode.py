@@ -1403,15 +1403,12 @@ class LooseJson:
             raise ValueError("nested too deeply")
         if self.text[at:at + 1] in ("{", "["):
             return self.members(at + 1, depth)
-        quote = OPENING_QUOTE.match(self.text, at)
-        if quote:
+        if quote := OPENING_QUOTE.match(self.text, at):
             return self.string(quote, end)
-        number = JSON_NUMBER.match(self.text, at)
-        if number:
+        if number := JSON_NUMBER.match(self.text, at):
             written = number.group()
             return (int if written.lstrip("-+").isdigit() else _finite)(written), number.end()
-        word = JSON_WORD.match(self.text, at)
-        if word:
+        if word := JSON_WORD.match(self.text, at):
             return JSON_WORDS.get(word.group().lower(), word.group()), word.end()
         raise ValueError("no value")
 
@@ -1558,12 +1555,11 @@ def rank_tools(
     if not any(tool.name in CORE_TOOLS for tool in offered):  # a client of unknown names
         kept.update([tool.name for tool in offered if "command" in required_of(tool.schema)
                      and not mcp_server(tool.name)][:1])
-    ranked = sorted([tool.name for tool in offered], key=_rank)
-    best_of_server = {mcp_server(name): name for name in reversed(ranked)}
+    waiting = sorted([tool.name for tool in offered if tool.name not in kept], key=_rank)
     served = {"", *map(mcp_server, kept)}
-    first = [name for server, name in best_of_server.items() if server not in served]
-    waiting = dict.fromkeys([*sorted(first, key=ranked.index), *ranked])
-    kept.update([name for name in waiting if name not in kept][:max(limit - len(kept), 0)])
+    firsts = {mcp_server(name): name for name in reversed(waiting)}
+    waiting.sort(key=lambda name: mcp_server(name) in served or firsts[mcp_server(name)] != name)
+    kept.update(waiting[:max(limit - len(kept), 0)])
     return [tool for tool in offered if tool.name in kept]
 
 
@@ -1606,7 +1602,6 @@ class Request(NamedTuple):
     thinking: Optional[bool] = None
     schema: Optional[Json] = None
     stream: bool = False
-    safeguards: bool = False
     loaded: AbstractSet[str] = frozenset()
     session: str = ""
 
@@ -1711,8 +1706,7 @@ def _tool_result_block(block: Json) -> Block:
     parts = _read_content(block)
     text = "\n".join([part.text for part in blocks_of(Text, parts) if part.text])
     images = tuple(blocks_of(Image, parts))
-    failed = _take(block, "is_error", bool, False)
-    if failed:
+    if failed := _take(block, "is_error", bool, False):
         text = f"[The tool call failed]\n{text}"
     return ToolResult(_need(block, "tool_use_id", str),
                       text or ("[image]" if images else "(no output)"), images, failed)
@@ -1867,7 +1861,7 @@ def parse_request(body: Any) -> Request:
     """Read a Messages body; raise BadRequestError with the field's path.
 
     Unknown fields are ignored, as Anthropic's own additions come without notice:
-    context_management, service_tier, betas, safeguards' details and the like.
+    context_management, service_tier, betas, safeguards and the like.
     """
     if not isinstance(body, dict):
         raise _wrong("body", "an object", body)
@@ -1906,7 +1900,6 @@ def _read_request(body: Json) -> Request:
         thinking=None if thinking is None else thinking != "disabled",
         schema=schema if isinstance(schema, dict) else None,
         stream=_take(body, "stream", bool, False),
-        safeguards=bool(body.get("safeguards")),
         loaded=_loaded_tools(messages),
         session=session if isinstance(session, str) else "",
     )
@@ -1961,7 +1954,7 @@ TEXT_WEIGHTS: Weights = (
     (b".", 0.39), (b" .", 0.39), (b"n", 1.18), (b" a", 1.03), (b"na", 1.75), (b".a", 1.31),
     (b"0a", 1.05), (b"ta", 1.93), (b" 0", 1.79), (b"nn", -2.29), (b"....", -1.48),
     (b"a" * 8, 0.74), (b"a" * 16, 1.60), (b"a" * 32, 6.0))
-DIGIT_WEIGHTS: Weights = ((b"0", 1.07),)
+DIGIT_WEIGHT = 1.07
 WIDE_WEIGHTS: Weights = (
     (b"l", 1.0), (b"r", 0.34), (b"w", 0.49), (b"i", 1.14), (b"s", 1.30), (b"ss", -2.3),
     (b"j", 0.60), (b"h", 0.67), (b"k", 0.85), (b"p", 0.60), (b"e", 1.80))
@@ -2002,7 +1995,7 @@ def text_sizes(text: str, share: float = 1.0) -> Sizes:
     cased = b" " + encoded.translate(CLASS_OF_BYTE, CONTINUATION_BYTES if wide_weights else b"")
     classes = cased.replace(b"A", b"a")
     letters = weighed(classes, TEXT_WEIGHTS) + weighed(cased, CASED_WEIGHTS)
-    digits, wide = weighed(classes, DIGIT_WEIGHTS), weighed(classes, wide_weights)
+    digits, wide = classes.count(b"0") * DIGIT_WEIGHT, weighed(classes, wide_weights)
     scale = len(text) / max(len(sample), 1)
     return Sizes(max(letters, len(encoded) / 200) * scale, digits * scale, max(wide, 0) * scale)
 
@@ -2142,16 +2135,14 @@ def headroom_tokens(window: int, answers: int = 2) -> int:
     return min(MAX_HEADROOM_TOKENS, window // 5) if answers >= 2 else 0
 
 
-def fit(tokens: int, max_tokens: int, window: int, is_compaction: bool = False,
-        headroom: Optional[int] = None, *, margin: int = 0) -> int:
+def fit(tokens: int, max_tokens: int, window: int, headroom: int = 0, margin: int = 0) -> int:
     """Return num_predict for a prompt that fits, else raise PromptTooLongError.
 
-    headroom stays free behind a turn (default headroom_tokens), not behind a compaction;
-    margin is Count.margin: only a prompt too long for certain is refused, since Ollama
-    refuses the others itself within 10 ms, with exact numbers.
+    headroom stays free behind the prompt and its answer; margin is Count.margin: only a
+    prompt too long for certain is refused, since Ollama refuses the others itself within
+    10 ms, with exact numbers.
     """
-    free = 0 if is_compaction else headroom_tokens(window) if headroom is None else headroom
-    maximum = max(window - 1 - free, 1)
+    maximum = max(window - 1 - headroom, 1)
     if tokens - margin > maximum:
         raise PromptTooLongError(tokens, maximum)
     sure, hoped = window - tokens - margin, window - tokens + margin
@@ -2518,8 +2509,7 @@ def slim_tool(tool: Tool) -> Tool:
 
 def _list_in_tool(description: str) -> List[str]:
     """The agents or skills that older clients name in the tool, not in a message."""
-    agents = AGENTS_IN_TOOL.search(description)
-    if agents:
+    if agents := AGENTS_IN_TOOL.search(description):
         return [clip_entries(agents.group().rstrip())]
     skills = [f"- {found.group(1).strip()}: {' '.join(found.group(2).split())}"
               for found in SKILL_IN_TOOL.finditer(description)]
@@ -2636,13 +2626,12 @@ def _slim_text(text: str, kept_tools: Tuple[str, ...]) -> Tuple[str, List[str]]:
     if not text.lstrip().startswith(REMINDER_START):
         return _slim_passages(text, kept_tools, left_out), left_out
     parts, end = [], 0
-    reminder = REMINDER.match(text)
-    while reminder:
-        inner = _slim_passages(reminder.group(2), kept_tools, left_out)
-        if inner.strip() or inner == reminder.group(2):
-            parts.append(reminder.group(1) + inner + reminder.group(3))
+    while reminder := REMINDER.match(text, end):
+        opening, whole, closing = reminder.groups()
+        inner = _slim_passages(whole, kept_tools, left_out)
+        if inner.strip() or inner == whole:
+            parts.append(opening + inner + closing)
         end = reminder.end()
-        reminder = REMINDER.match(text, end)
     return "".join(parts) + text[end:], left_out
 
 
@@ -2725,8 +2714,8 @@ def facts_from_show(name: str, show: Any) -> ModelFacts:
     modelfile, template = str(show.get("modelfile") or ""), str(show.get("template") or "")
     renderer = _first_group(RENDERER_LINE, modelfile)
     window = _first_group(NUM_CTX_LINE, str(show.get("parameters") or ""))
-    trained = [natural(value) for key, value in _mapping(show.get("model_info")).items()
-               if key.endswith(".context_length") and natural(value)]
+    lengths = (natural(value) for key, value in _mapping(show.get("model_info")).items()
+               if key.endswith(".context_length"))
     capabilities = show.get("capabilities")
     known = frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None
     own_template = "{%" in template or template.strip() == "{{ .Prompt }}"
@@ -2735,7 +2724,7 @@ def facts_from_show(name: str, show: Any) -> ModelFacts:
         path="A" if renderer else "C" if own_template else "B" if template else "",
         renderer=renderer,
         capabilities=known,
-        trained=trained[0] if trained else None,
+        trained=next(filter(None, lengths), None),
         num_ctx=int(window) if window else None,
         digest=_first_group(FROM_DIGEST, modelfile),
         remote=bool(show.get("remote_model") or show.get("remote_host")),
@@ -3049,20 +3038,20 @@ CHOICE_WORDS = {
 
 def chat_messages(
     request: Request, tools: Sequence[Tool], facts: ModelFacts,
-    recall: Callable[[int, Message], Optional[str]], slim: Callable[[str], str], *,
+    recall: Callable[[int, Message], Optional[str]], slim: Callable[[str], str],
     tools_text: str = "",
 ) -> List[Json]:
     """Make all messages of /api/chat.
 
     recall(index, turn) gives an assistant turn's raw text where it is remembered;
     slim shortens texts that are not the user's; tools_text is tools_as_text(tools) where
-    the caller has it.
+    the model has no other way to see them.
     """
     leading, turns = fold_turns(request.messages)
     texts, turns = move_volatile([*request.system, *leading], turns)
     system = [slim(text) for text in texts]
-    if tools and facts.tools_in_text:
-        system.append(tools_text or tools_as_text(tools))
+    if tools_text:
+        system.append(tools_text)
     made: List[Json] = [{"role": "system", "content": "\n\n".join(system)}] if any(system) else []
     calls: Sequence[ToolUse] = ()
     for index, turn in turns:
@@ -10261,10 +10250,10 @@ class Exchange:
             return prompt
         may_shorten = self.is_compaction and not over
         answers = sum(message.role == "assistant" for message in request.messages)
+        headroom = 0 if self.is_compaction else headroom_tokens(model.window, answers)
         try:
-            num_predict = fit(
-                prompt.size.tokens, request.max_tokens, model.window, self.is_compaction,
-                headroom_tokens(model.window, answers), margin=prompt.size.margin)
+            num_predict = fit(prompt.size.tokens, request.max_tokens, model.window, headroom,
+                              prompt.size.margin)
         except PromptTooLongError as error:
             if not may_shorten:
                 raise

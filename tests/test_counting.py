@@ -279,33 +279,33 @@ def test_an_empty_counts_file_is_used(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "most", "window", "compaction", "headroom", "margin", "wanted"),
+    ("name", "tokens", "most", "window", "headroom", "margin", "wanted"),
     [
-        ("all fits", 10_000, 8_000, 32_768, False, None, 0, 8_000),
-        ("the answer is clamped", 28_000, 32_000, 32_768, False, None, 0, 4_768),
-        ("the last turn that leaves room", 28_671, 32_000, 32_768, False, None, 0, 4_097),
-        ("one more is refused", 28_672, 100, 32_768, False, None, 0, (28_672, 28_671)),
-        ("compaction uses the headroom", 31_000, 8_000, 32_768, True, None, 0, 1_768),
-        ("the edge: window - 2 leaves two", 32_766, 8_000, 32_768, True, None, 0, 2),
-        ("the edge: window - 1 leaves one", 32_767, 8_000, 32_768, True, None, 0, 1),
-        ("the window itself does not fit", 32_768, 8_000, 32_768, True, None, 0, (32_768, 32_767)),
-        ("nothing to compact yet", 30_000, 8_000, 32_768, False, 0, 0, 2_768),
-        ("an uncertain count is sent", 29_500, 8_000, 32_768, False, None, 1_000, 2_268),
-        ("an uncertain count beyond doubt", 30_500, 8_000, 32_768, False, None, 1_000,
+        ("all fits", 10_000, 8_000, 32_768, 4_096, 0, 8_000),
+        ("the answer is clamped", 28_000, 32_000, 32_768, 4_096, 0, 4_768),
+        ("the last turn that leaves room", 28_671, 32_000, 32_768, 4_096, 0, 4_097),
+        ("one more is refused", 28_672, 100, 32_768, 4_096, 0, (28_672, 28_671)),
+        ("compaction uses the headroom", 31_000, 8_000, 32_768, 0, 0, 1_768),
+        ("the edge: window - 2 leaves two", 32_766, 8_000, 32_768, 0, 0, 2),
+        ("the edge: window - 1 leaves one", 32_767, 8_000, 32_768, 0, 0, 1),
+        ("the window itself does not fit", 32_768, 8_000, 32_768, 0, 0, (32_768, 32_767)),
+        ("nothing to compact yet", 30_000, 8_000, 32_768, 0, 0, 2_768),
+        ("an uncertain count is sent", 29_500, 8_000, 32_768, 4_096, 1_000, 2_268),
+        ("an uncertain count beyond doubt", 30_500, 8_000, 32_768, 4_096, 1_000,
          (30_500, 28_671)),
-        ("doubt eats no answer whole", 32_700, 8_000, 32_768, True, None, 900, 968),
-        ("nor all of a longer one", 30_000, 8_000, 32_768, True, None, 2_500, 1_024),
-        ("a tiny window", 4_000, 8_000, 4_096, True, None, 0, 96),
+        ("doubt eats no answer whole", 32_700, 8_000, 32_768, 0, 900, 968),
+        ("nor all of a longer one", 30_000, 8_000, 32_768, 0, 2_500, 1_024),
+        ("a tiny window", 4_000, 8_000, 4_096, 0, 0, 96),
     ],
 )
-def test_fit(name, tokens, most, window, compaction, headroom, margin, wanted):
+def test_fit(name, tokens, most, window, headroom, margin, wanted):
     if isinstance(wanted, tuple):
         with pytest.raises(PromptTooLongError) as caught:
-            fit(tokens, most, window, compaction, headroom, margin=margin)
+            fit(tokens, most, window, headroom, margin)
         assert (caught.value.tokens, caught.value.maximum) == wanted
         assert str(caught.value) == "prompt is too long: %d tokens > %d maximum" % wanted
     else:
-        assert fit(tokens, most, window, compaction, headroom, margin=margin) == wanted
+        assert fit(tokens, most, window, headroom, margin) == wanted
 
 
 def test_a_prompt_that_cannot_be_compacted_may_use_the_window_whole():
@@ -317,7 +317,7 @@ def test_after_a_turn_that_fit_the_compaction_request_fits(window):
     """It holds that turn's messages and 6 KB of instruction, and leaves a summary."""
     last = window - 1 - headroom_tokens(window)
     instruction = estimate_tokens("Write a detailed summary of the work so far. " * 136)
-    assert fit(last + instruction, 32_000, window, True) >= 1_500
+    assert fit(last + instruction, 32_000, window) >= 1_500
 
 
 LONG = "".join(f"line {number} of a long tool result\n" for number in range(1000))

@@ -20,6 +20,7 @@ from qwencode import (
     render_body,
     tool_json,
     tool_table,
+    tools_as_text,
     write_messages,
 )
 
@@ -46,8 +47,8 @@ def use(call_id, name="Read", **arguments):
 def upstream(messages, facts=PLAIN, recall=lambda index, turn: None, **fields):
     """The messages that Ollama gets, as short rows."""
     request = parse_request({"messages": messages, **fields})
-    rows = chat_messages(request, request.tools, facts, recall, lambda words: words)
-    return rows
+    written = tools_as_text(request.tools) if facts.tools_in_text and request.tools else ""
+    return chat_messages(request, request.tools, facts, recall, lambda words: words, written)
 
 
 BAD_FIELDS = [
