@@ -1283,11 +1283,12 @@ def fit_object(given: Json, schema: Json, open_by_default: bool = True) -> Json:
             names[key] = name
     result: Json = {}
     for key, value in given.items():
-        if key in names:
-            if value is not None or schema_takes(None, properties[names[key]]):
-                result[names[key]] = coerced(value, properties[names[key]], names[key])
-        elif extra is not False or "patternProperties" in schema:
-            result[key] = value
+        name = names.get(key)
+        if name is None:
+            if extra is not False or "patternProperties" in schema:
+                result[key] = value
+        elif value is not None or schema_takes(None, properties[name]):
+            result[name] = coerced(value, properties[name], name)
     return result
 
 
@@ -2520,13 +2521,13 @@ def slim_schema(schema: Json, texts: Mapping[str, Optional[str]]) -> Json:
     """Shorten a schema's descriptions; texts has those of its own parameters."""
     slim: Json = _clipped(schema, MAX_NESTED_TEXT_CHARS if texts else MAX_PARAMETER_TEXT_CHARS)
     parameters = properties_of(slim)
-    for name in list(parameters):
-        words = texts.get(name)
-        if name in texts and words is None:
-            del parameters[name]
-        elif name in texts and isinstance(parameters[name], dict):
+    for name, words in texts.items():
+        if words is None:
+            parameters.pop(name, None)
+        elif isinstance(parameters.get(name), dict):
             parameters[name].pop("description", None)
-            parameters[name].update({"description": words} if words else {})
+            if words:
+                parameters[name]["description"] = words
     return slim
 
 
