@@ -2984,7 +2984,7 @@ def _in_call_order(results: List[ToolResult], calls: Sequence[ToolUse]) -> List[
 def _user_messages(message: Message, calls: Sequence[ToolUse], facts: ModelFacts) -> List[Json]:
     """Make the tool messages and the user message of one client turn."""
     results = blocks_of(ToolResult, message.blocks)
-    texts = [b.text for b in blocks_of(Text, message.blocks)]
+    texts = [b.text for b in blocks_of(Text, message.blocks) if b.text]
     made: List[Json] = []
     pictures: List[Image] = []
     names = {call.id: call.name for call in calls}

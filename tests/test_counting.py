@@ -339,7 +339,7 @@ def size(messages):
     return sum(qwencode.block_tokens(block) for message in messages for block in message.blocks)
 
 
-@pytest.mark.parametrize("over", [1, 3_000, 15_000, 25_000, 33_000])
+@pytest.mark.parametrize("over", [1, 3_000, 15_000, 25_000, 33_000, 45_000])
 def test_shortening_saves_what_is_asked_and_says_so(over):
     before = conversation()
     after = shorten_results(before, over)

@@ -210,6 +210,26 @@ CONVERSATIONS = {
             "type": "base64", "media_type": "application/pdf", "data": "AAAA" * 1024}})],
         [("user", "see\n\n[A block of type document (application/pdf, 3 KB) was left out here:"
           " this model reads text only.]")]),
+    "a text document is its text": (
+        [user(text("see"), {"type": "document", "source": {
+            "type": "text", "media_type": "text/plain", "data": "the text"}})],
+        [("user", "see\n\nthe text")]),
+    "an image that is not here becomes a notice": (
+        [user(text("see"), {"type": "image", "source": {"type": "url", "url": "http://x"}})],
+        [("user", "see\n\n[An image was left out here: only images sent as base64 can be shown"
+          " to the model.]")]),
+    "a later system text that is a reminder already stays as it is": (
+        [{"role": "user", "content": "one"},
+         {"role": "system", "content": "<system-reminder>\nRULE\n</system-reminder>"}],
+        [("user", "one\n\n<system-reminder>\nRULE\n</system-reminder>")]),
+    "empty turns go": (
+        [user(), {"role": "user", "content": "one"}, {"role": "system", "content": ""},
+         {"role": "assistant", "content": "two"}, user(text(""))],
+        [("user", "one"), ("assistant", "two")]),
+    "an empty text behind results makes no turn": (
+        [{"role": "user", "content": "go"}, {"role": "assistant", "content": [use("a")]},
+         user(result("a", "A"), text(""))],
+        [("user", "go"), ("assistant", ""), ("tool", "A")]),
     "an empty assistant turn goes": (
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
             {"type": "thinking", "thinking": "hm"}]}, {"role": "user", "content": "b"}],
