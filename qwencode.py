@@ -2143,11 +2143,11 @@ def fit(tokens: int, max_tokens: int, window: int, headroom: int = 0, margin: in
     prompt too long for certain is refused, since Ollama refuses the others itself within
     10 ms, with exact numbers.
     """
-    maximum = max(window - 1 - headroom, 1)
+    maximum = window - 1 - headroom
     if tokens - margin > maximum:
         raise PromptTooLongError(tokens, maximum)
     sure, hoped = window - tokens - margin, window - tokens + margin
-    return max(1, min(max_tokens, max(sure, min(hoped, MIN_ANSWER_TOKENS))))
+    return min(max_tokens, max(sure, min(hoped, MIN_ANSWER_TOKENS)))
 
 
 def _shorten(text: str, keep: int) -> str:
