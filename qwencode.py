@@ -1550,7 +1550,7 @@ def rank_tools(
     beyond the limit; then each MCP server has one place; the rest goes by TOOL_RANKS.
     """
     offered = [tool for tool in tools if tool.name != PLACEHOLDER_TOOL]
-    if not limit or len(offered) <= limit:
+    if not limit:
         return offered
     kept = {tool.name for tool in offered if tool.name in CORE_TOOLS or tool.name in in_use}
     if not any(tool.name in CORE_TOOLS for tool in offered):  # a client of unknown names
@@ -1830,9 +1830,8 @@ def read_body(data: bytes) -> Any:
     for written, tools in _known_tools:
         if data.startswith(written, at):
             view = memoryview(data)
-            body = _read_around(view[:at], tools, view[at + len(written):])
-            if body is not None:
-                return body
+            with contextlib.suppress(ValueError, KeyError, RecursionError):
+                return _read_around(view[:at], tools, view[at + len(written):])
     body = parse_json(data)
     if at >= len(TOOLS_KEY) and isinstance(body, dict):
         text = data[at:].decode()
@@ -1845,17 +1844,13 @@ def read_body(data: bytes) -> Any:
     return body
 
 
-def _read_around(before: memoryview, tools: List[Any], behind: memoryview) -> Optional[Json]:
-    """Read a body whose tools are known; None where they are not its own tools.
+def _read_around(before: memoryview, tools: List[Any], behind: memoryview) -> Any:
+    """Read a body in which tools are known to stand between before and behind.
 
-    NaN, which no body may hold, stands for them, once: so it is seen where they belong.
+    NaN, which no body may hold, stands for them: KeyError where it holds one of its own.
     """
     decoder = json.JSONDecoder(parse_constant={"NaN": tools}.pop, parse_float=_finite)
-    try:
-        body = decoder.decode(b"".join((before, b"NaN", behind)).decode())
-    except (ValueError, KeyError, RecursionError):
-        return None
-    return body if isinstance(body, dict) and body.get("tools") is tools else None
+    return decoder.decode(b"".join((before, b"NaN", behind)).decode())
 
 
 def parse_request(body: Any) -> Request:

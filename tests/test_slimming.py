@@ -60,6 +60,13 @@ def test_a_known_tool_keeps_its_parameters_in_few_words(each):
     assert len(json.dumps(slim.schema)) + len(slim.description) < 1300
 
 
+def test_a_known_tool_says_what_the_names_of_its_parameters_do_not():
+    shown = slim_tool(CORE[1]).schema["properties"]
+    assert {key: value.get("description") for key, value in shown.items()} == {
+        "file_path": "absolute path", "old_string": None, "new_string": None,
+        "replace_all": "change every occurrence"}
+
+
 def test_every_row_says_what_its_parameters_are_in_words_of_its_own():
     for name, (description, parameters) in qwencode.tool_texts().items():
         assert 15 < len(description) < 400, name
@@ -130,6 +137,11 @@ SCHEMAS = [
      {"properties": {"a": {}}}),
     ("a long description", {"properties": {"a": {"description": "Word. " * 60}}},
      {"properties": {"a": {"description": "Word. " * 39 + "Word. …"}}}),
+    ("a long description in a list",
+     {"properties": {"a": {"anyOf": [{"description": "Word. " * 60}]}}},
+     {"properties": {"a": {"anyOf": [{"description": "Word. " * 39 + "Word. …"}]}}}),
+    ("a long value", {"properties": {"a": {"const": "word " * 99}}},
+     {"properties": {"a": {"enum": ["word " * 99]}}}),
     ("properties that are no object", {"properties": [1]}, {"properties": {}}),
     ("nothing", {}, {"properties": {}}),
 ]
@@ -364,6 +376,11 @@ RANKS = [
     ("a shell known by its shape only",
      [tool(f"t{n}") for n in range(9)] + [tool("terminal", ["command"])], 2, (),
      ["t0", "terminal"]),
+    ("an unknown tool goes before what is seldom asked for",
+     [*CORE, *MCP[:2], tool("WebSearch"), tool("Zork")], 6, (),
+     ["Bash", "Edit", "Read", "Write", "mcp__maps__find", "Zork"]),
+    ("a server's second tool goes last", [*CORE, *MCP[:2], tool("WebSearch"), tool("Zork")], 7, (),
+     ["Bash", "Edit", "Read", "Write", "mcp__maps__find", "WebSearch", "Zork"]),
     ("nothing", [], 8, (), []),
 ]
 
