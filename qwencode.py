@@ -2319,19 +2319,19 @@ def judge_window(asked: int, row: Optional[Json], kv_bytes: Optional[int] = None
     return WindowChoice(window, f"{told}; fewer would not bring it back")
 
 
-def judge_explicit(window: int, first_prompt: int) -> Optional[str]:
+def judge_explicit(window: int) -> Optional[str]:
     """Return a warning when a window that the user set is too small."""
-    if window - 1 < first_prompt:
-        return (f"{window} tokens cannot hold the CLI's first prompt of about {first_prompt}"
-                f" tokens; set OLLAMA_NUM_CTX to {SERVING_WINDOW} or more")
-    if window < first_prompt + headroom_tokens(window) + MIN_WORK_TOKENS:
-        return (f"{window} tokens leave only {window - first_prompt} beside the CLI's first"
-                f" prompt of about {first_prompt}; {SERVING_WINDOW} work better")
+    left, prompt = window - FIRST_PROMPT_TOKENS, f"first prompt of about {FIRST_PROMPT_TOKENS}"
+    if left < 1:
+        return (f"{window} tokens cannot hold the CLI's {prompt} tokens;"
+                f" set OLLAMA_NUM_CTX to {SERVING_WINDOW} or more")
+    if left < headroom_tokens(window) + MIN_WORK_TOKENS:
+        return (f"{window} tokens leave only {left} beside the CLI's {prompt};"
+                f" {SERVING_WINDOW} work better")
     return None
 
 
-def compact_env(window: int, max_output: int, first_prompt: int = FIRST_PROMPT_TOKENS
-                ) -> Dict[str, str]:
+def compact_env(window: int) -> Dict[str, str]:
     """Return the variables that make the CLI compact before the window is full.
 
     It compacts at context - min(max output, 20,000) - 13,000 (contract/claude-code.md D,
@@ -2341,13 +2341,13 @@ def compact_env(window: int, max_output: int, first_prompt: int = FIRST_PROMPT_T
     small windows results are capped: the CLI gives up a session that was compacted three
     times within three turns each.
     """
-    output = max(min(max_output, window // 8), 1)
+    output = max(min(DEFAULT_MAX_TOKENS, window // 8), 1)
     told, point = window, window - min(output, CLI_MAX_RESERVE) - CLI_BUFFER
     if point < window * 2 // 3:
-        point, output = window * 3 // 4, max(min(max_output, window // 4), 1)
+        point, output = window * 3 // 4, max(min(DEFAULT_MAX_TOKENS, window // 4), 1)
         told = point + min(output, CLI_MAX_RESERVE) + CLI_BUFFER
     env = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(output)}
-    if point >= first_prompt + MIN_WORK_TOKENS:
+    if point >= FIRST_PROMPT_TOKENS + MIN_WORK_TOKENS:
         env["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(told)
         env["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(min(max(told, 100_000), 1_000_000))
         env["CLAUDE_AUTOCOMPACT_PCT_OVERRIDE"] = "100"
@@ -9508,7 +9508,7 @@ class Registry:
             window = min(explicit, facts.trained or explicit)
             said = "as set" if window == explicit else \
                 f"all that the model was trained for, of the {explicit} that were set"
-            return LocalModel(facts, explicit, window, judge_explicit(window, FIRST_PROMPT_TOKENS)
+            return LocalModel(facts, explicit, window, judge_explicit(window)
                               or f"window of {window} tokens, {said}")
         row = self._loaded_row(facts, waiter, until)
         loaded = natural(_mapping(row).get("context_length"))
@@ -11366,7 +11366,7 @@ def client_env(base_url: str, key: str, config: Config, window: int) -> Env:
             "CLAUDE_CODE_SUBAGENT_MODEL": config.model, **CLIENT_SETTINGS,
             **{f"ANTHROPIC_DEFAULT_{role.upper()}_MODEL": roles.get(role, config.model)
                for role in ("opus", "sonnet", "haiku")},
-            **(compact_env(window, DEFAULT_MAX_TOKENS) if window else {})}
+            **(compact_env(window) if window else {})}
 
 
 def child_env(made: Env, env: Env) -> Env:
@@ -11669,7 +11669,7 @@ def verdict_window(trained: int, asked: int, real: int) -> Finding:
     line = "context window: " + (", ".join(
         f"{count:,} {word}" for word, count in known if count) or "unknown")
     window = real or asked
-    small = window and judge_explicit(window, FIRST_PROMPT_TOKENS)
+    small = window and judge_explicit(window)
     return judge(
         line,
         (small and 0 < trained < SERVING_WINDOW, "bad",

@@ -538,7 +538,7 @@ def test_the_window_judged(name, asked, row, kv_bytes, window, step_down, words)
      (14_000, "leave only 5000 beside"), (16_384, None), (32_768, None)],
 )
 def test_an_explicit_window_is_judged(window, words):
-    warning = judge_explicit(window, 9_000)
+    warning = judge_explicit(window)
     assert (warning is None) if words is None else (words in warning)
 
 
@@ -562,7 +562,7 @@ def thresholds(env):
      (1_048_576, 1_015_576, 32_000)],
 )
 def test_the_cli_compacts_before_the_window_is_full(window, threshold, output):
-    env = compact_env(window, 32_000)
+    env = compact_env(window)
     assert thresholds(env)[1] == threshold
     assert env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == str(output)
     if threshold:
@@ -578,14 +578,15 @@ def test_the_cli_compacts_before_the_window_is_full(window, threshold, output):
      (131_072, "16384", None), (262_144, None, None)],
 )
 def test_several_results_fit_between_two_compactions(window, read, bash):
-    env = compact_env(window, 32_000)
+    env = compact_env(window)
     assert env.get("CLAUDE_CODE_FILE_READ_MAX_OUTPUT_TOKENS") == read
     assert env.get("MAX_MCP_OUTPUT_TOKENS") == read
     assert env.get("BASH_MAX_OUTPUT_LENGTH") == bash
 
 
-def test_no_compaction_in_every_turn_when_the_first_prompt_is_large():
-    assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" not in compact_env(16_384, 32_000, 11_000)
+def test_no_compaction_in_every_turn_when_the_first_prompt_is_large(monkeypatch):
+    monkeypatch.setattr(qwencode, "FIRST_PROMPT_TOKENS", 11_000)
+    assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" not in compact_env(16_384)
 
 
 @pytest.mark.parametrize(
