@@ -331,6 +331,13 @@ def test_schemas_are_made_fit_for_a_strict_decoder(name):
     assert normal_schema(schema) == wanted
 
 
+def test_what_is_nested_without_references_stays_whole():
+    deep = {"type": "string"}
+    for _ in range(10):
+        deep = {"type": "array", "items": deep}
+    assert normal_schema(deep) == deep
+
+
 def test_a_circle_of_references_ends():
     loop = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"$ref": "#/$defs/A"}}}}}
     assert json.dumps(normal_schema(loop)).count("properties") < 20

@@ -316,6 +316,14 @@ def test_lists_that_stay_lose_the_clients_long_entries_only():
     assert slim_text(slim, EVERY) == (slim, [])
 
 
+@pytest.mark.parametrize(("times", "kept"), [(90, "Word. " * 90), (200, "Word. " * 97 + "Word. …\n")])
+def test_the_users_own_entries_keep_what_he_wrote(times, kept):
+    old = "- deploy: How this project is deployed.\n"
+    assert old in SYSTEM_2
+    slim, _ = slim_text(SYSTEM_2.replace(old, f"- deploy: {'Word. ' * times}\n"), EVERY)
+    assert f"- deploy: {kept}".rstrip() in slim
+
+
 def test_qwen_codes_list_of_skills_goes():
     text = reminder("The following skills are available for use with the Skill tool. Data.\n\n"
                     "<available_skills>\n<skill>\n<name>\nbatch\n</name>\n</skill>\n\n"
