@@ -3034,7 +3034,7 @@ CHOICE_WORDS = {
 
 def chat_messages(
     request: Request, tools: Sequence[Tool], facts: ModelFacts,
-    recall: Callable[[int, Message], Optional[str]], slim: Callable[[str], str],
+    recall: Callable[[int, Message], Optional[str]], slim: Callable[[str], str], *,
     tools_text: str = "",
 ) -> List[Json]:
     """Make all messages of /api/chat.

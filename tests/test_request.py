@@ -48,7 +48,8 @@ def upstream(messages, facts=PLAIN, recall=lambda index, turn: None, **fields):
     """The messages that Ollama gets, as short rows."""
     request = parse_request({"messages": messages, **fields})
     written = tools_as_text(request.tools) if facts.tools_in_text and request.tools else ""
-    return chat_messages(request, request.tools, facts, recall, lambda words: words, written)
+    return chat_messages(request, request.tools, facts, recall, lambda words: words,
+                         tools_text=written)
 
 
 BAD_FIELDS = [
