@@ -323,6 +323,9 @@ SCHEMAS = {
                         "c": {"enum": [5]}}}),
     "wrong types": ({"properties": {"a": {"type": 5, "required": True, "enum": "x",
                                           "description": ["y"]}}}, {"properties": {"a": {}}}),
+    "lists that say nothing": ({"properties": {"a": {"type": [], "required": [], "anyOf": []},
+                                               "b": {"type": ["string", 5], "required": ["c", 5]}}},
+                               {"properties": {"a": {}, "b": {}}}),
 }
 
 
@@ -358,9 +361,11 @@ def test_the_top_of_a_schema_is_always_an_object():
 
 def test_one_keyword_a_property_for_the_renderer_that_prints_two_in_random_order():
     tool = Tool("T", "", {"properties": {"a": {"type": "array", "items": {"type": "string"},
-                                               "enum": [["x"]]}}})
-    assert tool_json(tool, "qwen3-coder")["function"]["parameters"]["properties"]["a"] == {
-        "type": "array", "items": {"type": "string"}, "description": '(enum: [["x"]])'}
+                                               "enum": [["x"]]},
+                                         "b": {"description": "B", "enum": ["x"]}, "c": {}}})
+    assert tool_json(tool, "qwen3-coder")["function"]["parameters"]["properties"] == {
+        "a": {"type": "array", "items": {"type": "string"}, "description": '(enum: [["x"]])'},
+        "b": {"description": "B", "enum": ["x"]}, "c": {}}
 
 
 def test_tools_go_into_the_system_text_where_the_template_would_misprint_them():
