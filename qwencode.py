@@ -2690,11 +2690,8 @@ class ModelFacts(NamedTuple):
     chatml: bool = False
     think_refused: bool = False
 
-    def can(self, capability: str) -> bool:
-        """Say whether the model is known to have a capability."""
-        return self.capabilities is not None and capability in self.capabilities
-
     def lacks(self, capability: str) -> bool:
+        """Say whether the model is known not to have a capability."""
         return self.capabilities is not None and capability not in self.capabilities
 
 
@@ -3142,7 +3139,7 @@ def wants_thinking(request: Request, facts: ModelFacts) -> Optional[bool]:
     Where a capable model is not told, it thinks (OL 1), so a request without a
     thinking field says false.
     """
-    if facts.think_refused or not facts.can("thinking"):
+    if facts.think_refused or "thinking" not in (facts.capabilities or ()):
         return None
     return bool(request.thinking)
 

@@ -451,8 +451,8 @@ def test_show_and_probe_tell_the_path(recording):
     for case in ("show-a-toolxml", "show-b-hello", "show-c-tooljson", "show-q3-think"):
         body = json.loads(recording("0.33.0-rc2", case)["lines_at_ms"][0][1])
         facts = facts_from_show("m", body)
-        rows[case] = (facts.path, facts.renderer, facts.trained, facts.can("thinking"),
-                      facts.can("tools"))
+        rows[case] = (facts.path, facts.renderer, facts.trained,
+                      *(one in (facts.capabilities or ()) for one in ("thinking", "tools")))
     assert rows == {
         "show-a-toolxml": ("A", "qwen3-coder", 32768, False, True),
         "show-b-hello": ("B", "", 32768, False, True),
