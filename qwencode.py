@@ -1364,10 +1364,10 @@ def string_from(value: Any, name: str) -> Optional[str]:
 MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
 COMMENT = r"(?:(?:(?://|#)[^\n]{0,300}\n|/\*[^*]{0,300}\*/)\s*)?"
-CLOSED = r"\}\s*(?:[,}\])<`;/#]|\Z|\n)"
+CLOSED = r"(?:\}\s*(?:[,}\])<`;/#]|\Z|\n)|</?[\w-]{0,16}call>\s*(?:[<{\[]|\Z))"
 # White space is tried once, a comment is short: 8,000 blanks behind a quote took seconds.
 END_IN_OBJECT = Pattern(
-    rf"\s*(?:{COMMENT}{CLOSED}|,\s*{COMMENT}(?:{CLOSED}|{MEMBER_KEY})|\Z)"
+    rf"\s*(?:{COMMENT}{CLOSED}|,\s*{COMMENT}(?:{CLOSED}|{MEMBER_KEY})|(?<=\s)\"[\w-]{{1,60}}\"\s*:|\Z)"
     rf"|\s*\n[^\S\n]*{MEMBER_KEY}")
 END_IN_ARRAY = Pattern(r"\s*(?:,\s*(?:[\"'\[{\]\d-]|true|false|null)|\]|\Z)", re.I)
 END_IN_CALL = Pattern(r"\s*(?:,\s*\w{1,60}\s*=|,?\s*\)|\Z)")
@@ -1385,8 +1385,7 @@ JSON_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/",
            '"': '"', "'": "'", "`": "`"}
 JSON_ESCAPE = Pattern(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.S)
 MAX_JSON_DEPTH = 60
-STRICT_JSON = json.JSONDecoder(
-    strict=False, parse_constant=_no_constant, parse_float=_finite)
+STRICT_JSON = json.JSONDecoder(strict=False, parse_constant=_no_constant, parse_float=_finite)
 
 
 class LooseJson:
@@ -1425,8 +1424,8 @@ class LooseJson:
         while True:
             at = self.skip(at)
             following = self.text[at:at + 1]
-            if following == closing:
-                return result, at + 1
+            if following in ("}", "]"):  # the other one closes a value that lacks its own
+                return result, at + (following == closing)
             if following == ",":
                 at += 1
             elif result and self.ended(end, at):
@@ -3633,8 +3632,7 @@ TOOL_FORMATS: Tuple[ToolFormat, ...] = (
                'Action: Read\nAction Input: {"file_path": "a.py"}', "ReAct; Command R with a list"),
     ToolFormat("qwen_agent", "", ("✿function✿:", "✿function✿"),
                '✿FUNCTION✿: Read\n✿ARGS✿: {"file_path": "a.py"}', "Qwen-Agent for Qwen 1.5 and 2"),
-    ToolFormat("functionary", "", (">>>",),
-               '>>>Read\n{"file_path": "a.py"}', "Functionary 3.2"),
+    ToolFormat("functionary", "", (">>>",), '>>>Read\n{"file_path": "a.py"}', "Functionary 3.2"),
     ToolFormat("label", "", ("tool_call:", "tool call:", "function_call:", "function call:",
                              "call:", "tool:"),
                'Tool call: {"name": "Read", "arguments": {"file_path": "a.py"}}',
@@ -3675,16 +3673,19 @@ TAG_VALUE = Pattern(
     r"""\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""", re.S)
 TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 FIRST_KEY = Pattern(
-    r"(?:\[\s*)?\{{1,2}\s*[\"'`“]?([A-Za-z_-]{1,24})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
-    r"(?:[\"'`“]([^\"'`“”\n]{0,128})([\"'`”]))?")
+    rf"(?:\[\s*)?\{{{{1,2}}\s*{COMMENT}[\"'`“]?([A-Za-z_-]{{1,24}})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
+    r"(?:[\"'`“]?(?:(?<=[\"'`“])([^\"'`“”\n]{0,128})[\"'`”]|([A-Za-z_][\w.-]{0,127})(?=[\s,}])))?")
 KEY_ALONE = Pattern(r"(?:\[\s*)?\{{1,2}\s*[\"'`“]([A-Za-z_-]{0,24})[\"'`”\W]")
-FIRST_KEY_START = Pattern(r"(?:\[\s*)?(?:\{{1,2}\s*(?:[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*"
-                          r"(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
+FIRST_KEY_START = Pattern(
+    rf"(?:\[\s*)?(?:\{{{{1,2}}\s*{COMMENT}(?:(?://|#)[^\n]{{0,300}}|/(?:\*[^*]{{0,300}}\*?)?|"
+    r"[\"'`“]?[A-Za-z_-]{0,24}[\"'`”]?\s*(?::|=>?)?\s*(?:[\"'`“][^\"'`“”\n]{0,128})?)?)?")
 OWN_NAME = Pattern(r"(?:print\()?(?:default_api\.|functions\.)?([A-Za-z_][\w-]{0,127}|\Z)")
 NAMED_BODY = Pattern(r"\s?(?=\()|:?\s{0,2}(?=\{)")
 NAMED_BEGUN = Pattern(r":?\s{0,2}")
+VALUE_BEGUN = Pattern(r"[\"'`“][^\n]{0,129}|[\w.-]{1,127}")
 PYTHON_NAME = Pattern(r"(?:\[\s*)?(?:print\()?([A-Za-z_][\w.]{0,127})\s?\(\s*(?=[\w\"'){\[]|\Z)")
-NAME_KEYS = word_set("name tool toolname function functionname action recipient recipientname "
+# Keys that name the tool, the likeliest first.
+NAME_ORDER = words_of("name tool toolname functionname function recipient recipientname action "
                       "tooltocall toolid command")
 ARGUMENT_KEYS = word_set("arguments parameters input args params kwargs toolinput actioninput "
                           "argumentsjson toolargs inputs payload toolparameters")
@@ -3693,18 +3694,20 @@ LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
 LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
                          "index comment role content")
 BODY_KEYS = ARGUMENT_KEYS | LIST_KEYS | LEADING_KEYS
-CALL_KEYS = BODY_KEYS | NAME_KEYS | NESTED_KEYS | {"type"}
+CALL_KEYS = BODY_KEYS.union(NAME_ORDER, NESTED_KEYS, ("type",))
 CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
 FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
 FENCE_START = Pattern(r"(?:`{1,16}|~{1,16})[^\n`{\[<]{0,80}\Z")
 FENCE_LINE = Pattern(r"[ \t]{0,3}(`{0,16}|~{0,16})[ \t]{0,8}(?=\n|\Z)")
 CALL_SIGN = Pattern(r"\n|<(?=[/|｜A-Za-z_]|\Z)|\[(?=[TtFf]|\Z)")
-AFTER_CALL = Pattern(r"\s*(?:<[|｜]?/[^\s<>]{1,60}>|\[(?:/|END_)[^\s\[\]]{1,40}\]|✿\w{1,12}✿:?|"
-                     r"[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|"
-                     r"[;,](?=\s*[{\[<]))")
+AFTER_CALL = Pattern(r"\s*(?:(?:(?://|#)[^\n]{0,300}\s*)?<[|｜]?/[^\s<>]{1,60}>|✿\w{1,12}✿:?|"
+                     r"\[(?:/|END_)[^\s\[\]]{1,40}\]|"
+                     r"[}\])]{1,4}(?=\s|\Z|<|`|[}\])])|[;,](?=\s*[{\[<]))")
+UNKNOWN_CALL = Pattern(r"\s*(?:[{\[]|<function=)")
 CLOSING_CUT = Pattern(r"\s*(?:<[|｜/]?[^\s<>]{0,60}|[;,]\s*)\Z")
-AFTER_BEGUN = Pattern(r"<[^\s<>]{0,60}(?:\s[^<>]{0,300})?|\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|"
-    r"✿\w{0,12}(?:✿:?)?|[}\])]{1,4}|[,;]\s*")
+AFTER_BEGUN = Pattern(
+    r"/|(?:(?://|#)[^\n]{0,300}\s*)?(?:<[^\s<>]{0,60})?|<[^\s<>]{0,60}\s[^<>]{0,300}|"
+    r"\[(?:/[^\s\[\]]{0,40})?|[`~]{1,16}|✿\w{0,12}(?:✿:?)?|[}\])]{1,4}|[,;]\s*")
 BLANK_RUN = Pattern(r"\s*")
 LINE_TEXT = Pattern(r"[\S\n]")
 LIST_BEGUN = Pattern(r"\[\s*[\w.]{0,80}")
@@ -3717,18 +3720,12 @@ BARE_RULES = ("json", "named", "pythonic", "wrapped")
 # Characters of prose before a call in which its announcement is looked for, and of one
 # sentence in which SIGNS are: without a full stop it is no prose.
 MAX_CONTEXT_CHARS, MAX_LEAD_CHARS = 1000, 400
-# Characters of thought kept in case that a call inside it is all that comes.
-MAX_THOUGHT_CHARS = 256 * 1024
-# Characters of a value of one line that is held until its closing tag is seen.
-MAX_SHORT_CHARS = 200
-# Characters read in vain before an answer full of openers is passed as it is.
-MAX_WASTED_CHARS = 128 * 1024
-# Opening tags that stand inside each other before a call's body; DeepSeek has two.
-MAX_OPENERS = 4
-# Characters looked at in one step, so that cutting them off costs little.
-MAX_STEP_CHARS = 4096
-# Characters of a name or first key before text that looks like a call is let go.
-MAX_HEADER_CHARS = 500
+MAX_THOUGHT_CHARS = 256 * 1024  # of thought kept in case that a call inside it is all that comes
+MAX_SHORT_CHARS = 200  # of a value of one line that is held until its closing tag is seen
+MAX_WASTED_CHARS = 128 * 1024  # read in vain before an answer full of openers is passed as it is
+MAX_OPENERS = 4  # tags that stand inside each other before a call's body; DeepSeek has two
+MAX_STEP_CHARS = 4096  # looked at in one step, so that cutting them off costs little
+MAX_HEADER_CHARS = 500  # of a name or first key before text that looks like a call is let go
 
 
 def skip_blank(text: str, at: int) -> int:
@@ -3843,10 +3840,6 @@ def name_and_arguments(value: Json, tools: Tools, rule: str) -> Tuple[Any, Any]:
     return value[name], spare if meant else None
 
 
-NAME_ORDER = ("name", "tool", "toolname", "functionname", "function", "recipient",
-              "recipientname", "action", "tooltocall", "toolid", "command")
-
-
 def is_definition(arguments: Any) -> bool:
     """Tell a tool's schema, as prompts hold it, from the arguments of a call."""
     properties = arguments.get("properties", arguments) if isinstance(arguments, dict) else None
@@ -3854,8 +3847,7 @@ def is_definition(arguments: Any) -> bool:
         map(types_of, properties.values()))
 
 
-def read_python(text: str, tools: Tools, rule: str) -> Tuple[
-        Optional[List[Call]], int]:
+def read_python(text: str, tools: Tools, rule: str) -> Tuple[Optional[List[Call]], int]:
     """Read calls written as Python: Read(file_path="a.py"), alone or in a list."""
     calls: List[Call] = []
     reader, at = LooseJson(text), skip_blank(text, 0)
@@ -4307,18 +4299,17 @@ def read_bracket(text: str, at: int, rule: str, tools: Tools) -> Verdict:
             return None
         begun = FIRST_KEY_START.fullmatch(rest) or LIST_BEGUN.fullmatch(rest)
         return MORE if begun else None
-    word, value, opened = plain_name(key.group(1)), key.group(2), rest[key.end():][:1] == "{"
-    if value is None and (word in NAME_KEYS or word == "type") and not opened:
-        cut = rest[key.end():][:1] in CLOSING_QUOTES and key.end() + 130 > len(rest) and (
-            "\n" not in rest[key.end():])
-        return MORE if cut else None
+    word, value, behind = plain_name(key.group(1)), key.group(2) or key.group(3), rest[key.end():]
+    opened = behind[:1] == "{"
+    if value is None and (word in NAME_ORDER or word == "type") and not opened:
+        return MORE if VALUE_BEGUN.fullmatch(behind) else None
     if value is not None and word == "type":
         held = plain_name(value) in CALL_TYPES
-    elif value is not None and word in NAME_KEYS:
+    elif value is not None and word in NAME_ORDER:
         held = bool(tools_meant(value, tools))
     else:
         held = word in BODY_KEYS or (opened and (
-            word in NAME_KEYS | NESTED_KEYS or word == "type" or key.group(1) in tools))
+            word in NESTED_KEYS.union(NAME_ORDER) or word == "type" or key.group(1) in tools))
     return Head(rule, "", "json", at) if held else None
 
 
@@ -4429,8 +4420,7 @@ INTENT = (r"\b(?<!whether )(?<!if )(?:I.ll|I will|let me|let.s|let us|we.ll|we w
     r"now| first| also| just| still)? (?:need|want|must|should|can|have to|will)\b(?! not|['’]t| "
     r"only)|(?:now|next|first|then|so|and),? I\b(?!.d|.m not| (?:would|\w+ed|ran|sent|made|wrote|"
     r"did|got)\b))")
-INTENT_ABROAD = (
-    r"我(?:来|将|会|要|先|需要|现在)|让我|我们[来先]|现在|接下来|首先|します|"
+INTENT_ABROAD = (r"我(?:来|将|会|要|先|需要|现在)|让我|我们[来先]|现在|接下来|首先|します|"
     r"\b(?:ich (?!habe|würde)|lassen? |je (?!pourrais|ne)|voy a|vamos a|déjame|vou\b|"
     r"ahora|sto per|проверю|сейчас|найду)")
 # ... and one who only talks:
@@ -4501,34 +4491,34 @@ ANNOUNCING: Tuple[Sign, ...] = (
         r"understood|al{1,2} ?right|absolutely|done|great|no problem|will do|on it|definitely|"
         r"gladly|here (?:it is|you go|we go)|one moment|working on it)\W*){1,4}\Z"),
     sign("the word call itself", "lead", 2, r"\A\W*(?:here(?:.s| is| are) )?(?:the |my |a "
+# So does this, without lifting any ...
+AT_WORK = sign("the act at work", "lead", 6, rf"(?:\A|→|[,;:–—-] |and )\W*(?:(?:ok(?:ay)?|sure|"
+    rf"great|now|then|next|first|got it)\W+)*(?!{TALK}|follow|accord|depend|includ|mean|noth|anyth|"
+    rf"someth|everyth|dur|string|thing|miss|warn|pend|exist|notic|us\w+ \w+,)\w{{2,}}ing\b(?!.*\b(?"
+    rf":gives|shows|yields|finds|prints|becomes|is|get)\b{OPEN_END})")
         r")?(?:(?:tool |function )?calls?|action)\W*\Z"),
 )
 # ... and this announces words, which lift nothing.
 TALKING = sign("talk in the first person", "lead", -4,
                rf"\b(?:{INTENT}|I|we|I.m|I am)\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK}")
 SIGNS: Tuple[Sign, ...] = (
-    *ANNOUNCING,
-    sign("the act at work", "lead", 6,
-        r"(?:\A|→|[,;:–—-] |and )\W*(?:(?:ok(?:ay)?|sure|great|now|then|next|first|got "
-        rf"it)\W+)*(?!{TALK}|follow|accord|depend|includ|mean|noth|anyth|someth|everyth|dur|string|"
-        rf"thing|miss|warn|pend|exist|notic|us\w+ \w+,)\w{{2,}}ing\b(?!.*\b(?:gives|shows|yields|"
-        rf"finds|prints|becomes|is|get)\b{OPEN_END})"),
+    *ANNOUNCING, AT_WORK,
     sign("a step", "lead", 5, r"\A\W*(?:so,? |and |ok,? )?(?:\d+[.)]|now|next|then|first|second|"
         r"third|finally|lastly|also|step|once more|again|time to|on to|here we go)\b(?!.*\b(?:would"
         r"|you|it \w+s|we)\b)|\b(?:first|next)\W*\Z"),
     sign("an order to itself", "lead", 3,
-        rf"\A\W*(?:\d+[.)]\s*)?(?:step \d+\W+)?{ACTS}\b(?! data| case)(?!.*\b(?:this|these|"
-        r"following|same|below|your?|docs)\b)"),
+        rf"\A\W*(?:\d+[.)]\s*)?(?:(?:step \d+|and|then|now|next|also|first|finally)\W+)?{ACTS}\b(?!"
+        rf" data| case)(?!.*\b(?:this|these|following|same|below|your?|docs)\b)"),
     sign("here is the work", "lead", 8,
         rf"\Ahere(?:.s| is| are) (?:the |my |an? |your )(?!.*\b(?:{CALL_TALK}|{DATA_WORDS})\b)"),
     sign("an example", "lead", -8, EXAMPLE, True),
     sign("examples before it", "earlier", -3, EXAMPLE),
     sign("a wish", "lead", -3, r"\b(?:would|could|might|.d (?:be|have|write|call|use|run|send|look|"
         r"then)|one (?:can|may|calls|writes)|had you|(?:should|shall|may|could) I|whether)\b"),
-    sign("a condition", "lead", -13,
-        r"\b(?:if|once|when|after|until|unless) (?:you|approved|confirmed|permitted|needed|one|a|"
-        r"the (?:model|user|agent))\b|\b(?:your|you to) (?:approv|confirm|permission|consent|ok\b)|"
-        r"\blet me know\b|\bneed you\b|\bwhen(?:ever)? I\b|\A\W*(?:later|normally|usually)\b"),
+    sign("a condition", "lead", -13, r"\b(?:if|once|when|after|until|unless) (?:you|approved|"
+        r"confirmed|permitted|needed|one|a|the (?:model|user|agent))\b|\b(?:your|you to) (?:approv|"
+        r"confirm|permission|consent|ok\b)|\blet me know\b|\b(?:say|give)(?: me)? (?:the|a|your) "
+        r"(?:word|go)|\bneed you\b|\bwhen(?:ever)? I\b|\A\W*(?:later|normally|usually)\b"),
     sign("a warning", "lead", -5, r"\b(?:don.t|do not|never|avoid|not)\s+(?:\w+ ){0,2}(?:run|send|"
         r"make|do|execute|call|use|let|issue|invoke|emit|type|copy|try)\b|\b(?:avoid|beware|"
         r"dangerous|harmful|unsafe|forbidden|warning|careful|prevent|(?:must|may) not)\b"),
@@ -4541,32 +4531,26 @@ SIGNS: Tuple[Sign, ...] = (
     TALKING,
     sign("a promise to show", "lead", -13,
         rf"{INTENT}(?!.*(?:\w[./]\w|\b(?:check|look (?!at (?:how|what|this))|read|see|examin|"
-        r"inspect|verif|fix|run|rerun|search|find|open|updat|edit|explor|investigat|test|execut|"
-        r"invok|use the)\w*))[^.!?]*\b(?:(?:this|that|these|your|raw) (?:calls?|line|message)|"
-        r"messages?|lines?|variants?|readability|what (?:I|it|the model)|as (?:valid )?(?:json|"
-        r"xml)|json you|payload|syntax|notation|encoded|how (?:an?|tool|function) (?:tool |"
-        r"function )?calls?|(?:an?|this) (?:running )?(?:example|sample)(?! (?:to|in|for|config|"
-        r"file|script|test|project|app|env)\b))\b"),
+        rf"inspect|verif|fix|run|rerun|search|grep|glob|quer|trac|debug|find|open|updat|edit|"
+        rf"explor|investigat|test|execut|invok|use the)\w*))[^.!?]*\b(?:(?:this|that|these|your|"
+        rf"raw) (?:calls?|line|message)|messages?|lines?|variants?|readability|what (?:I|it|the "
+        rf"model)|as (?:valid )?(?:json|xml)|json you|payload|syntax|notation|encoded|how (?:an?|"
+        rf"tool|function) (?:tool |function )?calls?|(?:an?|this) (?:running )?(?:example|"
+        rf"sample)(?! (?:to|in|for|config|file|script|test|project|app|env)\b))\b"),
     sign("what you may do", "lead", -2,
         r"\b(?:you|one|users?|developers?|someone|people)(?:.d| can| could| would| should| might| "
         r"may| must| need(?: to)?| have to| has to| will| want to)?\s+(?:\w+ly |just |then |also "
         r")?(?:put|add|paste|send|write|use|run|call|type|copy|include|save|emit|output|post|adapt|"
         r"try|insert|pass)\b|\byour (?:\w+ ){0,2}(?:model|shim|client|parser|yaml|json|call|prompt|"
         r"server|mock|endpoint|dataset|message|snippet|text|regex|system|colleague)\b"),
-    sign("a prompt or quotation", "lead", -13,
-        r"\A\s*[$>]|[$>] ?\Z|\A\s*In \[\d"),
-    sign("a question", "lead", -6,
-        r"\?\W*\Z"),
-    sign("a sentence left open", "lead", -7,
-        r"(?:[:：]\W*|\w *\n?\s*)\Z", True),
+    sign("a prompt or quotation", "lead", -13, r"\A\s*[$>]|[$>] ?\Z|\A\s*In \[\d"),
+    sign("a question", "lead", -6, r"\?\W*\Z"),
+    sign("a sentence left open", "lead", -7, r"(?:[:：]\W*|\w *\n?\s*)\Z", True),
     sign("open on a being", "lead", -2,
         rf"\b(?:is|are|was|were|becomes?|(?<!here).s)\b{OPEN_END}", True),
-    sign("open on data", "lead", -4,
-        rf"\b{DATA_WORDS}\b(?:[^.!?:]{{0,60}})[:：]\W*\Z", True),
-    sign("open on calls", "lead", -3,
-        rf"\b{CALL_TALK}\b{OPEN_END}", True),
-    sign("open on saying", "lead", -2,
-        rf"\b{TELLS}\b{OPEN_END}", True),
+    sign("open on data", "lead", -4, rf"\b{DATA_WORDS}\b(?:[^.!?:]{{0,60}})[:：]\W*\Z", True),
+    sign("open on calls", "lead", -3, rf"\b{CALL_TALK}\b{OPEN_END}", True),
+    sign("open on saying", "lead", -2, rf"\b{TELLS}\b{OPEN_END}", True),
     sign("open on a label", "lead", -4,
         r"\A\W*(?:the )?(?:wrong|invalid|old|new|before|after|expected|actual|formatted|compare|"
         r"same|correct|good|bad|original|fixed|canonical|minified|malformed|not|typical|normally|"
@@ -4574,15 +4558,13 @@ SIGNS: Tuple[Sign, ...] = (
         rf"exported|given|this|relevant|read the docs|vs)\b{OPEN_END}", True),
     sign("open in another tongue", "lead", -4,
         r"(?:模型|格式|例|modell?\b|modèle|модель|ausgabe|sortie)[^.!?]*[:：]\W*\Z", True),
-    sign("talk of calls", "lead", -4,
-        rf"\b{CALL_TALK}\b", True),
+    sign("talk of calls", "lead", -4, rf"\b{CALL_TALK}\b", True),
     sign("as follows", "lead", -4, r"\b(?:as follows|like (?:this|so)|this way|looks? (?:something "
         r")?like|the following|below|such as|this (?:one|input|call|line|body|text|shape|prompt|"
         r"request|string|message|json|command)|these)\b|\bthis\W*\Z|<(?![/|])[\w-]+>\W*\Z", True),
     sign("here is talk", "lead", -3,
         rf"\bhere(?:.s| is| are)\b.*\b(?:{CALL_TALK}|{DATA_WORDS}|what|how)\b", True),
-    sign("words behind it", "after", -3,
-        r"\S", True),
+    sign("words behind it", "after", -3, r"\S", True),
     sign("a promise behind it", "after", 6,
         rf"{INTENT}(?!\s+(?:know|rather|wait for your))|\b(?:once|after|as soon as|with) (?:that|"
         r"this|it|the result)|\b(?:then|while (?:this|that))\b|\b(?:please )?wait(?:ing)?\b(?! "
@@ -4607,8 +4589,7 @@ SIGNS: Tuple[Sign, ...] = (
         r"\b(?:should|shall) I\b|\b(?:approv|confirm|permission|go-ahead|agree)\w*|\b(?:say|give) "
         r"the word\b|\byour (?:ok|word)\b|\bif (?:I should|(?:that|this) (?:looks|is|works|sounds)|"
         r"you (?:approve|agree|confirm|want me|like))\b"),
-    sign("a question behind it", "after", -6,
-        r"\?", True),
+    sign("a question behind it", "after", -6, r"\?", True),
     sign("what to do with it", "after", -6, r"\byou(?:.d(?! prefer| like)| can(?! see)| could| "
         r"would| should| might| must| may| need to| have to)\b|\A\W*(?:replace|change|modify|copy|"
         r"paste|adapt|adjust|use|put|save|add|run|try|note|compare|make sure|review|remember|apply|"
@@ -4624,7 +4605,9 @@ SIGNS: Tuple[Sign, ...] = (
 OWN_WEIGHT, OTHER_WEIGHT, LAST_WEIGHT, FIRST_WEIGHT = 4, 1, 4, 4
 INLINE_CODE = Pattern(r"`[^`\n]*`")
 REACT_STEP = Pattern(r"(?:question|thought):", re.I)
-CHAT_MARK = Pattern(r"<\|[^|<>]*\||\A(?:json|assistant)\Z", re.I)
+# Lines that are no prose: marks of a chat, tags, data, the bare number of a step.
+CHAT_MARK = Pattern(r"<\|[^|<>]*\||\A(?:json|assistant|</?[\w-]*call[^<>]*>|\{.*\}|\W*(?:(?:step )?"
+                    r"\d+|first|then|next|now|and|also|second|third|finally|lastly)\W*)\Z", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
 THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
@@ -4660,7 +4643,7 @@ def sentences(text: str) -> List[str]:
 def words_before(before: str) -> Dict[str, str]:
     """Cut the texts out of the prose before a call that SIGNS look at."""
     said = paragraphs(before)
-    if len(said) > 1 and not sentences(said[-1]):
+    while len(said) > 1 and not sentences(said[-1]):
         said.pop()
     parts = sentences(said[-1]) if said else []
     return {"lead": "".join(parts[-1:])[-MAX_LEAD_CHARS:],
@@ -4679,8 +4662,8 @@ def words_after(after: str, leads_on: bool) -> str:
 
 def announced(before: str) -> bool:
     """Tell prose that says in the first person, or by a word of assent, that a call comes."""
-    return any(row.pattern.search(" ".join(sentences(part)))
-               for row in ANNOUNCING for part in paragraphs(before)[-2:])
+    said = [part for part in map(" ".join, map(sentences, paragraphs(before))) if part][-2:]
+    return any(row.pattern.search(part) for row in (*ANNOUNCING, AT_WORK) for part in said)
 
 
 def weight_of(found: Found, after: str, leads_on: bool) -> int:
@@ -4980,10 +4963,11 @@ class ToolTextParser:
             foreign = tag and tag.group(1) and label not in CLOSING_TAGS and (
                 not resolve_tool(label, self._tools))
             if match and not foreign and (
-                    final or match.end() < len(text) or match.group().lstrip()[0] in "<["):
+                    final or match.end() < len(text) or match.group().lstrip()[0] in "<[/#"):
                 at = match.end()
             elif tag and (label in END_TAGS or "end" in label.split("_")):
-                opens = None if tag.group(1) else self._head_at(blank, True)
+                opens = None if tag.group(1) else self._head_at(blank, True) or (
+                    label in CALL_TAGS and UNKNOWN_CALL.match(text, tag.end()) and READ_ON)
                 if opens:
                     self._extend(at)
                     return opens != MORE
