@@ -4082,14 +4082,15 @@ CUT_TAG = Pattern(r"(?:</?[^\s<>]{0,20})?\Z")
 
 
 class JsonInput(InputReader):
-    """Reads the members of an arguments object; done comes behind the call's last brace."""
+    """Reads the members of an arguments object; done comes behind the call's last brace.
+
+    lost tells that something else stands there: a patient reader may know it (LooseJson).
+    """
 
     def feed(self, text: str, final: bool = False) -> None:
         super().feed(text, final)
         if final and not self.done:
-            self.done = True
-            self.lost = self._step == self._string or (
-                self._step != self._tail and bool(self.rest.strip()))
+            self.done = self.lost = True
 
     def passes(self, text: str) -> bool:
         return self._step == self._string and not self.rest and not STRING_BREAK.search(text)
@@ -4101,8 +4102,8 @@ class JsonInput(InputReader):
             return False
         self.rest = self.rest[match.end():]
         if match.group(1) is None:
-            self._step = self._tail
-            return True
+            self.done = True
+            return False
         self.events.append(("key", loose_json(match.group(1)) or ""))
         self._step = self._string if match.group(2) else self._whole
         self._scan = BracketScan()
@@ -4144,30 +4145,25 @@ class JsonInput(InputReader):
         else:
             scalar = JSON_SCALAR.match(self.rest)
             end = scalar.end() if scalar else -1
+            self.done = self.lost = end < 0 and len(self.rest) > MAX_HEADER_CHARS
         if end < 0:
             return False
         self.events.append(("value", self.rest[:end]))
         self.rest, self._scanned, self._step = self.rest[end:], 0, self._begin
         return True
 
-    def _tail(self) -> bool:
-        match = CALL_TAIL.match(self.rest)
-        self.done = bool(match) or len(self.rest) > MAX_HEADER_CHARS
-        self.rest = self.rest[match.end():] if match else self.rest
-        return False
-
 
 STRING_BREAK = Pattern(r'["\\]')
 # What interrupts a string: its end, an escape, and two that are halves of one character.
-STRING_STOP = Pattern(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|"
-    + JSON_ESCAPE.source + '|"', re.S)
+STRING_STOP = Pattern(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|"
+                      + JSON_ESCAPE.source + '|"', re.S)
 JSON_MEMBER = Pattern(
-    r"""\s*(?:,\s*)?(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*(?:(")|(?=\S))|\})""")
+    rf"\s*(?:,\s*)?{COMMENT}" r"""(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*"""
+    r"""(?:(")(?!"{0,2}\Z|"")|(?=[^\s"]))|\}\s*\})""")
 STRING_END_OPEN = Pattern(
-    r"\s*(?:\}\s*|,\s*\}\s*|(?:,\s*|(?<=\n)[^\S\n]*)(?:[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)?)?\Z")
-JSON_SCALAR = Pattern(r"[^,}\]\n]{1,64}(?=[,}\]\n])")
-CALL_TAIL = Pattern(r'\s*(?:,\s*"[^"\n]{0,64}"\s*:\s*"?[^"{}\n]{0,128}"?\s*)?\}')
+    rf"\s*(?:,\s*)?{COMMENT}(?:\}}\s*|<[^\s<>]{{0,20}}>?\s*|(?://|#)[^\n]{{0,300}}|"
+    r"/(?:\*[^*]{0,300}\*?)?|(?<=[\s,])[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)?\Z")
+JSON_SCALAR = Pattern(r"[\w.+-]{1,64}(?=\s*[,}\]\n])")
 CANONICAL = Pattern(r'\s*\{\s*"name"\s*:\s*"([^"\\\n]{1,128})"\s*,\s*'
                     r'"(?:arguments|parameters|input)"\s*:\s*\{')
 
@@ -4177,7 +4173,8 @@ class InputWriter:
 
     A string for a string parameter goes out as it comes; everything else is held until
     it is whole. Keys that the schema does not know are left out. written gathers the
-    pieces; known tells that they name a parameter, streaming that a string is open.
+    pieces, sent those that left; known tells that they name a parameter without which it
+    is no call, streaming that a string is open.
     """
 
     def __init__(self, tool: Tool) -> None:
@@ -4186,6 +4183,7 @@ class InputWriter:
         self._held: List[str] = []
         self._name = self._key = self.written = ""
         self.known = self.streaming = False
+        self.sent: List[str] = []
 
     def write(self, events: ReaderEvents) -> None:
         for kind, text in events:
@@ -4215,7 +4213,7 @@ class InputWriter:
     def _member(self, name: str, value: str) -> None:
         self.written += f"{', ' if self._taken else '{'}{json.dumps(name)}: {value}"
         self._taken.append(name)
-        self.known = self.known or name in self._properties
+        self.known = self.known or name in (required_of(self.tool.schema) or self._properties)
 
     def _whole(self, value: Any) -> None:
         fitted = fit_object({self._key: value}, self.tool.schema,
@@ -4749,10 +4747,11 @@ class ToolTextParser:
                 return []
         elif self._step == self._parameters:
             if self._writer and self._writer.streaming and self._reader.passes(text):
-                return [CallInput(json.dumps(text)[1:-1])]
+                self._pieces.append(text)
+                self._writer.sent.append(json.dumps(text)[1:-1])
+                return [CallInput(self._writer.sent[-1])]
         elif (self._step == self._prose and self._mid_line and self._blank is None
-                and self._at == len(self._text) and not self._queue
-                and not CALL_SIGN.search(text)):
+                and self._at == len(self._text) and not self._queue and not CALL_SIGN.search(text)):
             self._before, self._thought = (self._before + text)[-MAX_CONTEXT_CHARS:], ""
             return [TextDelta(text)]
         self._asleep.append(text)
@@ -4867,8 +4866,9 @@ class ToolTextParser:
             return self._skip(head.at)
         self._head, self._found, self._opener, self._at = head, found, opener, head.at
         self._marks = fence or ("```" if "```" in opener else "")
+        # What streams must be meant whatever follows, but for words that take it back.
         self._may_stream = (self._streams and head.rule in ("tool_call", "function_xml")
-                            and found.kind == "own" and weight_of(found, "", False) > 0
+                            and found.kind == "own" and weight_of(found, "more", True) > 0
                             and found.line.rstrip()[-1:] in SENTENCE_MARKS)
         self._collect()
         if head.body == "line":
@@ -5078,16 +5078,17 @@ class ToolTextParser:
             self._send(self._writer, events)
         else:
             self._wake = TAG_END
-        if self._found.kind == "open":
-            return reader.done and self._end_stream()
         self._pieces.append(piece)
+        if self._found.kind == "open" and not reader.lost:
+            return reader.done and self._end_stream()
         self._events += events
         return reader.done and self._end_parameters()
 
     def _end_parameters(self) -> bool:
-        """Read the call from all its parameters."""
+        """Read the call from all its parameters, or once more where a reader is lost."""
         reader, body = self._reader, "".join(self._pieces)
-        if not isinstance(reader, TaggedInput):  # it named no parameter that the tool knows
+        self._unread = len(body) - len(reader.rest)
+        if not isinstance(reader, TaggedInput):  # or it named no parameter that the tool needs
             self._put_back(body)
             self._collect()
             self._may_stream = False
@@ -5101,21 +5102,22 @@ class ToolTextParser:
         return self._accept(calls, body, len(body) - len(reader.rest))
 
     def _send(self, writer: InputWriter, events: ReaderEvents) -> None:
-        """Let the input go out once it names a parameter that the tool knows."""
+        """Let the input go out once it names a parameter that the tool needs."""
         writer.write(events)
         if writer.known and self._found.kind != "open":
-            self._settle(0)
+            self._settle(0, leads_on=True)
             self._found.kind = "open"
             self._new_block(CallStart(writer.tool.name, self._head.rule))
         if writer.known and writer.written:
             self._out.append(CallInput(writer.written))
+            writer.sent.append(writer.written)
             writer.written = ""
 
     def _end_stream(self) -> bool:
         reader = self._reader
         self._put_back(reader.rest)
         self._step, self._mid_line = self._after_call, True
-        if reader.lost or (reader.cut and self._ending == "cut"):
+        if reader.cut and self._ending == "cut":
             self._out.append(CallEnd(False))
         else:
             self._queue.append(self._found)
@@ -5123,9 +5125,16 @@ class ToolTextParser:
 
     def _accept(self, calls: Optional[List[Call]], body: str, stop: int) -> bool:
         """Let the calls that end there wait for the words behind them; pass what is none."""
-        if not calls:
+        if self._found.kind == "open" and calls and self._writer:
+            # Of a streamed call the rest, where it goes on as what was sent begins.
+            sent, whole = "".join(self._writer.sent), json.dumps(calls[0].input)
+            if len(calls) > 1 or not whole.startswith(sent):
+                return self._reject(body)
+            self._out += [CallInput(whole[len(sent):-1])] * (len(whole) > len(sent) + 1)
+        elif not calls:
             return self._reject(body)
-        self._found.raw, self._found.calls = self._opener + body[:stop], calls
+        else:
+            self._found.raw, self._found.calls = self._opener + body[:stop], calls
         self._fence = self._found.fence
         self._put_back(body[stop:])
         self._step, self._wake, self._mid_line = self._after_call, None, True
@@ -5135,6 +5144,11 @@ class ToolTextParser:
 
     def _reject(self, body: str) -> bool:
         """Pass what was no call after all; what follows its opener is looked at again."""
+        if self._found.kind == "open":
+            self._out.append(CallEnd(False))
+            self._put_back(body[self._unread:])
+            self._step, self._wake, self._mid_line = self._after_call, None, True
+            return True
         self._put_back(self._opener + body)
         # Where more may come only its words were weighed, for as long as reading so much takes.
         self._wasted += len(self._text) if self._ending else MAX_STEP_CHARS // 2
@@ -5154,13 +5168,14 @@ class ToolTextParser:
         else:
             self._show(text)
 
-    def _settle(self, limit: int) -> None:
-        """Decide calls, oldest first, until fewer characters are held behind the first."""
+    def _settle(self, limit: int, leads_on: bool = False) -> None:
+        """Decide calls until fewer characters are held behind the first; leads_on: more come."""
         queue = self._queue
         while queue and sum(len(each.raw) + len(each.behind) for each in queue) - len(
                 queue[0].raw) >= limit:
             told = next((each for each in queue if each.behind.strip()), queue[-1])
-            meant = is_call(queue[0], told.behind[:MAX_HOLD_CHARS], told is not queue[-1])
+            meant = is_call(queue[0], told.behind[:MAX_HOLD_CHARS],
+                            leads_on or told is not queue[-1])
             found = queue.pop(0)
             if found.kind == "open":
                 self._out += [CallInput("}")] * meant + [CallEnd(meant)]
