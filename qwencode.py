@@ -4489,13 +4489,13 @@ ANNOUNCING: Tuple[Sign, ...] = (
         r"understood|al{1,2} ?right|absolutely|done|great|no problem|will do|on it|definitely|"
         r"gladly|here (?:it is|you go|we go)|one moment|working on it)\W*){1,4}\Z"),
     sign("the word call itself", "lead", 2, r"\A\W*(?:here(?:.s| is| are) )?(?:the |my |a "
+        r")?(?:(?:tool |function )?calls?|action)\W*\Z"),
+)
 # So does this, without lifting any ...
 AT_WORK = sign("the act at work", "lead", 6, rf"(?:\A|→|[,;:–—-] |and )\W*(?:(?:ok(?:ay)?|sure|"
     rf"great|now|then|next|first|got it)\W+)*(?!{TALK}|follow|accord|depend|includ|mean|noth|anyth|"
     rf"someth|everyth|dur|string|thing|miss|warn|pend|exist|notic|us\w+ \w+,)\w{{2,}}ing\b(?!.*\b(?"
     rf":gives|shows|yields|finds|prints|becomes|is|get)\b{OPEN_END})")
-        r")?(?:(?:tool |function )?calls?|action)\W*\Z"),
-)
 # ... and this announces words, which lift nothing.
 TALKING = sign("talk in the first person", "lead", -4,
                rf"\b(?:{INTENT}|I|we|I.m|I am)\s+(?:(?!to\b)\w+\s+){{0,2}}{TALK}")
@@ -7926,17 +7926,18 @@ class Turn:
             self._events += self._translator.translate(deltas)
             return
         kept: List[Delta] = []
+        in_text = self._translator.open == "text"
         for delta in deltas:
             if isinstance(delta, TextDelta):
-                in_text = self._translator.open == "text"
-                text = delta.text if in_text else self._blank + delta.text
+                text = self._blank + delta.text
                 self._blank = "" if in_text or text.strip() else text
                 if not self._blank:
                     self._text.append(text)
                     self._shown_chars += len(text)
                     kept.append(TextDelta(text))
+                    in_text = True
                 continue
-            self._blank = ""
+            self._blank, in_text = "", False
             self._note(delta)
             kept.append(delta)
         self._events.extend(self._translator.translate(kept))

@@ -284,6 +284,12 @@ def test_a_case_of_the_table_verbatim(case, thinks):
             assert texts_of(events, "thinking") == "Hm, let me see."
 
 
+def test_a_line_end_beside_data_that_is_no_call_is_shown():
+    text = '<tool_call>\n{"name": "Nobody", "arguments": {}}\n</tool_call>'
+    _, events = run(GenerateDecoder("m"), [lines_of([text[:-5], text[-5:]])])
+    assert texts_of(events) == text
+
+
 # ---- stop sequences
 
 STOPS = {
