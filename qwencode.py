@@ -3657,8 +3657,7 @@ FILLERS = word_set("function commentary analysis final assistant json code")
 CALL_TAGS = frozenset(tag for row in TOOL_FORMATS for tag in row.tags.split())
 CALL_RULES = {opener: row.rule for row in TOOL_FORMATS
               for opener in (*row.tags.split(), *row.words)}
-OPENING_WORDS = tuple(sorted((word for row in TOOL_FORMATS for word in row.words),
-                             key=len, reverse=True))
+OPENING_WORDS = tuple(sorted(CALL_RULES.keys() - CALL_TAGS, key=len, reverse=True))
 CLOSING_TAGS = CALL_TAGS | SEPARATOR_TAGS | word_set("parameter param arg_value arg parameters")
 OPENING_LETTERS = frozenset(word[0] for word in OPENING_WORDS)
 END_TAGS = word_set("call return eom_id eot_id im_end endoftext bot_end escape tools_suffix "
@@ -3668,9 +3667,8 @@ MARKUP_TAG = Pattern(
     r"<(/?)([^\s<>=/\"'`(){}]{1,48})((?:\s|=|/)[^<>]{0,300}?)?(?:>|(?=\s<parameter))")
 TAG_START = Pattern(r"</?[^\s<>=/\"'`(){}]{0,48}(?:(?:\s|=|/)[^<>]{0,300}(?:<[a-z]{0,9})?)?\Z")
 TAG_NAMESPACES = ("antml", "minimax", "seed", "steptml", "dsml")
-TAG_NAMESPACE = Pattern(rf"^(?:{'|'.join(TAG_NAMESPACES)})[:｜|]")
-TAG_VALUE = Pattern(
-    r"""\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""", re.S)
+TAG_NAMESPACE = Pattern(rf"^(?:(?:{'|'.join(TAG_NAMESPACES)})[:｜|]|longcat_)")
+TAG_VALUE = Pattern(r"""(?s)\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""")
 TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 FIRST_KEY = Pattern(
     rf"(?:\[\s*)?\{{{{1,2}}\s*{COMMENT}[\"'`“]?([A-Za-z_-]{{1,24}})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
@@ -3689,7 +3687,7 @@ NAME_ORDER = words_of("name tool toolname functionname function recipient recipi
                       "tooltocall toolid command")
 ARGUMENT_KEYS = word_set("arguments parameters input args params kwargs toolinput actioninput "
                           "argumentsjson toolargs inputs payload toolparameters")
-NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool")
+NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool command")
 LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
 LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
                          "index comment role content")
@@ -3974,7 +3972,7 @@ class TaggedInput(InputReader):
                 self.done = self._final or len(self.rest) > MAX_HEADER_CHARS
                 return False
             self.rest = self.rest[key.end():]
-            self._open(key.group(1).strip(), "arg_value", True)
+            self._open(key.group(2).strip(), "arg_value", True)
         else:
             self.rest = begin
             self._open(value or label, label,
@@ -4075,7 +4073,7 @@ class TaggedInput(InputReader):
 VALUE_BREAK = Pattern(r"[<>\r\n]")
 PARAMETER_TAGS = word_set(
     "parameter param arg_key argument arg line_count task_progress requires_approval")
-ARG_KEY = Pattern(r"<arg_key>([^<]{0,128})</arg_key>\s*<arg_value>")
+ARG_KEY = Pattern(r"<(\w{0,16}_?)arg_key>([^<]{0,128})</\1arg_key>\s*<\1arg_value>")
 FIRST_BREAK = Pattern(r"\A\r?\n")
 LAST_BREAK = Pattern(r"(?:\r?\n|\r)?\Z")
 CUT_TAG = Pattern(r"(?:</?[^\s<>]{0,20})?\Z")
@@ -4255,8 +4253,9 @@ def find_head(text: str, at: int, line_start: bool, tools: Tools) -> Verdict:
     begin = text[at:at + 32].lower()
     if not begin or (line_start and not fence and FENCE_START.match(text, at)):
         return MORE
-    if begin[0] == "<":
-        return HeadScan(text, at, "", tools).run()
+    rule = CALL_RULES.get(fence.group(2).strip(), "") if fence else ""
+    if begin[0] == "<" or rule in ("tool_call", "python_tag"):
+        return HeadScan(text, at, rule, tools).run()
     for word in OPENING_WORDS if begin[0] in OPENING_LETTERS else ():
         if line_start or word[0] == "[":
             if begin.startswith(word):
@@ -4454,8 +4453,8 @@ TELLS = (r"(?:call(?:ed|s)|ran|runs|sen(?:t|ds)|ma(?:de|kes)|us(?:ed|es)|wr(?:ot
     r"had|have|gives?|gave|becomes?|became|feeds?|fed|finds?)")
 EXAMPLE = (r"\b(?:examples?\b(?![._/-]\w|\s+(?:file|script|config|app|project|folder|director|test|"
     r"page|environment|to the|in\b))|e\.g\.|i\.e\.|for instance|illustrat\w+|sample(?! data)|"
-    r"hypothetic\w*|pseudo|imagine|suppose|pretend|demonstrat\w+|toy\b|beispiel|par exemple|por "
-    r"ejemplo|например)|例(?:如|えば|です)|格式")
+    r"hypothetic\w*|pseudo|imagine|suppose|pretend|demonstrat\w+|toy\b|beispiel|exempl[eo]|esempio|"
+    r"ejemplo|voorbeeld|например|пример)|示例|예시|例(?:如|えば|です)|格式")
 OPEN_END = r"[^.!?:：]{0,80}[:：]?\W*\Z(?<![.!?])"
 
 
@@ -4569,12 +4568,14 @@ SIGNS: Tuple[Sign, ...] = (
         rf"for your)|\blet me know if (?:you|there|any)|\bdone\b|{INTENT_ABROAD}"),
     sign("what it will do", "after", 5, r"\A\W*(?:(?:this|that|it|these)(?: command| call| edit| "
         r"tool)? (?:\w+ )?(?:will|reads?|lists?|creates?|finds?|searche?s|runs?|replaces?|adds?|"
-        r"checks?|removes?|updates?|makes?|compiles?|writes?|installs?|builds?|gives?|should)\b|"
+        r"checks?|removes?|updates?|makes?|compiles?|writes?|installs?|builds?|gives?|should|"
+        rf"shows? (?:the|all|every|you|us)\b(?! (?:\w+ )?{DATA_WORDS}))\b|"
         r"the (?:next|output|build|tests?|result) should)"),
     sign("the sentence goes on", "after", -4,
         r"\A\s*(?:(?!and then|then|now|next)(?-i:[a-z])|[,;)\]”\"])"),
-    sign("it is a thing", "after", -5, r"\A\W*(?:this|that|it|these|those|the (?:\w+ )?\w+)(?:.s| "
-        r"is| are| shows| means| came| was| were| would| could| had| has| deletes?| overwrote| "
+    sign("it is a thing", "after", -5,
+        r"\A\W*(?:this|that|it|these|those|the (?:\w+ )?\w+)(?:.s| is| are| shows(?! the| all| "
+        r"every| you| us)| means| came| was| were| would| could| had| has| deletes?| overwrote| "
         r"deleted| returned| failed| worked| matched| crashed| wiped)\b", True),
     sign("it is an example", "after", -6, r"\b(?:examples?\b(?![._/-]\w)|illustrat\w+|placeholder|"
         r"sample|template|hypothetical\w*|demonstrat\w+|clarif\w+|hope (?:that|this))\b"),
@@ -4608,7 +4609,7 @@ CHAT_MARK = Pattern(r"<\|[^|<>]*\||\A(?:json|assistant|</?[\w-]*call[^<>]*>|\{.*
                     r"\d+|first|then|next|now|and|also|second|third|finally|lastly)\W*)\Z", re.I)
 PARAGRAPH_END = Pattern(r"\n[ \t]*\n")
 SENTENCE_END = Pattern(r"(?<=[.!?])\s+|\n")
-THOUGHT_END = Pattern(r"</think(?:ing)?>", re.I)
+THOUGHT_END = Pattern(r"</(?:seed:)?think(?:ing)?>", re.I)
 
 
 class Found:
@@ -5080,7 +5081,8 @@ class ToolTextParser:
             self._wake = TAG_END
         self._pieces.append(piece)
         if self._found.kind == "open" and not reader.lost:
-            return reader.done and self._end_stream()
+            return reader.done and self._end_stream(
+                reader.rest, not reader.cut or self._ending != "cut")
         self._events += events
         return reader.done and self._end_parameters()
 
@@ -5113,28 +5115,29 @@ class ToolTextParser:
             writer.sent.append(writer.written)
             writer.written = ""
 
-    def _end_stream(self) -> bool:
-        reader = self._reader
-        self._put_back(reader.rest)
-        self._step, self._mid_line = self._after_call, True
-        if reader.cut and self._ending == "cut":
-            self._out.append(CallEnd(False))
-        else:
+    def _end_stream(self, rest: str, finished: bool) -> bool:
+        """End a streamed input; a finished one waits for the words behind it."""
+        self._put_back(rest)
+        self._step, self._wake, self._mid_line = self._after_call, None, True
+        if finished:
             self._queue.append(self._found)
+        else:
+            self._out.append(CallEnd(False))
         return True
 
     def _accept(self, calls: Optional[List[Call]], body: str, stop: int) -> bool:
         """Let the calls that end there wait for the words behind them; pass what is none."""
+        self._wasted += len(body) - stop if self._ending else 0  # read for one without an end
         if self._found.kind == "open" and calls and self._writer:
             # Of a streamed call the rest, where it goes on as what was sent begins.
             sent, whole = "".join(self._writer.sent), json.dumps(calls[0].input)
-            if len(calls) > 1 or not whole.startswith(sent):
-                return self._reject(body)
-            self._out += [CallInput(whole[len(sent):-1])] * (len(whole) > len(sent) + 1)
-        elif not calls:
+            if len(calls) == 1 and whole.startswith(sent):
+                self._out += [CallInput(whole[len(sent):-1])] * (len(whole) > len(sent) + 1)
+                return self._end_stream(body[stop:], True)
+            calls = None
+        if not calls:
             return self._reject(body)
-        else:
-            self._found.raw, self._found.calls = self._opener + body[:stop], calls
+        self._found.raw, self._found.calls = self._opener + body[:stop], calls
         self._fence = self._found.fence
         self._put_back(body[stop:])
         self._step, self._wake, self._mid_line = self._after_call, None, True
@@ -5145,10 +5148,7 @@ class ToolTextParser:
     def _reject(self, body: str) -> bool:
         """Pass what was no call after all; what follows its opener is looked at again."""
         if self._found.kind == "open":
-            self._out.append(CallEnd(False))
-            self._put_back(body[self._unread:])
-            self._step, self._wake, self._mid_line = self._after_call, None, True
-            return True
+            return self._end_stream(body[self._unread:], False)
         self._put_back(self._opener + body)
         # Where more may come only its words were weighed, for as long as reading so much takes.
         self._wasted += len(self._text) if self._ending else MAX_STEP_CHARS // 2

@@ -336,6 +336,7 @@ def seconds(pieces, **options):
     "{", "<", "[", "`", "```\n", "~~~\n", '"', "'", "}", "<tool_call>", "<function=Read>", "\n{", "\n\n{\"name\":",
     "Action: Read\n", "[TOOL_CALLS]", '{"name": "Read", "arguments": {', "<think>", "\n<a", "</parameter>", "\\",
     '{"arguments": ["', "Read(", "/*", "<tool_call>\n\n{", ">>>Read\n", "<function=Read>\n<parameter=file_path>\n",
+    '<tool_call>\n{"name": "Read", "arguments": {"file_path": "a"', "</tool_call>\n", "First:\n\n", "\n{// x",
 ])
 @pytest.mark.parametrize("streams", [False, True])
 def test_hostile_text_takes_linear_time(unit, streams):
