@@ -3672,7 +3672,7 @@ TAG_VALUE = Pattern(r"""(?s)\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:
 TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 FIRST_KEY = Pattern(
     rf"(?:\[\s*)?\{{{{1,2}}\s*{COMMENT}[\"'`“]?([A-Za-z_-]{{1,24}})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
-    r"(?:[\"'`“]?(?:(?<=[\"'`“])([^\"'`“”\n]{0,128})[\"'`”]|([A-Za-z_][\w.-]{0,127})(?=[\s,}])))?")
+    r"(?:[\"'`“]([^\"'`“”\n]{0,128})[\"'`”]|([A-Za-z_][\w.-]{0,127})(?=[\s,}]))?")
 KEY_ALONE = Pattern(r"(?:\[\s*)?\{{1,2}\s*[\"'`“]([A-Za-z_-]{0,24})[\"'`”\W]")
 FIRST_KEY_START = Pattern(
     rf"(?:\[\s*)?(?:\{{{{1,2}}\s*{COMMENT}(?:(?://|#)[^\n]{{0,300}}|/(?:\*[^*]{{0,300}}\*?)?|"
@@ -4746,8 +4746,8 @@ class ToolTextParser:
             if not self._wake.search(text):
                 self._asleep.append(text)
                 return []
-        elif self._step == self._parameters:
-            if self._writer and self._writer.streaming and self._reader.passes(text):
+        elif self._step == self._parameters and self._writer and self._found.kind == "open":
+            if self._writer.streaming and self._reader.passes(text):
                 self._pieces.append(text)
                 self._writer.sent.append(json.dumps(text)[1:-1])
                 return [CallInput(self._writer.sent[-1])]

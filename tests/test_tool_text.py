@@ -194,6 +194,8 @@ def test_the_input_streams_while_it_is_written(begin):
         '{"name": "Bash", "arguments": {"timeout": 5, "command": "ls"}} // the folder',
         '{"name": "Bash", "arguments": {"timeout": 5, "command": "ls"', '{"name": "Bash", "arguments": {"timeout": 5, "command": `ls`}}',
         '{"name": "Bash", "arguments": {"timeout": 5, "command": \'ls\'}}')),
+    ('<tool_call>\n{"name": "search_files", "arguments": {"path": "src", "regex": "TODO"}}\n</tool_call>',
+     {"path": "src", "pattern": "TODO"}, True, "stop"),
     ('<tool_call>\n{"name": "Read", "arguments": {"file_path": "a.py"', None, False, "length"),
     (WRITE_JSON + "half of", None, False, "length"), (WRITE_XML + "half of", None, False, "length"),
     (WRITE_JSON + "half of", None, False, "stop"),
