@@ -1364,7 +1364,8 @@ def string_from(value: Any, name: str) -> Optional[str]:
 MEMBER_KEY = r"""(?:"[^"\n]{0,80}"|“[^”\n]{0,80}”|'[^'\n]{0,80}'|[A-Za-z_][\w-]{0,60})\s*(?::|=>)"""
 END_OF_KEY = Pattern(r"\s*(?::|=>)")
 COMMENT = r"(?:(?:(?://|#)[^\n]{0,300}\n|/\*[^*]{0,300}\*/)\s*)?"
-CLOSED = r"(?:\}\s*(?:[,}\])<`;/#]|\Z|\n)|</?[\w-]{0,16}call>\s*(?:[<{\[]|\Z))"
+CLOSED = (r"(?:\}\s*(?:[,}\])<`;/#]|\Z|\n)|</[\w-]{0,16}(?:calls?>|tools?>|\Z)|<\||```\s*\Z|"
+          r"<[\w-]{0,16}call>\s*(?:[<{\[]|\Z))")
 # White space is tried once, a comment is short: 8,000 blanks behind a quote took seconds.
 END_IN_OBJECT = Pattern(
     rf"\s*(?:{COMMENT}{CLOSED}|,\s*{COMMENT}(?:{CLOSED}|{MEMBER_KEY})|(?<=\s)\"[\w-]{{1,60}}\"\s*:|\Z)"
@@ -3655,8 +3656,7 @@ INPUT_WORDS = ("action input:", "action_input:", "**action input:**", "✿args�
 CUT_SEPARATORS = (*INPUT_WORDS, "```", "[args]", "[call_id]")
 FILLERS = word_set("function commentary analysis final assistant json code")
 CALL_TAGS = frozenset(tag for row in TOOL_FORMATS for tag in row.tags.split())
-CALL_RULES = {opener: row.rule for row in TOOL_FORMATS
-              for opener in (*row.tags.split(), *row.words)}
+CALL_RULES = {word: row.rule for row in TOOL_FORMATS for word in (*row.tags.split(), *row.words)}
 OPENING_WORDS = tuple(sorted(CALL_RULES.keys() - CALL_TAGS, key=len, reverse=True))
 CLOSING_TAGS = CALL_TAGS | SEPARATOR_TAGS | word_set("parameter param arg_value arg parameters")
 OPENING_LETTERS = frozenset(word[0] for word in OPENING_WORDS)
@@ -3691,7 +3691,7 @@ NESTED_KEYS = word_set("function toolcall functioncall tooluse call action tool 
 LIST_KEYS = word_set("toolcalls functioncalls calls tooluses actions tools")
 LEADING_KEYS = word_set("thought thoughts thinking reasoning explanation id callid toolcallid "
                          "index comment role content")
-BODY_KEYS = ARGUMENT_KEYS | LIST_KEYS | LEADING_KEYS
+BODY_KEYS = ARGUMENT_KEYS | LIST_KEYS | LEADING_KEYS | word_set("response message plan analysis")
 CALL_KEYS = BODY_KEYS.union(NAME_ORDER, NESTED_KEYS, ("type",))
 CALL_TYPES = word_set("function functioncall toolcall tooluse tool call")
 FENCE_OPEN = Pattern(r"(`{3,16}|~{3,16})([^\n`{\[<]{0,80})(?:\n|(?=[{\[<]))")
@@ -4159,7 +4159,7 @@ JSON_MEMBER = Pattern(
     rf"\s*(?:,\s*)?{COMMENT}" r"""(?:("[^"\\\n]{1,128}"|'[^'\\\n]{1,128}')\s*:\s*"""
     r"""(?:(")(?!"{0,2}\Z|"")|(?=[^\s"]))|\}\s*\})""")
 STRING_END_OPEN = Pattern(
-    rf"\s*(?:,\s*)?{COMMENT}(?:\}}\s*|<[^\s<>]{{0,20}}>?\s*|(?://|#)[^\n]{{0,300}}|"
+    rf"\s*(?:,\s*)?{COMMENT}(?:\}}\s*|<[^\s<>]{{0,20}}>?\s*|`{{1,3}}\s*|(?://|#)[^\n]{{0,300}}|"
     r"/(?:\*[^*]{0,300}\*?)?|(?<=[\s,])[\"'\w-][^\"'\n:]{0,80}[\"']?\s*)?\Z")
 JSON_SCALAR = Pattern(r"[\w.+-]{1,64}(?=\s*[,}\]\n])")
 CANONICAL = Pattern(r'\s*\{\s*"name"\s*:\s*"([^"\\\n]{1,128})"\s*,\s*'

@@ -101,6 +101,43 @@ def test_a_text_stays_as_it_is(text, reason):
         assert run(text, how, reason=reason) == [TextDelta(text)], how
 
 
+# Every way to break JSON that a person reads without doubt, in every wrapper.
+VALUES = ["def f(a):\n    return {\"k\": [1, 2]}\n", '<div class="a">\n  <p>x &amp; y</p>\n</div>\n',
+          "for i in \"$@\"; do echo \"$i\"; done # it's x\n"]
+WRITE = '{"name": "Write", "arguments": {"file_path": "a.txt", "content": %s}}'
+BROKEN = {  # name: from the value and its JSON to the call's text
+    "whole": lambda value, text: WRITE % text,
+    "comma before the last braces": lambda value, text: WRITE[:-2] % text + ",},}",
+    "a Python dict": lambda value, text: repr(json.loads(WRITE % text)),
+    "raw line ends": lambda value, text: WRITE % text.replace("\\n", "\n"),
+    "open quotes": lambda value, text: WRITE % text.replace('\\"', '"'),
+    "comments": lambda value, text: "{ // write it\n" + WRITE[1:].replace(', "', ', /* so */ "') % text,
+    "one brace missing": lambda value, text: (WRITE % text)[:-1],
+    "both braces missing": lambda value, text: (WRITE % text)[:-2],
+    "a brace too many": lambda value, text: WRITE % text + "}",
+    "no commas": lambda value, text: WRITE.replace(', "', '\n"') % text,
+    "arguments as a string": lambda value, text: json.dumps({"name": "Write", "arguments": (WRITE % text)[30:-1]}),
+    "keys without quotes": lambda value, text: WRITE.replace('": ', ": ").replace('{"', "{").replace(', "', ", ") % text,
+    "backticks": lambda value, text: WRITE % f"`{value}`",
+    "an id behind it": lambda value, text: (WRITE % text)[:-1] + ', "id": "call_1", "type": "function"}',
+}
+WRAPPED = ["<tool_call>\n%s\n</tool_call>", "<tool_call>\n%s", "<tool_call>\n%s\n</tool_ca", "%s\n</tool_call>", "%s",
+           "<tools>\n%s\n</tools>", "<function_call>%s</function_call>", "I'll write it.\n\n%s", "```json\n%s\n```",
+           "I'll write it.\n\n```json\n%s\n```", "[TOOL_CALLS] %s", "<|python_tag|>%s<|eom_id|>", "<tool_call>\n%s\n<tool_call>",
+           "Let me write it.\n<tool_call>\n%s\n</tool_call>\n\nThen I'll run the tests."]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_json_is_read_in_every_wrapper(name, wrapper):
+    for value in VALUES:
+        text = wrapper % BROKEN[name](value, json.dumps(value))
+        for how, streams in ((None, False), ("random", False), (1, True), ("random", True)):
+            (call,) = [each for each in run(text, how, stream_inputs=streams) if not isinstance(each, TextDelta)]
+            found = call.input if isinstance(call, Call) else json.loads(call[2])
+            assert found == {"file_path": "a.txt", "content": value}, (how, streams)
+
+
 FENCED = f"```json\n{JSON}\n```"
 
 

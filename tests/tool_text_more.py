@@ -2,6 +2,8 @@
 
 # text, its calls, whether it stands in the thinking
 CALLS = [
+    ('{"response": "I list them.", "tool_calls": [{"name": "Bash", "arguments": {"command": "ls"}}]}', [('Bash', {'command': 'ls'})], False),
+    ('I\'ll run it.\n\n```json\n{"name": "Bash", "arguments": {"command": "ls"\n```', [('Bash', {'command': 'ls'})], False),
     ('I\'ll create a hello world script for you.\n\n{"name": "Write", "arguments": {"file_path": "hello.py", "content": "print(\'hello\')\\n"}}', [('Write', {'file_path': 'hello.py', 'content': "print('hello')\n"})], False),
     ('To do that I need to read the file first.\n\n```json\n{\n  "name": "Read",\n  "arguments": {\n    "file_path": "a.py"\n  }\n}\n```', [('Read', {'file_path': 'a.py'})], False),
     ('I will now run the command.\n```json\n{"name": "Bash", "arguments": {"command": "ls -la"}}\n```', [('Bash', {'command': 'ls -la'})], False),
