@@ -4645,9 +4645,8 @@ def words_before(before: str) -> Dict[str, str]:
     while len(said) > 1 and not sentences(said[-1]):
         said.pop()
     parts = sentences(said[-1]) if said else []
-    return {"lead": "".join(parts[-1:])[-MAX_LEAD_CHARS:],
-            "earlier": " ".join(parts[:-1])[-MAX_LEAD_CHARS:],
-            "paragraph": " ".join(parts)[-MAX_LEAD_CHARS:]}
+    found = {"lead": parts[-1:], "earlier": parts[:-1], "paragraph": parts}
+    return {where: " ".join(texts)[-MAX_LEAD_CHARS:] for where, texts in found.items()}
 
 
 def words_after(after: str, leads_on: bool) -> str:
@@ -4661,8 +4660,9 @@ def words_after(after: str, leads_on: bool) -> str:
 
 def announced(before: str) -> bool:
     """Tell prose that says in the first person, or by a word of assent, that a call comes."""
-    said = [part for part in map(" ".join, map(sentences, paragraphs(before))) if part][-2:]
-    return any(row.pattern.search(part) for row in (*ANNOUNCING, AT_WORK) for part in said)
+    said = [part for part in map(sentences, paragraphs(before)) if part][-2:]
+    return any(AT_WORK.pattern.search(part[-1]) for part in said) or any(
+        row.pattern.search(" ".join(part)) for row in ANNOUNCING for part in said)
 
 
 def weight_of(found: Found, after: str, leads_on: bool) -> int:
