@@ -182,6 +182,7 @@ NO_FACTS_TTL_S = 15.0  # where it said nothing: it may have been starting
 MAX_MODELS = 64  # models whose facts are remembered
 MAX_KNOWN_TOOLS = 4  # lists of tools whose bytes are: a session's and its subagents'
 MAX_TOOLS_CHARS = 1 << 20  # of such a list; the CLI's have 63 KB
+MAX_NAMING_CHARS = 4096  # of a user's text that may name a tool: a pasted file names many
 MAX_SESSIONS = 32  # conversations whose tools and written messages are kept
 MIN_PROGRESS_BYTES = 1024  # a body that brings less in HEAD_PROGRESS_S dribbles
 LINGER_S = 3.0  # a client that still sends may read its refusal for so long
@@ -1541,13 +1542,12 @@ TOOL_RANKS = words_of("""
 RANK_OF = {name: rank for rank, name in enumerate(TOOL_RANKS)}
 
 
-def rank_tools(
-    tools: Sequence[Tool], limit: int, in_use: AbstractSet[str] = frozenset()
-) -> List[Tool]:
+def rank_tools(tools: Sequence[Tool], limit: int, in_use: AbstractSet[str] = frozenset(),
+               words: AbstractSet[str] = frozenset()) -> List[Tool]:
     """Choose the tools that are forwarded, at most limit (0: all), in the client's order.
 
-    The core tools and those in use (called, or loaded by a tool_reference) stay even
-    beyond the limit; then each MCP server has one place; the rest goes by TOOL_RANKS.
+    The core tools and those in use (called, or loaded by a tool_reference) stay even beyond
+    it; then each MCP server has a place; then come those that words name, then TOOL_RANKS.
     """
     offered = [tool for tool in tools if tool.name != PLACEHOLDER_TOOL]
     if not limit:
@@ -1556,7 +1556,8 @@ def rank_tools(
     if not any(tool.name in CORE_TOOLS for tool in offered):  # a client of unknown names
         kept.update([tool.name for tool in offered if "command" in required_of(tool.schema)
                      and not mcp_server(tool.name)][:1])
-    waiting = sorted([tool.name for tool in offered if tool.name not in kept], key=_rank)
+    waiting = sorted([tool.name for tool in offered if tool.name not in kept],
+                     key=lambda name: _rank(name, words))
     served = {"", *map(mcp_server, kept)}
     firsts = {mcp_server(name): name for name in reversed(waiting)}
     waiting.sort(key=lambda name: mcp_server(name) in served or firsts[mcp_server(name)] != name)
@@ -1570,9 +1571,9 @@ def mcp_server(name: str) -> str:
     return server if name.startswith(MCP_PREFIX) and separator else ""
 
 
-def _rank(name: str) -> int:
+def _rank(name: str, words: AbstractSet[str]) -> Tuple[bool, int]:
     unnamed = len(TOOL_RANKS) if mcp_server(name) else RANK_OF[ANY_OTHER_TOOL]
-    return RANK_OF.get(name, unnamed)
+    return words.isdisjoint((name, name.rsplit("__", 1)[-1])), RANK_OF.get(name, unnamed)
 
 
 # ------------------------------ parsing ------------------------------
@@ -1901,6 +1902,9 @@ def _read_request(body: Json) -> Request:
     )
 
 
+TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
+
+
 class ToolTable(NamedTuple):
     """The request's tools: all that the client can run, and those the model sees.
 
@@ -1922,10 +1926,14 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
     offered = {tool.name: tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL}
     if last and last.offered.keys() == offered.keys():
         return ToolTable(offered, tuple([offered[tool.name] for tool in last.sent]))
-    used = set(request.loaded)
+    used, words = set(request.loaded), {
+        word.rstrip(".:") for message in request.messages if message.role == "user"
+        for block in blocks_of(Text, message.blocks)
+        if not block.text.startswith(REMINDER_START)
+        for word in TOOL_WORD.findall(block.text[:MAX_NAMING_CHARS])}
     for message in request.messages:
         used.update([call.name for call in blocks_of(ToolUse, message.blocks)])
-    return ToolTable(offered, tuple(rank_tools(list(offered.values()), limit, used)))
+    return ToolTable(offered, tuple(rank_tools(list(offered.values()), limit, used, words)))
 
 
 # ============================== 7. REQUEST OUT ==============================
@@ -3669,7 +3677,6 @@ TAG_START = Pattern(r"</?[^\s<>=/\"'`(){}]{0,48}(?:(?:\s|=|/)[^<>]{0,300}(?:<[a-
 TAG_NAMESPACES = ("antml", "minimax", "seed", "steptml", "dsml")
 TAG_NAMESPACE = Pattern(rf"^(?:(?:{'|'.join(TAG_NAMESPACES)})[:｜|]|longcat_)")
 TAG_VALUE = Pattern(r"""(?s)\s*(?:=|\bname\s*=)\s*["']?([^"'<>]{1,128}?)["']?(?:\s+\w+=.*|\s*/?)""")
-TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 FIRST_KEY = Pattern(
     rf"(?:\[\s*)?\{{{{1,2}}\s*{COMMENT}[\"'`“]?([A-Za-z_-]{{1,24}})[\"'`”]?\s*(?::|=>)\s*(?=\S)"
     r"(?:[\"'`“]([^\"'`“”\n]{0,128})[\"'`”]|([A-Za-z_][\w.-]{0,127})(?=[\s,}]))?")

@@ -399,6 +399,24 @@ def test_the_most_useful_tools_are_forwarded(tools, limit, in_use, expected):
     assert names(rank_tools(tools, limit, frozenset(in_use))) == expected
 
 
+NAMED = [
+    ("a server's tool by its own name", {"use", "send", "now"}, 7,
+     ["Bash", "Edit", "ExitPlanMode", "Read", "Write", "mcp__maps__send", "mcp__mail__send"]),
+    ("a tool by its whole name", {"the", "WebSearch", "mcp__mail__send"}, 7,
+     ["Bash", "Edit", "Read", "WebSearch", "Write", "mcp__maps__find", "mcp__mail__send"]),
+    ("no more than the limit", {"WebSearch", "Workflow", "NotebookEdit"}, 5,
+     ["Bash", "Edit", "Read", "Write", "mcp__maps__find"]),
+    ("not by another case or a part", {"websearch", "mail", "Web"}, 6,
+     ["Bash", "Edit", "Read", "Write", "mcp__maps__find", "mcp__mail__find"]),
+]
+
+
+@pytest.mark.parametrize(("words", "limit", "expected"), [row[1:] for row in NAMED],
+                         ids=[row[0] for row in NAMED])
+def test_a_tool_that_the_user_names_goes_first(words, limit, expected):
+    assert names(rank_tools(INLINE, limit, words=frozenset(words))) == expected
+
+
 def test_a_joining_tool_leaves_those_before_it_in_place():
     before = names(rank_tools(FIRST_330, 8, frozenset({"Bash", "ToolSearch", "Agent"})))
     joined = [*FIRST_330, MCP[0]]
