@@ -742,6 +742,7 @@ class Tool(NamedTuple):
     name: str
     description: str
     schema: Json
+    loader: str = ""  # the tool that brings the schema, where only the name is known
 
 
 # Deltas: what a model's answer consists of, whatever dialect brought it. A decoder
@@ -1902,6 +1903,9 @@ def _read_request(body: Json) -> Request:
     )
 
 
+SEARCH_TOOLS = ("ToolSearch", "tool_search")
+DEFERRED_HEADING = r"The following deferred tools are (?:now )?available via \w+\."
+DEFERRED_NAMES = Pattern(rf"(?m)^{DEFERRED_HEADING}.*((?:\n[\w.:-]+$)+)")
 TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
 
 
@@ -1934,6 +1938,25 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
     for message in request.messages:
         used.update([call.name for call in blocks_of(ToolUse, message.blocks)])
     return ToolTable(offered, tuple(rank_tools(list(offered.values()), limit, used, words)))
+
+
+def noted_texts(request: Request) -> List[str]:
+    """List what the client notes beside the user's words: system messages, reminders."""
+    return [block.text for message in request.messages if message.role != "assistant"
+            for block in blocks_of(Text, message.blocks)
+            if message.role == "system" or block.text.startswith(REMINDER_START)]
+
+
+def callable_tools(request: Request, offered: Mapping[str, Tool]) -> Mapping[str, Tool]:
+    """Add the tools that are only named until a search brings their schemas (CC F1).
+
+    A call of one becomes a search for it: then the model learns what it takes.
+    """
+    search = next((name for name in SEARCH_TOOLS if name in offered), "")
+    named = [name for text in (noted_texts(request) if search else ())
+             for found in DEFERRED_NAMES.finditer(text) for name in found[1].split()]
+    return {**offered, **{name: Tool(name, "", {}, search) for name in named
+                          if name not in offered}}
 
 
 # ============================== 7. REQUEST OUT ==============================
@@ -2575,9 +2598,7 @@ PASSAGES: Tuple[Tuple[str, str, Tuple[str, ...], str], ...] = (
     ("list of skills", whole_lines(
         r"The following skills are available for use with the Skill tool\b",
         r"- |<available_skills>|</?skill>"), SKILL_TOOLS, ""),
-    ("list of deferred tools", whole_lines(
-        r"The following deferred tools are (?:now )?available via \w+\."),
-     ("ToolSearch", "tool_search"),
+    ("list of deferred tools", whole_lines(DEFERRED_HEADING), SEARCH_TOOLS,
      "Load these tools with ToolSearch (select:NAME) before you call them:"),
     ("task reminder", whole_lines(
         r"The (?:task tools haven't|TodoWrite tool hasn't) been used recently\."),
@@ -3788,6 +3809,9 @@ class BracketScan:
 def make_call(name: Any, arguments: Any, tools: Tools, rule: str) -> Optional[Call]:
     """Fit a name and arguments to an offered tool; None when none takes them."""
     meant = tools_meant(name, tools) if isinstance(name, str) else ()
+    if meant and meant[0].loader:
+        query = {"query": f"select:{meant[0].name}", "max_results": 1}
+        return Call(meant[0].loader, query, rule) if arguments is not None else None
     fits = [(tool, fitted) for tool in meant for fitted in (repair_input(tool, arguments),)
             if fitted is not None]
     whole = [pair for pair in fits if pair[1].keys() >= {*required_of(pair[0].schema)}]
@@ -3841,7 +3865,8 @@ def name_and_arguments(value: Json, tools: Tools, rule: str) -> Tuple[Any, Any]:
     spare = {key: each for key, each in value.items() if key != name
              and plain_name(str(key)) not in LEADING_KEYS - {"content"} and key != "type"}
     meant = rule not in BARE_RULES or any(len(repair_input(tool, spare) or ()) == len(spare)
-                                          for tool in tools_meant(value[name], tools))
+                                          for tool in tools_meant(value[name], tools)
+                                          if not tool.loader)
     return value[name], spare if meant else None
 
 
@@ -4768,7 +4793,7 @@ class ToolTextParser:
     def native(self, name: str, arguments: Any) -> List[Delta]:
         """Take a call that Ollama parsed; the same call leaked as text is dropped."""
         tool = resolve_tool(name, self._tools)
-        call = make_call(name, arguments, self._tools, "") or Call(
+        call = make_call(name, arguments or {}, self._tools, "") or Call(
             tool.name if tool else name, as_object(arguments, tool.schema if tool else {}) or {})
         key = call_key(call)
         self._known.append(key)
@@ -10341,7 +10366,8 @@ class Exchange:
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
-        return Turn(decoder, self.translator, table.offered, self.request.stop_sequences,
+        tools = callable_tools(self.request, table.offered)
+        return Turn(decoder, self.translator, tools, self.request.stop_sequences,
                     lambda finish, output: self.server.usage(decoder.model, prompt, finish, output),
                     rescue=lambda answer: self._rescue(answer, table),
                     text_calls="text" in self.config.rescue)
@@ -10371,10 +10397,7 @@ class Exchange:
         """Return the folder the client works in, where it is surely one of this machine."""
         if not is_loopback(self.config.host):
             return ""
-        texts = [block.text for message in self.request.messages if message.role != "assistant"
-                 for block in message.blocks if isinstance(block, Text)
-                 and (message.role == "system" or block.text.startswith(REMINDER_START))]
-        return working_directory([*self.request.system, *texts])
+        return working_directory([*self.request.system, *noted_texts(self.request)])
 
     def _pump(self, call: UpstreamCall, turn: Turn, until: float) -> None:
         """Relay Ollama's answer until the turn is done."""

@@ -23,6 +23,7 @@ from helpers import (
     joined,
     read_sse,
     running_shim,
+    tool,
     wait_until,
 )
 from mock_ollama import (
@@ -35,6 +36,7 @@ from mock_ollama import (
     error_line,
     hang,
     hold,
+    model_text,
     raw,
     reset,
     status,
@@ -374,6 +376,44 @@ def test_what_ollama_refuses_becomes_a_true_status(name, stream, way):
         assert words in answer.error[1]
         # In the model's own text no parser of Ollama's loses anything.
         assert ("SHIM_VERBATIM" in answer.error[1]) == (name == "nothing but done" and way == "off")
+
+
+DEFERRED = ("The following deferred tools are now available via ToolSearch. Load them first:\n"
+            "WebFetch\nmcp__m__add\n\nAvailable agent types for the Agent tool:\n- Zeta")
+FETCH = {"url": "http://x", "prompt": "p"}
+FETCH_TEXT = '{"name": "WebFetch", "arguments": {"url": "http://x", "prompt": "p"}}'
+SEARCH = tool("ToolSearch", query="string", max_results="number")
+FOUND = ("ToolSearch", {"query": "select:WebFetch", "max_results": 1})
+DEFERRED_CALLS = {
+    # name: the answer, the tools beside Bash, the call that comes of it (None: text)
+    "called by name": (call("WebFetch", FETCH), [SEARCH], FOUND),
+    "called in text": (model_text(FETCH_TEXT), [SEARCH], FOUND),
+    "by the last part of its name": (
+        call("add", {"a": "1"}), [SEARCH],
+        ("ToolSearch", {"query": "select:mcp__m__add", "max_results": 1})),
+    "loaded by now": (call("WebFetch", FETCH), [SEARCH, tool("WebFetch", url="string",
+                                                            prompt="string")],
+                      ("WebFetch", FETCH)),
+    "a name that is not in the list": (model_text(FETCH_TEXT.replace("Fetch", "Find")), [SEARCH],
+                                       None),
+    "without a search tool": (model_text(FETCH_TEXT), [], None),
+    "a list of tools is data": (model_text('[{"name": "WebFetch"}, {"name": "mcp__m__add"}]'),
+                                [SEARCH], None),
+    "a described tool is data": (
+        model_text('{"name": "WebFetch", "description": "Reads a page."}'), [SEARCH], None),
+}
+
+
+@pytest.mark.parametrize("way", ["off", "on"])
+@pytest.mark.parametrize("name", DEFERRED_CALLS)
+def test_a_call_of_a_tool_that_is_only_named_searches_for_it(name, way):
+    reply, tools, wanted = DEFERRED_CALLS[name]
+    with MockOllama([reply], model=MODEL) as mock, running_shim(mock.url, verbatim=way) as shim:
+        answer = shim.messages(stream=False, tools=[BASH, *tools], messages=[
+            {"role": "user", "content": "go on"}, {"role": "system", "content": DEFERRED}])
+    calls = [(block["name"], block["input"]) for block in answer.json["content"]
+             if block["type"] == "tool_use"]
+    assert calls == ([wanted] if wanted else [])
 
 
 MID_STREAM = {
