@@ -2350,6 +2350,11 @@ def judge_window(asked: int, row: Optional[Json], kv_bytes: Optional[int] = None
     return WindowChoice(window, f"{told}; fewer would not bring it back")
 
 
+def window_as_set(num_ctx: Optional[int], trained: Optional[int]) -> int:
+    """Return the window that comes of OLLAMA_NUM_CTX; 0 where that is not set."""
+    return min(num_ctx or 0, trained or num_ctx or 0)
+
+
 def judge_explicit(window: int) -> Optional[str]:
     """Return a warning when a window that the user set is too small."""
     left, prompt = window - FIRST_PROMPT_TOKENS, f"first prompt of about {FIRST_PROMPT_TOKENS}"
@@ -9534,7 +9539,7 @@ class Registry:
         """Decide the window (SHIM_NUM_CTX) and load the model with it."""
         explicit = self._config.num_ctx
         if explicit:
-            window = min(explicit, facts.trained or explicit)
+            window = window_as_set(explicit, facts.trained)
             said = "as set" if window == explicit else \
                 f"all that the model was trained for, of the {explicit} that were set"
             return LocalModel(facts, explicit, window, judge_explicit(window)
@@ -10316,10 +10321,9 @@ class Exchange:
         self.estimate = count.tokens
         tokens = [sum(size) for _, size in sizes]
         shared = count.tokens * sum(tokens[:same + 1]) / max(sum(tokens), 1) if same else 0
-        return Prompt(
-            table, ",".join([row.json for row in written]), tools.json,
-            tuple([m["content"] for m in messages if m["role"] == "assistant"]),
-            count, int(shared), request.max_tokens)
+        answers = tuple([m["content"] for m in messages if m["role"] == "assistant"])
+        return Prompt(table, ",".join([row.json for row in written]), tools.json, answers, count,
+                      int(shared), request.max_tokens)
 
     def _recall(self, index: int, turn: Message) -> Optional[str]:
         """Return an earlier answer as the model wrote it, where that is remembered."""
@@ -10354,8 +10358,7 @@ class Exchange:
         if answer.status == 200:
             self.unrendered = "Ollama rendered no prompt"
             return None
-        error = upstream_error(answer.status, answer.text, facts.name,
-                               retry_after=answer.retry_after,
+        error = upstream_error(answer.status, answer.text, facts.name, retry_after=answer.retry_after,
                                prompt_tokens=self.estimate, window=self.window)
         if isinstance(error, (ModelMissingError, PromptTooLongError)) or \
                 NO_TOOLS_ERROR.search(error.message) or NO_THINKING_ERROR.search(error.message):
@@ -10816,8 +10819,7 @@ class Handler:
         if self._wants_page():
             self.reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
             return
-        self.reply(200, f"qwencode {__version__} is running\n".encode(),
-                   "text/plain; charset=utf-8")
+        self.reply(200, f"qwencode {__version__} is running\n".encode(), "text/plain; charset=utf-8")
 
     def options(self) -> None:
         """Answer a CORS preflight; _guard has refused foreign origins."""
@@ -11117,9 +11119,9 @@ class ShimServer(ThreadingHTTPServer):
             name = self.config.model
             show = self.upstream.ask("/api/show", to_json({"model": name}), waiter, until)
             facts, known = facts_from_show(name, show.body), self.registry.known(name)
-            model.update(
-                capabilities=sorted(facts.capabilities or ()), context_length=facts.trained,
-                window=known.window or None if known else None, way=self._last_way)
+            window = known.window if known else window_as_set(self.config.num_ctx, facts.trained)
+            model.update(capabilities=sorted(facts.capabilities or ()), way=self._last_way,
+                         context_length=facts.trained, window=window or None)
             if show.status != 200:
                 raise upstream_error(show.status, show.text, name)
             model["present"] = True
@@ -11698,9 +11700,8 @@ def verdict_window(trained: int, asked: int, real: int) -> Finding:
     window = real or asked
     small = window and judge_explicit(window)
     return judge(
-        line,
-        (small and 0 < trained < SERVING_WINDOW, "bad",
-         f"{line}; the model was trained for too little", BETTER_MODEL),
+        line, (small and 0 < trained < SERVING_WINDOW, "bad",
+               f"{line}; the model was trained for too little", BETTER_MODEL),
         (small, "bad", f"{line}; {small}", f"Set OLLAMA_NUM_CTX={SERVING_WINDOW} or more."),
         (not window, "warn", line, "Run `doctor` without --quick, which loads the model."))
 
@@ -11811,8 +11812,7 @@ def verdict_claude(path: str, version: str) -> Finding:
     number = version_of(version)
     line = f"claude {dotted(number) or 'of an unknown version'} at {path}"
     return judge(
-        line,
-        (not path, "bad", "claude was not found", CLAUDE_MISSING),
+        line, (not path, "bad", "claude was not found", CLAUDE_MISSING),
         (not TESTED_CLAUDE[0] <= number <= TESTED_CLAUDE[-1], "warn",
          f"{line}; tested: {', '.join(map(dotted, TESTED_CLAUDE))}",
          f"If it misbehaves: npm install -g @anthropic-ai/claude-code@{dotted(TESTED_CLAUDE[-1])}"))

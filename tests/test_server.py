@@ -28,6 +28,7 @@ from helpers import (
 )
 from mock_ollama import (
     MockOllama,
+    Model,
     call,
     cut,
     delay,
@@ -463,6 +464,15 @@ def test_where_the_c_library_names_no_error_of_a_socket_python_s_table_does(monk
     monkeypatch.setattr(
         socket, "errorTab", {errno.ECONNREFUSED: "Connection refused."}, raising=False)
     test_ollama_down_is_told_at_once()
+
+
+@pytest.mark.parametrize(("num_ctx", "trained", "window"), [
+    ("65536", 262_144, 65_536), ("65536", 32_768, 32_768), ("", 32_768, None)])
+def test_health_tells_the_window_that_was_set_before_the_model_is_asked(num_ctx, trained, window):
+    with MockOllama([text("ok")], model=Model(MODEL, context=trained)) as mock, \
+            running_shim(mock.url, num_ctx=num_ctx) as shim:
+        assert shim.request("GET", "/health").json["model"]["window"] == window
+        assert not mock.turns
 
 
 def test_an_unresolvable_name_is_told():
