@@ -1605,6 +1605,7 @@ class Request(NamedTuple):
     thinking: Optional[bool] = None
     schema: Optional[Json] = None
     stream: bool = False
+    safeguards: bool = False
     loaded: AbstractSet[str] = frozenset()
     session: str = ""
 
@@ -1859,7 +1860,7 @@ def parse_request(body: Any) -> Request:
     """Read a Messages body; raise BadRequestError with the field's path.
 
     Unknown fields are ignored, as Anthropic's own additions come without notice:
-    context_management, service_tier, betas, safeguards and the like.
+    context_management, service_tier, betas, safeguards' details and the like.
     """
     if not isinstance(body, dict):
         raise _wrong("body", "an object", body)
@@ -1898,6 +1899,7 @@ def _read_request(body: Json) -> Request:
         thinking=None if thinking is None else thinking != "disabled",
         schema=schema if isinstance(schema, dict) else None,
         stream=_take(body, "stream", bool, False),
+        safeguards=bool(body.get("safeguards")),
         loaded=_loaded_tools(messages),
         session=session if isinstance(session, str) else "",
     )
@@ -7765,6 +7767,8 @@ TITLE_WORDS, TITLE_CHARS = 7, 50
 SESSION_TEXT = Pattern(r"<session>\s*(.*?)\s*(?:</session>|\Z)", re.DOTALL)
 SUGGESTION_START = "[SUGGESTION MODE:"
 SAFETY_CHECK_START = "You are a security monitor for autonomous AI coding agents"
+NO_SAFETY_CHECK = ("Auto mode's safety check is not answered by a local model. Start claude with"
+                   " --permission-mode default, acceptEdits or plan.")
 
 
 def last_user_text(request: Request) -> str:
@@ -7788,9 +7792,7 @@ def _title(request: Request) -> str:
 
 
 def _safety(_request: Request) -> str:
-    raise ForbiddenError(
-        "Auto mode's safety check is not answered by a local model. Start claude with"
-        " --permission-mode default, acceptEdits or plan.")
+    raise ForbiddenError(NO_SAFETY_CHECK)
 
 
 # One row for each kind of background request that would push the conversation out of
@@ -10048,7 +10050,7 @@ class Exchange:
         self.events: List[Event] = []
         self.model = self.config.model
         self.recalled: List[bool] = []  # earlier answers: as the model wrote them?
-        self.notes: List[str] = []
+        self.notes = [NO_SAFETY_CHECK] if request.safeguards and not self.session.turns else []
         self.audience = Audience(self.link, request.stream)
 
     @property
@@ -10358,8 +10360,9 @@ class Exchange:
         if answer.status == 200:
             self.unrendered = "Ollama rendered no prompt"
             return None
-        error = upstream_error(answer.status, answer.text, facts.name, retry_after=answer.retry_after,
-                               prompt_tokens=self.estimate, window=self.window)
+        error = upstream_error(
+            answer.status, answer.text, facts.name, retry_after=answer.retry_after,
+            prompt_tokens=self.estimate, window=self.window)
         if isinstance(error, (ModelMissingError, PromptTooLongError)) or \
                 NO_TOOLS_ERROR.search(error.message) or NO_THINKING_ERROR.search(error.message):
             raise error
@@ -10819,7 +10822,8 @@ class Handler:
         if self._wants_page():
             self.reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
             return
-        self.reply(200, f"qwencode {__version__} is running\n".encode(), "text/plain; charset=utf-8")
+        text = f"qwencode {__version__} is running\n"
+        self.reply(200, text.encode(), "text/plain; charset=utf-8")
 
     def options(self) -> None:
         """Answer a CORS preflight; _guard has refused foreign origins."""

@@ -375,13 +375,23 @@ def test_colours_are_readable(scheme):
 # ------------------------------ in the server ------------------------------
 
 
-def ask(shim, messages, description):
+def ask(shim, messages, description, **fields):
     tools = [{"name": name, "description": description, "input_schema": {"type": "object"}}
              for name in ("Alpha", "Beta")]
     answer = shim.request("POST", "/v1/messages", {
-        "model": "m", "max_tokens": 50, "messages": messages, "tools": tools},
+        "model": "m", "max_tokens": 50, "messages": messages, "tools": tools, **fields},
         {"x-claude-code-session-id": "s1"})
     assert answer.status == 200
+
+
+def test_auto_mode_is_told_once_in_a_session():
+    with MockOllama(text("ok"), model="qwen3-coder:30b") as ollama, running_shim(
+            ollama.url, model=ollama.model, verbatim="off") as shim:
+        for _ in range(2):
+            ask(shim, [{"role": "user", "content": "hi"}], "one",
+                safeguards=[{"type": "dangerous_tool_use"}])
+        turns = shim.request("GET", "/status").json["turns"]
+    assert [turn["notes"] for turn in turns] == [[], [q.NO_SAFETY_CHECK]]
 
 
 def test_a_turn_says_what_broke_the_prefix_and_what_was_left_out():
