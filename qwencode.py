@@ -1906,6 +1906,7 @@ def _read_request(body: Json) -> Request:
 
 
 SEARCH_TOOLS = ("ToolSearch", "tool_search")
+ANSWER_TOOL = "StructuredOutput"  # takes the answer that --json-schema wants
 DEFERRED_HEADING = r"The following deferred tools are (?:now )?available via \w+\."
 DEFERRED_NAMES = Pattern(rf"(?m)^{DEFERRED_HEADING}.*((?:\n[\w.:-]+$)+)")
 TOOL_WORD = Pattern(r"[A-Za-z_][\w.:-]{0,127}")
@@ -3209,9 +3210,8 @@ def render_body(chat: str) -> str:
     return chat[:-1] + ',"_debug_render_only":true}'
 
 
-def generate_body(
-    request: Request, facts: ModelFacts, prompt_json: str, config: Config, options: Json,
-) -> str:
+def generate_body(request: Request, facts: ModelFacts, prompt_json: str, config: Config,
+                  options: Json) -> str:
     """Write the body of /api/generate that has the model continue a rendered prompt.
 
     think:false keeps Ollama from splitting the thought off on path B (OL 6).
@@ -3823,6 +3823,18 @@ def make_call(name: Any, arguments: Any, tools: Tools, rule: str) -> Optional[Ca
             if fitted is not None]
     whole = [pair for pair in fits if pair[1].keys() >= {*required_of(pair[0].schema)}]
     return next((Call(tool.name, fitted, rule) for tool, fitted in whole + fits), None)
+
+
+def written_answer(answer: str, tools: Tools) -> Optional[Call]:
+    """Read an answer that is just the JSON which ANSWER_TOOL was to be called with (CC A9)."""
+    tool, text = tools.get(ANSWER_TOOL), answer.strip()
+    fence = FENCE_OPEN.match(text)
+    if fence and text.endswith(fence[1]):
+        text = text[fence.end():-len(fence[1])]
+    value = _mapping(loose_json(text) if tool else None)
+    fitted = (tool and repair_input(tool, value)) or {}
+    whole = tool and fitted.keys() == value.keys() >= {*required_of(tool.schema)}
+    return Call(ANSWER_TOOL, fitted, "answer") if fitted and whole else None
 
 
 def calls_from_json(value: Any, tools: Tools, rule: str) -> Optional[List[Call]]:
@@ -10251,9 +10263,8 @@ class Exchange:
         if turn.finish:
             server.counter.observe(facts.name, prompt.size, turn.finish.prompt_tokens)
 
-    def _offer_prefix(
-        self, facts: ModelFacts, options: Json, prefix: Optional[str], tools_json: str,
-    ) -> None:
+    def _offer_prefix(self, facts: ModelFacts, options: Json, prefix: Optional[str],
+                      tools_json: str) -> None:
         """Give the warmer what reads system text and tools, and nothing of the turns."""
         options, warmer = {**options, "num_predict": 1}, self.server.warmer
         if prefix is not None:
@@ -10372,11 +10383,11 @@ class Exchange:
 
     def _make_turn(self, decoder: ChatDecoder, prompt: Prompt) -> Turn:
         table = prompt.table
-        tools = callable_tools(self.request, table.offered)
+        tools, text = callable_tools(self.request, table.offered), "text" in self.config.rescue
         return Turn(decoder, self.translator, tools, self.request.stop_sequences,
                     lambda finish, output: self.server.usage(decoder.model, prompt, finish, output),
-                    rescue=lambda answer: self._rescue(answer, table),
-                    text_calls="text" in self.config.rescue)
+                    rescue=lambda answer: (written_answer(answer, table.offered) if text else None)
+                    or self._rescue(answer, table), text_calls=text)
 
     def _rescue(self, answer: str, table: ToolTable) -> Optional[Call]:
         """Carry out what was asked or described; at most one verified command."""

@@ -417,6 +417,34 @@ def test_a_call_of_a_tool_that_is_only_named_searches_for_it(name, way):
     assert calls == ([wanted] if wanted else [])
 
 
+STRUCTURED = tool("StructuredOutput", answer="number", why="string")
+GIVEN = {"answer": 4, "why": "2+2"}
+GIVEN_TEXT = json.dumps(GIVEN)
+WRITTEN_ANSWERS = {
+    # name: the answer, the tools beside Bash, the input that StructuredOutput is given
+    "as JSON": (GIVEN_TEXT, [STRUCTURED], GIVEN),
+    "fenced": (f"```json\n{GIVEN_TEXT}\n```", [STRUCTURED], GIVEN),
+    "a number as text": (GIVEN_TEXT.replace("4", '"4"'), [STRUCTURED], GIVEN),
+    "with words around it": (f"Here it is: {GIVEN_TEXT} I hope it helps.", [STRUCTURED], None),
+    "a key is missing": ('{"answer": 4}', [STRUCTURED], None),
+    "a key too many": (GIVEN_TEXT.replace("{", '{"x": 1, '), [STRUCTURED], None),
+    "a list": (f"[{GIVEN_TEXT}]", [STRUCTURED], None),
+    "nobody asked for it": (GIVEN_TEXT, [], None),
+}
+
+
+@pytest.mark.parametrize("way", ["off", "on"])
+@pytest.mark.parametrize("name", WRITTEN_ANSWERS)
+def test_an_answer_written_as_the_json_that_was_asked_for_is_handed_in(name, way):
+    written, tools, wanted = WRITTEN_ANSWERS[name]
+    with MockOllama([text(written)], model=MODEL) as mock, \
+            running_shim(mock.url, verbatim=way) as shim:
+        answer = shim.messages(stream=False, tools=[BASH, *tools])
+    calls = [block["input"] for block in answer.json["content"] if block["type"] == "tool_use"]
+    assert calls == ([wanted] if wanted else [])
+    assert answer.json["content"][0] == {"type": "text", "text": written}
+
+
 MID_STREAM = {
     "error line": (text("Hel") + error_line("boom"), "boom"),
     "cut": (text("Hel") + cut(), "broke off"),
