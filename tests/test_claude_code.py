@@ -357,6 +357,23 @@ def test_an_mcp_tool_that_is_searched_for(place):
     assert "DeferredToolPlaceholder" not in "".join(turn.prompt for turn in mock.turns)
 
 
+def test_a_tool_that_is_called_before_it_was_searched_for(place):
+    mock = place.serve([call("CronList", {}), call("CronList", {}), text("None.")])
+    assert place.ask("what is scheduled?", ENABLE_TOOL_SEARCH="1").out == "None.\n"
+    assert "CronList is loaded now" in mock.turns[1].prompt
+    assert "No scheduled jobs" in mock.turns[2].prompt
+
+
+@pytest.mark.parametrize("reply", [call("StructuredOutput", {"answer": 4}),
+                                   text('{"answer": 4}')], ids=["handed in", "written"])
+def test_an_answer_in_a_format_is_given(place, reply):
+    place.serve([reply, text("Four.")])
+    said = place.ask("2+2?", "--output-format", "stream-json", "--verbose", "--json-schema",
+                     json.dumps({"type": "object", "properties": {"answer": {"type": "number"}},
+                                 "required": ["answer"], "additionalProperties": False}))
+    assert said.events()[-1]["structured_output"] == {"answer": 4}
+
+
 def test_a_subagent_answers(place):
     def reply(request):
         asked = request.prompt.rpartition("<|im_start|>user")[2]
