@@ -1887,22 +1887,16 @@ def _read_request(body: Json) -> Request:
     schema = _inside(body, "output_config", "format", "schema")
     session = _inside(body, "metadata", "user_id")
     return Request(
-        model=_take(body, "model", str, ""),
-        system=_read_system(body.get("system")),
-        messages=parsed,
-        tools=_read_tools(_take(body, "tools", list, [])),
+        model=_take(body, "model", str, ""), system=_read_system(body.get("system")),
+        messages=parsed, tools=_read_tools(_take(body, "tools", list, [])),
         tool_choice=_at(".tool_choice", _take(body, "tool_choice", dict, {"type": "auto"}),
                         _read_tool_choice),
-        max_tokens=max_tokens,
-        stop_sequences=tuple(filter(None, stops)),
-        sampling=tuple(_read_sampling(body)),
+        max_tokens=max_tokens, stop_sequences=tuple(filter(None, stops)),
+        sampling=tuple(_read_sampling(body)), stream=_take(body, "stream", bool, False),
         thinking=None if thinking is None else thinking != "disabled",
-        schema=schema if isinstance(schema, dict) else None,
-        stream=_take(body, "stream", bool, False),
+        schema=schema if isinstance(schema, dict) else None, loaded=_loaded_tools(messages),
         safeguards=bool(body.get("safeguards")),
-        loaded=_loaded_tools(messages),
-        session=session if isinstance(session, str) else "",
-    )
+        session=session if isinstance(session, str) else "")
 
 
 SEARCH_TOOLS = ("ToolSearch", "tool_search")
@@ -3138,9 +3132,8 @@ def message_text(message: Json) -> str:
                       *[call_markup(call["name"], call["arguments"]) for call in calls]])
 
 
-def write_messages(
-    messages: Sequence[Json], last: List[WrittenMessage], counter: TokenCounter,
-) -> Tuple[List[WrittenMessage], int]:
+def write_messages(messages: Sequence[Json], last: List[WrittenMessage],
+                   counter: TokenCounter) -> Tuple[List[WrittenMessage], int]:
     """Write a session's messages; also return how many of them its last request had.
 
     A 1 MB session of 78 messages costs 4 ms to write and count, its newest turn 0.1 ms.
@@ -4768,8 +4761,7 @@ class ToolTextParser:
     goes out piece by piece; enabled=False passes all text.
     """
 
-    def __init__(self, tools: Tools, *, stream_inputs: bool = False,
-                 enabled: bool = True) -> None:
+    def __init__(self, tools: Tools, *, stream_inputs: bool = False, enabled: bool = True) -> None:
         self._tools, self._streams = tools, stream_inputs
         self._enabled = enabled and bool(tools)
         # What is read: the text from _at on, by the step of the place that it stands in.
@@ -5881,9 +5873,8 @@ EFFORTS: Tuple[Tuple[int, Callable[[str], int], int], ...] = (
     *((effort, bash_bytes, MAX_BASH_BYTES) for effort in (0, 1, 2)))
 
 
-def commands_for(
-    ops: Sequence[FileOp], style: str = "plain", max_read_bytes: int = 200000,
-) -> ShellCommand:
+def commands_for(ops: Sequence[FileOp], style: str = "plain",
+                 max_read_bytes: int = 200000) -> ShellCommand:
     """Return one command for all operations; the first that fails ends it.
 
     style is "plain" or "coded" (the exit codes of RECIPES). Raises CannotCarryError with a
@@ -5913,9 +5904,8 @@ WRITE_NAMES = ("Write", "write_file")
 FILLED_KEYS = {"command", "description", "is_background"}
 
 
-def tool_for(
-    tools: Mapping[str, Tool], names: Sequence[str], keys: AbstractSet[str], needed: str,
-) -> Optional[Tool]:
+def tool_for(tools: Mapping[str, Tool], names: Sequence[str], keys: AbstractSet[str],
+             needed: str) -> Optional[Tool]:
     """Return the first tool of these that requires the text `needed`, nothing beyond keys."""
     for name in names:
         schema = tools[name].schema if name in tools else {}
@@ -7275,8 +7265,8 @@ def _matched(rules: str, masked: Masked, asked: Asked, scope: Scope) -> Tuple[st
 
 def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the user's words ask for by themselves."""
-    for masked in _readings(words):
-        masked = masked._replace(text=slashed(masked.text, scope.cwd))
+    for reading in _readings(words):
+        masked = reading._replace(text=slashed(reading.text, scope.cwd))
         for source, rules, text in (
                 ("asked:", RULES, masked.text), ("asked:", RULES, _without_reason(masked.text)),
                 ("question:", QUESTIONS, masked.text)):
@@ -7593,9 +7583,7 @@ def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
     return None
 
 
-def find_rescue(
-    turns: Sequence[Message], answer: str, *, home_ok: bool = True
-) -> Optional[Rescue]:
+def find_rescue(turns: Sequence[Message], answer: str, *, home_ok: bool = True) -> Optional[Rescue]:
     """Return what the newest request still needs, or None when in doubt.
 
     turns is the conversation without the system prompt, answer the visible text of a
@@ -8373,9 +8361,8 @@ def shown_options(config: Config) -> Json:
             if not row.secret and row.name not in HIDDEN_OPTIONS}
 
 
-def status_json(
-    stats: Stats, config: Config, health: Json, now: float, secrets: Tuple[str, ...] = (),
-) -> Json:
+def status_json(stats: Stats, config: Config, health: Json, now: float,
+                secrets: Tuple[str, ...] = ()) -> Json:
     """Return what the page at `/` shows; newest turns first, times in epoch seconds.
 
     health is what `/health` answers. Prompts and answers are never in it, nor the
@@ -9049,9 +9036,8 @@ class Upstream:
             self._fixed += f"Authorization: {authorization}\r\n"
 
     @contextlib.contextmanager
-    def open(
-        self, path: str, body: Optional[str], waiter: Waiter, until: float,
-    ) -> Iterator[UpstreamCall]:
+    def open(self, path: str, body: Optional[str], waiter: Waiter,
+             until: float) -> Iterator[UpstreamCall]:
         """Connect and send: a POST of body, or a GET without one; the call reads the answer.
 
         Whatever Ollama still does for us at the end of the with block is cancelled.
@@ -9547,9 +9533,8 @@ class Registry:
                 model = model._replace(facts=facts_from_probe(facts, rendered.prompt))
         return model
 
-    def _choose_window(
-        self, facts: ModelFacts, info: Any, waiter: Waiter, until: float,
-    ) -> LocalModel:
+    def _choose_window(self, facts: ModelFacts, info: Any, waiter: Waiter,
+                       until: float) -> LocalModel:
         """Decide the window (SHIM_NUM_CTX) and load the model with it."""
         explicit = self._config.num_ctx
         if explicit:
@@ -9666,9 +9651,8 @@ class WrittenTools(NamedTuple):
     text: str = ""
 
 
-def write_tools(
-    sent: Tuple[Tool, ...], slim: bool, facts: ModelFacts, agent: str, key: Any,
-) -> WrittenTools:
+def write_tools(sent: Tuple[Tool, ...], slim: bool, facts: ModelFacts, agent: str,
+                key: Any) -> WrittenTools:
     """Shorten tools and write their JSON: 8 cost 0.5 ms. agent's line stands in the first."""
     tools = tuple(map(slim_tool, sent)) if slim else sent
     if not tools:
@@ -9701,9 +9685,8 @@ class Session:
         self._table = tool_table(request, limit, self._table)
         return self._table
 
-    def write_tools(
-        self, table: ToolTable, slim: bool, facts: ModelFacts, agent: str = "",
-    ) -> WrittenTools:
+    def write_tools(self, table: ToolTable, slim: bool, facts: ModelFacts,
+                    agent: str = "") -> WrittenTools:
         """Return the forwarded tools.
 
         A session's are alike from turn to turn, and mostly those of the other sessions.
@@ -9718,9 +9701,8 @@ class Session:
         return self.tools
 
 
-def prompt_segments(
-    tools: Sequence[Tool], messages: Sequence[WrittenMessage], start: int,
-) -> List[Segment]:
+def prompt_segments(tools: Sequence[Tool], messages: Sequence[WrittenMessage],
+                    start: int) -> List[Segment]:
     """Name the tools, if any are to be told apart, and the message at start; lump the rest."""
     texts = [(tool.name, to_json(tool_json(tool))) for tool in tools]
     segments = [Segment(f"tools changed at {name}", text, estimate_tokens(text))
@@ -10354,9 +10336,8 @@ class Exchange:
             self.server.log.write("debug", f"left out of the prompt: {', '.join(left_out)}")
         return text
 
-    def _render(
-        self, facts: ModelFacts, body: str, answers: Sequence[str], until: float,
-    ) -> Optional[Rendered]:
+    def _render(self, facts: ModelFacts, body: str, answers: Sequence[str],
+                until: float) -> Optional[Rendered]:
         """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
         try:
             answer = self.server.upstream.ask(
@@ -10760,8 +10741,7 @@ class Handler:
               headers: Optional[Mapping[str, str]] = None) -> None:
         """Answer with a whole body."""
         size = str(len(body)) if status != 204 else ""
-        head = self._head(
-            status, {"Content-Type": kind, "Content-Length": size, **(headers or {})})
+        head = self._head(status, {"Content-Type": kind, "Content-Length": size, **(headers or {})})
         self.link.send(head if self.http.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any) -> None:
@@ -11422,8 +11402,7 @@ def child_env(made: Env, env: Env) -> Env:
     ours = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", *CLOUD_SWITCHES)
     child = {**made, **{name: text for name, text in env.items() if text and name not in ours}}
     if not covers_loopback(env):
-        child["NO_PROXY"] = child["no_proxy"] = \
-            f"{no_proxy(env)},127.0.0.1,localhost".lstrip(",")
+        child["NO_PROXY"] = child["no_proxy"] = f"{no_proxy(env)},127.0.0.1,localhost".lstrip(",")
     return child
 
 
@@ -11922,8 +11901,7 @@ class Doctor:
         """Ask Ollama; what may load a model may take as long as a first token."""
         loads = body and path != "/api/show"
         until = time.monotonic() + (self.wait_s if loads else OLLAMA_ANSWER_S)
-        return self.server.upstream.ask(
-            path, to_json(body) if body else None, Ticker(what), until)
+        return self.server.upstream.ask(path, to_json(body) if body else None, Ticker(what), until)
 
     def ask_well(self, path: str, body: Json, what: str) -> Json:
         """Ask Ollama; raise a ShimError where it refuses."""
