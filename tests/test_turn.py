@@ -290,6 +290,17 @@ def test_a_line_end_beside_data_that_is_no_call_is_shown():
     assert texts_of(events) == text
 
 
+FENCED_README = "Here it is:\n\n```markdown\n# P\n\n```bash\nnpm install\n```\n```"
+
+
+@pytest.mark.parametrize("how", ["whole", "characters", 3, 11])
+@pytest.mark.parametrize("text", [
+    FENCED_README, "a\n```\n```\n\nb", "```sh\nls\n```\n\n```sh\nls\n```"])
+def test_white_space_between_pieces_of_one_answer_is_kept(text, how):
+    _, events = run(GenerateDecoder("m"), [lines_of(cut_text(text, how))])
+    assert texts_of(events) == text
+
+
 # ---- stop sequences
 
 STOPS = {
