@@ -5262,26 +5262,23 @@ def tagged_values(events: ReaderEvents) -> Dict[str, str]:
 # ============================== 10. SHELL COMMANDS ==============================
 # A file operation becomes one Bash command that proves its own effect.
 #
-# How every edit works. The new content is made twice, by different tools, in files
-# of its own in the current folder: .new by the tool that does the work, .check by
-# the tools that prove it (never the same ones: printf compared with printf proves
-# nothing). Only when both are equal the target is touched: a new file by mv, an
-# existing one by cp from .new, after a backup that was compared too, so that links,
-# mode bits and owners stay. In the end the target is compared with .check.
+# How every edit works. The new content is made twice, by different tools, in files of its own in
+# the current folder: .new by the tool that does the work, .check by the tools that prove it (never
+# the same ones: printf compared with printf proves nothing). Only when both are equal the target is
+# touched: a new file by mv, an existing one by cp from .new, after a backup that was compared too,
+# so that links, mode bits and owners stay. In the end the target is compared with .check.
 #
-# Why the commands look as they do. Claude Code runs a command in acceptEdits mode
-# without asking only if its analyser can follow it (contract/claude-code.md C2, F6,
-# and own runs of 2.1.197 and 2.1.330): no variables, substitutions, braces, set, exit,
-# awk or perl; a heredoc alone on its line; a pipe in no `if`; no flags of mv and cp;
-# sed only as s/// of some characters. `[[ ... ]]`, `if` and `!` are allowed, and as
-# keywords of the shell they cannot be replaced by a broken program: what decides
-# whether something is overwritten is always a keyword. Tools and options are those
-# that GNU, BusyBox, macOS and Git Bash share; the shell is bash 3.2 or newer.
+# Why the commands look as they do. Claude Code runs a command in acceptEdits mode without asking
+# only if its analyser can follow it (contract/claude-code.md C2, F6, and own runs of 2.1.197 and
+# 2.1.330): no variables, substitutions, braces, set, exit, awk or perl; a heredoc alone on its
+# line; a pipe in no `if`; no flags of mv and cp; sed only as s/// of some characters. `[[ ... ]]`,
+# `if` and `!` are allowed, and as keywords of the shell they cannot be replaced by a broken
+# program: what decides whether something is overwritten is always a keyword. Tools and options are
+# those that GNU, BusyBox, macOS and Git Bash share; the shell is bash 3.2 or newer.
 
 
 class ShellCommand(NamedTuple):
     """A Bash command, and in words what it does and how that is proven."""
-
     command: str
     description: str
 
@@ -5291,7 +5288,6 @@ class CannotCarryError(ValueError):
 
 
 # ------------------------------ quoting ------------------------------
-
 # The analyser refuses a backslash before white space even inside quotes ("Contains
 # backslash-escaped whitespace"), and the CLI, 2.1.197 as 2.1.330, turns \u03b4 in any
 # tool's input into the character itself: quotes are closed and opened between the two.
@@ -5332,7 +5328,6 @@ def parent_step(path: str) -> str:
 
 
 # ------------------------------ carrying content ------------------------------
-
 # What the analyser refuses even in a quoted heredoc, and so is hidden from it: a brace
 # with a quote after it ("expansion obfuscation"), what BACKSLASH_BEFORE is for, and "="
 # at the start of a word ("zsh =cmd"). The CLI itself rejects control characters (C1).
@@ -5448,15 +5443,12 @@ def carried(text: str, source: str, target: str, effort: int) -> str:
 
 
 # ------------------------------ steps ------------------------------
-
-
 class Step(NamedTuple):
     """One operation on its way to become lines of Bash.
 
     script comes first; whether the operation is done is the exit status of proof.
     done says so in words, "" for what only reads: its output speaks for itself.
     """
-
     script: str
     proof: str
     done: str = ""
@@ -5468,7 +5460,6 @@ class Job(NamedTuple):
     base is the start of its temporary names. after is the file that an earlier step
     leaves when it succeeded, "" for the first: nothing happens without that file.
     """
-
     op: FileOp
     base: str
     after: str
@@ -5750,11 +5741,10 @@ tail -c +{next} {file} 2> /dev/null | head -c 1 | od -An -to1 | grep -q '[0-7]' 
 
 def read_step(job: Job) -> Step:
     file, most, path = job.file, job.max_read_bytes, job.op.path
+    binary, cut = f"Binary file detected: {path}", f"File truncated to {most} bytes: {path}"
     return Step(READ.format(
-        file=file, most=most, next=most + 1,
-        binary=shell_word(f"[shim] Binary file detected: {path}"),
-        cut=shell_word(f"[shim] File truncated to {most} bytes: {path}"),
-    ), f"[[ -f {file} && -r {file} ]]")
+        file=file, most=most, next=most + 1, binary=shell_word(f"[shim] {binary}"),
+        cut=shell_word(f"[shim] {cut}")), f"[[ -f {file} && -r {file} ]]")
 
 
 def run_step(job: Job) -> Step:
@@ -5766,7 +5756,6 @@ def run_step(job: Job) -> Step:
 
 
 # ------------------------------ whole commands ------------------------------
-
 # Never part of a content: the digits are a hash over it.
 TEMPORARY = Pattern(r"\.shim-[0-9a-f]{6}\.[a-z0-9]+")
 # Rejected by the CLI in every mode (C1).
@@ -5897,7 +5886,6 @@ def commands_for(ops: Sequence[FileOp], style: str = "plain",
 
 
 # ------------------------------ the client's tools ------------------------------
-
 SHELL_NAMES = ("Bash", "run_shell_command")
 SHELL_LIKE = Pattern(r"(?i)bash|shell|terminal")
 WRITE_NAMES = ("Write", "write_file")
@@ -5921,10 +5909,8 @@ def shell_tool(tools: Mapping[str, Tool]) -> Optional[Tool]:
     return tool_for(tools, [*SHELL_NAMES, *alike], FILLED_KEYS, "command")
 
 
-def rescue_call(
-    ops: Sequence[FileOp], tools: Mapping[str, Tool], style: str, max_read_bytes: int,
-    cwd: str = "", *, is_new: bool = False,
-) -> Optional[Tuple[str, Json]]:
+def rescue_call(ops: Sequence[FileOp], tools: Mapping[str, Tool], style: str, max_read_bytes: int,
+                cwd: str = "", *, is_new: bool = False) -> Optional[Tuple[str, Json]]:
     """Return name and input of the one tool call that does the operations.
 
     None without a shell tool. is_new says that the one file to be made is known not to
@@ -5968,7 +5954,6 @@ def write_call(tool: Tool, op: FileOp, cwd: str) -> Tuple[str, Json]:
 # that conditions, negations, several wishes and quoted speech fit none.
 
 # ------------------------------ the user's own words ------------------------------
-
 # Elements that a client writes into user texts (contract/claude-code.md A6, F1).
 INJECTED = Pattern(
     r"<(system-reminder|local-command-(?:caveat|stdout|stderr)|command-(?:name|message|args|"
@@ -6037,14 +6022,10 @@ def _request_of(newest: Sequence[Message]) -> str:
 
 def _notices(turns: Sequence[Message]) -> List[str]:
     """Return what the client itself said: system messages and reminders."""
-    found = []
-    for message in turns:
-        texts = [block.text for block in message.blocks if isinstance(block, Text)]
-        if message.role == "system":
-            found += texts
-        elif message.role == "user":
-            found += [match.group() for text in texts for match in INJECTED.finditer(text)]
-    return found
+    texts = [(turn.role, block.text) for turn in turns for block in turn.blocks
+             if isinstance(block, Text) and turn.role in ("system", "user")]
+    return [notice for role, text in texts for notice in (
+        [text] if role == "system" else [match.group() for match in INJECTED.finditer(text)])]
 
 
 lowered = lru_cache(maxsize=8)(str.lower)  # the client says the same in every turn
@@ -6092,10 +6073,8 @@ ONE_FENCE = Pattern("[\uf000-\uf8ff]")
 OPENING = Pattern("`+|(?<![\\w\\\\\"'])[\"']|[\u201c\u201e\u00ab]|(?<!\\w)\u2018")
 CLOSING = {
     **{sign: Pattern(rf"(?<!\\){sign}(?=[\s.,;:!?)\]}}*\u2026]|\Z)") for sign in "\"'"},
-    "\u2018": Pattern(r"\u2019(?!\w)"),
-    "\u201c": Pattern("\u201d"),
-    "\u201e": Pattern("[\u201c\u201d]"),
-    "\u00ab": Pattern("\u00bb"),
+    "\u2018": Pattern(r"\u2019(?!\w)"), "\u201c": Pattern("\u201d"),
+    "\u201e": Pattern("[\u201c\u201d]"), "\u00ab": Pattern("\u00bb"),
 }
 BRACKET = Pattern(r"[(\[{]")
 UNPAIRED = Pattern("[\"`\u201c\u201d\u00ab\u00bb]")
@@ -6114,7 +6093,6 @@ SECOND_WISH = Pattern(r"\s*(?:then|also|and|after|finally|please|next|now|once|d
 
 class Fence(NamedTuple):
     """A fenced block. whole is False when its end is missing or doubtful."""
-
     info: str
     text: str
     whole: bool
@@ -6122,7 +6100,6 @@ class Fence(NamedTuple):
 
 class Masked(NamedTuple):
     """A text whose quotes and fences are single characters, and what they hold."""
-
     text: str
     quotes: Tuple[str, ...]
     fences: Tuple[Fence, ...]
@@ -6257,7 +6234,6 @@ def _readings(words: str) -> Iterator[Masked]:
 
 
 # ------------------------------ paths ------------------------------
-
 # What no path may hold: control codes, a way up, a scheme, and files that steer
 # a shell, a login or the client itself, wherever they lie.
 UNSAFE_PATH = Pattern(
@@ -6276,14 +6252,10 @@ MAX_PATH_CHARS, MAX_NAME_BYTES = 1000, 255
 
 
 class Scope(NamedTuple):
-    """What paths may be: ~/ for the user's own words, absolute ones inside cwd.
-
-    told says that the words read are the model's.
-    """
-
+    """What paths may be: ~/ for the user's own words, absolute ones inside cwd."""
     home_ok: bool = False
     cwd: str = ""
-    told: bool = False
+    told: bool = False  # the words are the model's
 
 
 def _is_file_name(raw: str) -> bool:
@@ -6311,225 +6283,209 @@ def _safe_path(raw: str, scope: Scope) -> str:
 SLOTS = r"""
 q           [\ue000-\uf8ff]
 fence       (?P<text>[\uf000-\uf8ff])
-token       (?:[\ue000-\uf8ff]|[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+)
-fill        (?:(?:the|a|an|my|our|this|that|new|existing|local|single|text|plain|plain-text|python|
-      javascript|typescript|markdown|json|yaml|csv|html|css|shell|config|following|file[,:]|
-      in (?:this|the (?:current|project|working|root)) (?:directory|folder|project)|configuration|
-      source|log|file|document|script|filename|path|at) )*(?:(?:called|named) )?
-folderfill  (?:(?:the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|folder|
-      directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|directories|structure|
-      called|named|at|path|for me|with the name|-p) )*
-filenoun    (?: (?:file|document|script)(?:'s)?)?(?:,? in (?:this|the current) (?:folder|directory|
-      project))?
-foldernoun  (?: (?:folder|directory|dir|subfolder|subdirectory)s?)?
-file        (?P<file_marks>{fill})(?P<file>(?:(?<=called\s)|(?<=named\s))(?:[\w-]+ )
-      {1,4}[\w-]+\.[\w-]+|{token}){filenoun}
-files       (?P<files_marks>(?:(?:the|both|two|three|these|following|files|documents) )*{fill})
-      (?P<files>{token}(?:(?:,? and |, ?)(?:the )?(?:file )?{token}){0,9}){filenoun}
+token       ([\ue000-\uf8ff]|[^\s,;:\"'`<>|*?()\[\]{}$&!\\\ue000-\uf8ff]+)
+fill        ((the|a|an|my|our|this|that|new|existing|local|single|text|plain|plain-text|python|
+  javascript|typescript|markdown|json|yaml|csv|html|css|shell|config|following|file[,:]|
+  in (this|the (current|project|working|root)) (directory|folder|project)|configuration|
+  source|log|file|document|script|filename|path|at) )*((called|named) )?
+folderfill  ((the|a|an|my|our|this|new|empty|existing|nested|sub|single|two|three|folder|
+  directory|dir|subfolder|subdirectory|sub-folder|sub-directory|folders|directories|structure|
+  called|named|at|path|for me|with the name|-p) )*
+filenoun    ( (file|document|script)('s)?)?(,? in (this|the current) (folder|directory|project))?
+foldernoun  ( (folder|directory|dir|subfolder|subdirectory)s?)?
+file        (?P<file_marks>{fill})(?P<file>((?<=called\s)|(?<=named\s))([\w-]+ )
+  {1,4}[\w-]+\.[\w-]+|{token}){filenoun}
+files       (?P<files_marks>((the|both|two|three|these|following|files|documents) )*{fill})
+  (?P<files>{token}((,? and |, ?)(the )?(file )?{token}){0,9}){filenoun}
 dest        (?P<dest_marks>{folderfill}{fill})(?P<dest>{token})(?P<dest_noun>{foldernoun}){filenoun}
 folder      (?P<folder_marks>{folderfill})(?P<folder>{token})(?P<folder_noun>{foldernoun})
-folders     (?P<folders_marks>{folderfill})(?P<folders>{token}(?:(?:,? and |, ?)(?:the )?(?:folder |
-      directory )?{token}){0,9})(?P<folders_noun>{foldernoun})
-infolder    (?:,? (?:in|inside|under|within|inside of) (?!this ){folder})?
-only        (?: (?:only|just|exactly|precisely))?
-say         (?: ?(?:(?:saying|that (?:says|reads|contains|is)|which (?:says|reads)|containing|with|
-      reading|consisting of|as|being)\b)?{only}(?: the (?:exact |literal |following )?
-      (?:text|words?|string|contents?))?:?)
-noun        (?:(?:(?:the|this|these|a|an|its|another|one more) )?(?:(?:following|exact|literal|
-      exactly|new|single|only|just|plain|simple|short|extra|additional|final|last|entire|full|two|
-      three) )*(?P<line>(?:lines?|row|entry|item|bullet(?: point)?|list item|import|record)\b)?
-      (?:text|strings?|words?|phrase|sentence|contents?|characters?|letters?|value|number|snippet|
-      content|data|paragraph|message|(?:python |javascript |html |css |shell )?code|json|yaml|html|
-      csv|xml|sql|markdown)?(?: of text)?{say} )?
-quoted      (?:{noun}(?P<text>{q}))
-words       [^\s\ue000-\uf8ff](?:[^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?
-text        (?:(?:{noun}|(?:exactly|just|only) )(?P<text>{q})|(?:(?:the|a) )?(?:(?:exact|literal|
-      new|single) )*(?:text|string|words?|phrase|sentence|number|(?P<bare_line>line)|exactly)
-      (?: saying| that (?:says|reads)| containing)?:? (?P<bare>{words})|(?P<loose>{words}))
-this        (?:(?:this|the|these|that|a|an|one|another|more|following|new|next|exact|single|final|
-      last|below|it) )*(?:this|these|that|it|above|below|following|text|(?P<line>lines?)|contents?|
-      code|block|snippet|section|string|row|data|entry|entries|paragraph)?(?: below)?
-with        (?:[.;,]?(?: and)? ?(?:(?:fill it )?with|having|holding|(?:contain|say)ing|(?:so )?
-      (?:that|which|it)(?: it)? (?:(?:should|must|needs to|has to|shall|will) (?:contain|say|have|
-      read|hold|include)|contains|says|reads|has)|(?:with )?(?:whose|its|the|exactly the|the exact)
-      (?: only| file)? (?:contents?|text)(?: of the file)? (?:should be|must be|to be|is|are|set to|
-      being)){only}(?: (?:this|the following|these))?:?)
-force       (?P<force>,? (?:and )?overwrit(?:e|ing)(?: (?:it|the file|any existing \w+|
-      whatever is there))?(?: if (?:it|one) (?:already )?exists)?)?
-init        (?: (?:in|inside|into|within|to)(?: it| (?:the|this|that) file)| inside| as (?:its|
-      the) (?:only )?(?:contents?|text))
-of          (?:(?:the )?(?:entire|whole|full|complete|current|existing|all(?: of)?)? ?(?:the )?
-      (?:file )?(?:contents?|text|everything)(?: of| in| inside| from) |(?:the )?(?:whole|entire|
-      full|complete) (?=file ))
-in          (?:(?:everywhere |throughout |anywhere )?(?:in|inside|within|of|from|throughout|across|
-      inside of))
-old         (?:(?:all|every|each|any)(?: of)? )?(?:the |this )?(?:(?:occurrences?|instances?|
-      appearances?|mentions?) of )?(?:(?:the|this|exact|literal|old|existing|following) )*
-      (?:(?:(?P<old_line>line)|(?P<old_noun>text|strings?|words?|phrase|sentence|substring|
-      characters?|value|part|code|block|snippet|section))(?: (?:saying|that says))?:? )?(?P<old>{q}|
-      [^\s\ue000-\uf8ff]+)
-new         (?:the |this |a )?(?:(?:new|exact|literal|following) )*(?:(?:line|text|string|word|
-      phrase|value|sentence|code|block|snippet|section):? )?(?P<new>{q}|(?:an? )?
-      (?:the )?empty(?: string)?|nothing|[^\s,\ue000-\uf8ff]+)
-anchor      (?:the )?(?:exact |literal |existing )?(?:(?P<anchor_line>line)|text|string|word|phrase|
-      sentence)?(?: (?:that (?:says|reads)|which says|saying))? ?(?P<anchor>{q})
-where       (?:right |immediately |directly |just )?(?P<where>after|before|above|below|under|
-      underneath|beneath|in front of|behind|following|preceding)
-create      (?:create|make|generate|set up|start|add|produce|touch|initialize|initialise|build)
-      (?: me| us)?
-add         (?:add|put|write|insert|place|append|include|paste|save|store)
-swap        (?:(?:find|search) ?(?:and|/) ?replace|replace|substitute|update|change|convert|turn|
-      correct|fix)
-spot        (?:the )?(?:very |new )?(?P<spot>end|last line|bottom|top|beginning|start|head)
-      (?: of| in)?
-ownline     (?P<own_line>,? (?:on|as|in) (?:a|its own|a separate)(?: new)?
-      (?: separate)? line(?: of its own)?(?: at the end)?| after a (?:newline|line break))?
-look        (?:(?:read through|go through|read|show|display|print|cat|open|view|output|dump|see|
-      look at|take a look at|have a look at|check out|look (?:inside|into|in)|inspect)(?: out| up)?
-      (?: me| us)?(?: out)?)
-lists       (?:list|show|display|print|give|enumerate|see|check|look at|explore|examine|view|
-      inspect)
-tail        (?P<tail>(?:(?:,|\.)? (?:and|then|so|to|for|in|first)|\. (?:what|tell|
-      how))\b[^\ue000-\uf8ff]*)?
-here        (?P<here>(?:in |inside |of |from )?(?:(?:this|the|my|our)(?: (?:current|working|project|
-      root|present|project's root))*|current|working|project) (?:folder|directory|dir|project|repo|
-      repository|workspace)|here)
-listing     (?:(?:all|the|of|every|any|a|list|me|us|out|existing|current) )*(?:(?:files?|folders?|
-      directories|subfolders|subdirectories|contents?|entries|items|everything|directory|
-      directory contents|files?names|what(?:'s| is)|(?:what|which) files(?: and folders)?(?: are)?)
-      (?:,? (?:and|or|&) (?:sub)?(?:folders?|directories|files))?)
-      (?: that are| located| contained| stored| there are| there| we have)?
+folders     (?P<folders_marks>{folderfill})(?P<folders>{token}((,? and |, ?)(the )?(folder |
+  directory )?{token}){0,9})(?P<folders_noun>{foldernoun})
+infolder    (,? (in|inside|under|within|inside of) (?!this ){folder})?
+only        ( (only|just|exactly|precisely))?
+say         ( ?((saying|that (says|reads|contains|is)|which (says|reads)|containing|with|
+  reading|consisting of|as|being)\b)?{only}( the (exact |literal |following )?
+  (text|words?|string|contents?))?:?)
+noun        (((the|this|these|a|an|its|another|one more) )?((following|exact|literal|
+  exactly|new|single|only|just|plain|simple|short|extra|additional|final|last|entire|full|two|
+  three) )*(?P<line>(lines?|row|entry|item|bullet( point)?|list item|import|record)\b)?
+  (text|strings?|words?|phrase|sentence|contents?|characters?|letters?|value|number|snippet|
+  content|data|paragraph|message|(python |javascript |html |css |shell )?code|json|yaml|html|
+  csv|xml|sql|markdown)?( of text)?{say} )?
+quoted      ({noun}(?P<text>{q}))
+words       [^\s\ue000-\uf8ff]([^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?
+text        (({noun}|(exactly|just|only) )(?P<text>{q})|((the|a) )?((exact|literal|
+  new|single) )*(text|string|words?|phrase|sentence|number|(?P<bare_line>line)|exactly)
+  ( saying| that (says|reads)| containing)?:? (?P<bare>{words})|(?P<loose>{words}))
+this        ((this|the|these|that|a|an|one|another|more|following|new|next|exact|single|final|
+  last|below|it) )*(this|these|that|it|above|below|following|text|(?P<line>lines?)|contents?|
+  code|block|snippet|section|string|row|data|entry|entries|paragraph)?( below)?
+with        ([.;,]?( and)? ?((fill it )?with|having|holding|(contain|say)ing|(so )?
+  (that|which|it)( it)? ((should|must|needs to|has to|shall|will) (contain|say|have|
+  read|hold|include)|contains|says|reads|has)|(with )?(whose|its|the|exactly the|the exact)
+  ( only| file)? (contents?|text)( of the file)? (should be|must be|to be|is|are|set to|
+  being)){only}( (this|the following|these))?:?)
+force       (?P<force>,? (and )?overwrit(e|ing)( (it|the file|any existing \w+|
+  whatever is there))?( if (it|one) (already )?exists)?)?
+init        ( (in|inside|into|within|to)( it| (the|this|that) file)| inside| as (its|
+  the) (only )?(contents?|text))
+of          ((the )?(entire|whole|full|complete|current|existing|all( of)?)? ?(the )?(file )?
+  (contents?|text|everything)( of| in| inside| from) |(the )?(whole|entire|full|complete) (?=file ))
+in          ((everywhere |throughout |anywhere )?(in|inside|within|of|from|throughout|across|
+  inside of))
+old         ((all|every|each|any)( of)? )?(the |this )?((occurrences?|instances?|appearances?|
+  mentions?) of )?((the|this|exact|literal|old|existing|following) )*(((?P<old_line>line)|
+  (?P<old_noun>text|strings?|words?|phrase|sentence|substring|characters?|value|part|code|block|
+  snippet|section))( (saying|that says))?:? )?(?P<old>{q}|[^\s\ue000-\uf8ff]+)
+new         (the |this |a )?((new|exact|literal|following) )*((line|text|string|word|
+  phrase|value|sentence|code|block|snippet|section):? )?(?P<new>{q}|(an? )?
+  (the )?empty( string)?|nothing|[^\s,\ue000-\uf8ff]+)
+anchor      (the )?(exact |literal |existing )?((?P<anchor_line>line)|text|string|word|phrase|
+  sentence)?( (that (says|reads)|which says|saying))? ?(?P<anchor>{q})
+where       (right |immediately |directly |just )?(?P<where>after|before|above|below|under|
+  underneath|beneath|in front of|behind|following|preceding)
+create      (create|make|generate|set up|start|add|produce|touch|initialize|initialise|build)
+  ( me| us)?
+add         (add|put|write|insert|place|append|include|paste|save|store)
+swap        ((find|search) ?(and|/) ?replace|replace|substitute|update|change|convert|turn|
+  correct|fix)
+spot        (the )?(very |new )?(?P<spot>end|last line|bottom|top|beginning|start|head)( of| in)?
+ownline     (?P<own_line>,? (on|as|in) (a|its own|a separate)( new)?
+  ( separate)? line( of its own)?( at the end)?| after a (newline|line break))?
+look        ((read through|go through|read|show|display|print|cat|open|view|output|dump|see|
+  look at|take a look at|have a look at|check out|look (inside|into|in)|inspect)( out| up)?
+  ( me| us)?( out)?)
+lists       (list|show|display|print|give|enumerate|see|check|look at|explore|examine|view|inspect)
+tail        (?P<tail>((,|\.)? (and|then|so|to|for|in|first)|\. (what|tell|how))\b[^\ue000-\uf8ff]*)?
+here        (?P<here>(in |inside |of |from )?((this|the|my|our)( (current|working|project|
+  root|present|project's root))*|current|working|project) (folder|directory|dir|project|repo|
+  repository|workspace)|here)
+listing     ((all|the|of|every|any|a|list|me|us|out|existing|current) )*((files?|folders?|
+  directories|subfolders|subdirectories|contents?|entries|items|everything|directory|
+  directory contents|files?names|what('s| is)|(what|which) files( and folders)?( are)?)
+  (,? (and|or|&) (sub)?(folders?|directories|files))?)
+  ( that are| located| contained| stored| there are| there| we have)?
 # What may be asked for.
 verbs       create|make|write|build|generate|implement|add|scaffold|set ?up|develop|code|put|save|
-      update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|
-      convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|overwrite|
-      organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|clean|port|migrate|
-      adjust|improve|increase|decrease|enable|disable|switch|swap|include|extend|simplify|finish|
-      complete|document|annotate|format|sort|tidy|call it|name it|give (?!me|us)
+  update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|
+  convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|overwrite|
+  organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|clean|port|migrate|
+  adjust|improve|increase|decrease|enable|disable|switch|swap|include|extend|simplify|finish|
+  complete|document|annotate|format|sort|tidy|call it|name it|give (?!me|us)
 # Words that stand for something else: no text, name or argument is meant by them.
 function    an|the|some|my|your|our|their|his|her|this|that|these|those|it|its|them|any|all|every|
-      each|both|more|another|other|you|me|us|in|on|at|to|of|for|with|from|by|and|or|if|is|are|as|
-      here|there|which|what|where|how|why|like|using|everything|something|anything|nothing
+  each|both|more|another|other|you|me|us|in|on|at|to|of|for|with|from|by|and|or|if|is|are|as|
+  here|there|which|what|where|how|why|like|using|everything|something|anything|nothing
 # Words that describe a text or name a property rather than being what is written.
 describing  a|{function}|new|today|current|random|several|few|many|lots?|good|better|proper|basic|
-      simple|sample|default|sane|sensible|appropriate|missing|different|one|two|three|four|five|ten|
-      first|last|text|words?|contents?|lines?|code|data|info|summary|list|table|story|poem|haiku|
-      essay|joke|quotes?|description|script|program|function|class|method|module|test|note|entry|
-      licen[sc]e|dates?|time|timestamp|(?:file)?names?|title|config|json|yaml|html|csv|xml|markdown|
-      lorem|ipsum|output|result|readme|support|usage|help|boilerplate|whitespace|tabs?|spaces?|
-      newlines?|commas?|semicolons?|empty|error|debug|logging|hex|base64|sql|api|auth|async|type|
-      version|dependency|feedback|status|state|priority|colou?r|port|author|language|theme|mode|
-      level|size|width|height|format|timeout|host|user|username|password|url|path|header|footer|
-      headings?|font|background|label|value|year|month|day|email|address|phone|price|amount|
-      quantity|count|limit|numbers?|order|owner|case|style|tone|indent\w*|tense|spelling|grammar|
-      typos?|comments?|bullets?|imports?
+  simple|sample|default|sane|sensible|appropriate|missing|different|one|two|three|four|five|ten|
+  first|last|text|words?|contents?|lines?|code|data|info|summary|list|table|story|poem|haiku|essay|
+  joke|quotes?|description|script|program|function|class|method|module|test|note|entry|licen[sc]e|
+  dates?|time|timestamp|(file)?names?|title|config|json|yaml|html|csv|xml|markdown|lorem|ipsum|
+  output|result|readme|support|usage|help|boilerplate|whitespace|tabs?|spaces?|newlines?|commas?|
+  semicolons?|empty|error|debug|logging|hex|base64|sql|api|auth|async|type|version|dependency|
+  feedback|status|state|priority|colou?r|port|author|language|theme|mode|level|size|width|height|
+  format|timeout|host|user|username|password|url|path|header|footer|headings?|font|background|label|
+  value|year|month|day|email|address|phone|price|amount|quantity|count|limit|numbers?|order|owner|
+  case|style|tone|indent\w*|tense|spelling|grammar|typos?|comments?|bullets?|imports?
 sure        sure|sure thing|okay|ok|great|certainly|of course|alright|done|now|next|first|then|
-      finally|so|and|also|no problem|absolutely|got it|understood|yes
+  finally|so|and|also|no problem|absolutely|got it|understood|yes
 # What shows that a fence is not the file named before it.
 elsewhere   looks? like|before|currently|outputs?|error|snippet|parts?|excerpt|lines?|section|
-      should|would|could|might|not|don't|if|unless|once|adding|from
+  should|would|could|might|not|don't|if|unless|once|adding|from
 will        I'll|I will|I'm going to|I am going to|let me|let's|allow me to
-tools       (?:the |your )?(?:bash|shell|write|file|edit)? ?tools?
-useless     (?:no longer (?:needed|used|necessary|(?:need|use) (?:it|them))|(?:need|use|
-      want)s? (?:it|them)(?: any ?more)?|obsolete|outdated|unused|misspell?ed|misspelt|misleading|
-      deprecated|useless|stale|out of date|garbage|junk)
+tools       (the |your )?(bash|shell|write|file|edit)? ?tools?
+useless     (no longer (needed|used|necessary|(need|use) (it|them))|(need|use|
+  want)s? (it|them)( any ?more)?|obsolete|outdated|unused|misspell?ed|misspelt|misleading|
+  deprecated|useless|stale|out of date|garbage|junk)
 """
 # Two orders in which a request may be told, "in a.txt, add 'x'" and "add to a.txt: 'x'",
 # are brought into the one of the rules.
-PLACE_FIRST = r"""(?P<place>(?:in|inside|within|into|from|to|at|after|before|above|below|under|
-    underneath|beneath) .{1,200}?),? (?:please )?(?P<order>(?:{add}|prepend|{swap}|swap|remove|
+PLACE_FIRST = r"""(?P<place>(in|inside|within|into|from|to|at|after|before|above|below|under|
+    underneath|beneath) .{1,200}?),? (please )?(?P<order>({add}|prepend|{swap}|swap|remove|
     delete|erase)(?=:|\s)[\s\S]*)"""
-TEXT_LAST = r"""(?P<verb>{add}|prepend)(?: {this})?(?P<place> (?:to|at|on|in|into|onto|as|
-    {where}) .{1,200}?)?(?:[:,.]|,? (?:the )?(?:text|(?P<late_line>lines?)|contents?|string|
-    words?)[:,]?|(?: as follows| exactly| verbatim)?:|{say}| and (?:write|put))? (?P<text>{q})"""
+TEXT_LAST = r"""(?P<verb>{add}|prepend)( {this})?(?P<place> (to|at|on|in|into|onto|as|
+    {where}) .{1,200}?)?([:,.]|,? (the )?(text|(?P<late_line>lines?)|contents?|string|
+    words?)[:,]?|( as follows| exactly| verbatim)?:|{say}| and (write|put))? (?P<text>{q})"""
 # The kind of operation that a request of each shape asks for.
 RULES = r"""
-append   (?:append|add) {text} (?:to|into|in|onto|at) {file}{ownline}
-append   (?:append|add) {text}{ownline} (?:to|into|in|onto|at) {file}
-append   {add} {text}{ownline} (?:to|at|on|in|into|onto|as) {spot} {file}
-append   {add} {text} (?:to|at|on|in|into|onto|as) {spot} {file}{ownline}
-append   {add} {text} (?:to|in|into) {file},? (?:to|at|on) {spot}{ownline}
+append   (append|add) {text} (to|into|in|onto|at) {file}{ownline}
+append   (append|add) {text}{ownline} (to|into|in|onto|at) {file}
+append   {add} {text}{ownline} (to|at|on|in|into|onto|as) {spot} {file}
 append   append {file} with {quoted}
-prepend  prepend {text} (?:to|at|in|onto) (?:{spot} )?{file}
+prepend  prepend {text} (to|at|in|onto) ({spot} )?{file}
 create   {create} {file}{infolder}{with} {text}{init}?{force}
 create   {create} {file}{with} {quoted}{infolder}
-create   {create} (?:an?|the)(?: new)?(?: \w+)? file with (?:the )?(?:file ?)?name {file},? (?:and|
-      with) (?:with )?{quoted}
-create   {create} {file}(?:[:,.]| with)? (?:{this}:? )?{fence}
+create   {create} (an?|the)( new)?( \w+)? file with (the )?(file ?)?name {file},? (and|
+  with) (with )?{quoted}
+create   {create} {file}([:,.]| with)? ({this}:? )?{fence}
 create   {create} {file},? and {add} {text}{init}
-create   {create} (?:a|the) (?:new )?(?:text |python |json )?file{with} {quoted},? (?:and )?
-      (?:(?:name|call|save) it(?: as)? |at |saved as )?{file}
-create   (?:save|put|store|place) {text} (?:to|into|in|inside|as) {file}
-empty    {create} (?:(?:an?|the|two|three|some) )?(?:new,? )?(?:empty|blank)(?: new)?
-      (?: text| python| markdown)*(?: files?)?,?(?: called| named| at)? {files}{infolder}
-empty    {create} {files},? (?:as an empty file|with no contents?|that is empty|empty|
-      (?:and )?leav(?:e|ing) it empty|with empty contents?|without (?:any )?contents?)
+create   {create} (a|the) (new )?(text |python |json )?file{with} {quoted},? (and )?
+  ((name|call|save) it( as)? |at |saved as )?{file}
+create   (save|put|store|place) {text} (to|into|in|inside|as) {file}
+empty    {create} ((an?|the|two|three|some) )?(new,? )?(empty|blank)( new)?
+  ( text| python| markdown)*( files?)?,?( called| named| at)? {files}{infolder}
+empty    {create} {files},? (as an empty file|with no contents?|that is empty|empty|
+  (and )?leav(e|ing) it empty|with empty contents?|without (any )?contents?)
 empty    touch {files}
-named    {create} (?:a|the)(?: new)?(?: text)? file (?:called|named)? ?{files}{infolder}
-write    write {text}(?: and nothing else)? (?:to|into|in|inside|as) {file}{force}
-write    (?:write|overwrite|rewrite|fill) {of}?{file}{with} {text}
-write    (?:write|overwrite|rewrite) {of}?{file}(?:[:,.]| with)? (?:{this}:? )?{fence}
-write    (?:overwrite|set|replace|change|update) {of}{file} (?:with|to|by|to be){only}:? {text}
-write    (?:set|replace|overwrite|change|update) {file}(?:'s)? contents? (?:to|with|by) {text}
-write    (?:make|update|change) {file} (?:to |so (?:that )?it )?(?:contains?|says?|reads?|
-      ha(?:ve|s)){only} {text}
-write    (?:i|we) (?:want|need|would like) {file} to (?:contain|say|read|hold) (?:only|just|
-      exactly) {text}
-clear    (?:erase|delete|remove|wipe)(?: out)? {of}{file}
-clear    (?:empty|clear|truncate|blank)(?: out)? {of}?{file}
-rename   (?:rename|(?:change|update) (?:the )?(?:file ?)?name of) {files} (?:to|as|into|->|=>|
-      so (?:that )?it(?:'s| is)(?: now)?) (?:be )?{dest}
-rename   (?:change|rename|update) (?:the )?file(?:'s)?(?: ?name)? from {files} to {dest}
-rename   rename (?P<files_marks>(?:the )?(?:folder|directory|dir) (?:called |named )?)
-      (?P<files>{token}) (?:to|as|into) (?:be )?{dest}
-rename   give {files} the (?:new )?name {dest}
-remove   (?:remove|delete|erase|strip|drop) {old} {in} {file}
-replace  {swap} {old} (?:with|by|to|into):? {new} {in} {file}
-replace  {swap} {old} {in} {file} (?:with|by|to|into):? {new}
-replace  (?:swap|exchange) (?:out )?{old} (?:for|with) {new} {in} {file}
+named    {create} (a|the)( new)?( text)? file (called|named)? ?{files}{infolder}
+write    write {text}( and nothing else)? (to|into|in|inside|as) {file}{force}
+write    (write|overwrite|rewrite|fill) {of}?{file}{with} {text}
+write    (write|overwrite|rewrite) {of}?{file}([:,.]| with)? ({this}:? )?{fence}
+write    (overwrite|set|replace|change|update) {of}{file} (with|to|by|to be){only}:? {text}
+write    (set|replace|overwrite|change|update) {file}('s)? contents? (to|with|by) {text}
+write    (make|update|change) {file} (to |so (that )?it )?(contains?|says?|reads?|
+  ha(ve|s)){only} {text}
+write    (i|we) (want|need|would like) {file} to (contain|say|read|hold) (only|just|exactly) {text}
+clear    (erase|delete|remove|wipe)( out)? {of}{file}
+clear    (empty|clear|truncate|blank)( out)? {of}?{file}
+rename   (rename|(change|update) (the )?(file ?)?name of) {files} (to|as|into|->|=>|
+  so (that )?it('s| is)( now)?) (be )?{dest}
+rename   (change|rename|update) (the )?file('s)?( ?name)? from {files} to {dest}
+rename   rename (?P<files_marks>(the )?(folder|directory|dir) (called |named )?)
+  (?P<files>{token}) (to|as|into) (be )?{dest}
+rename   give {files} the (new )?name {dest}
+remove   (remove|delete|erase|strip|drop) {old} {in} {file}
+replace  {swap} {old} (with|by|to|into):? {new} {in} {file}
+replace  {swap} {old} {in} {file} (with|by|to|into):? {new}
+replace  (swap|exchange) (out )?{old} (for|with) {new} {in} {file}
 replace  substitute {new} for {old} {in} {file}
-replace  (?:find|search for|look for|locate) {old} {in} {file},? and (?:replace|change|swap) (?:it|
-      them|each|every one|all(?: of them)?|that) (?:with|to|by|for) {new}
-insert   {add} {text}{ownline},? {where} {anchor},? (?:in|inside|of|within|to|into) {file}
-insert   {add} {text}{ownline} (?:in|into|to|inside) {file},? {where} {anchor}
-move     move {files} (?P<to>in|into|inside(?: of)?|under|(?:over )?to|as) {dest}
+replace  (find|search for|look for|locate) {old} {in} {file},? and (replace|change|swap) (it|
+  them|each|every one|all( of them)?|that) (with|to|by|for) {new}
+insert   {add} {text}{ownline},? {where} {anchor},? (in|inside|of|within|to|into) {file}
+insert   {add} {text}{ownline} (in|into|to|inside) {file},? {where} {anchor}
+move     move {files} (?P<to>in|into|inside( of)?|under|(over )?to|as) {dest}
 move     mv {files} {dest}
-copy     (?:copy|duplicate) {files} (?P<to>in|into|inside(?: of)?|under|(?:over )?to|as) {dest}
-copy     (?:make|create) a copy of {files},? (?:called|named|as|at|and (?:call|name) it) {dest}
+copy     (copy|duplicate) {files} (?P<to>in|into|inside( of)?|under|(over )?to|as) {dest}
+copy     (make|create) a copy of {files},? (called|named|as|at|and (call|name) it) {dest}
 copy     cp {files} {dest}
-delete   (?:delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}
-delete   (?:delete|remove|rmdir) (?P<files_marks>the empty (?:folder|directory))
-      (?: called| named)? (?P<files>{token})
-mkdir    {create} {folders}(?:,? (?:in|inside|under|within|inside of) (?:the )?(?:folder |
-      directory )?(?P<parent>{token})(?: folder| directory)?)?
-read     {look} (?:(?:the|all(?: the| of the)?|entire|full|whole|complete|current) )*
-      (?:(?:contents?|text|lines|source|code) (?:of|in|from|inside) |what(?:'s| is) (?:in|
-      inside(?: of)?|written in) )?{files}{tail}
-read     (?:tell|give|get|fetch)(?: me)? (?:what(?:'s| is) (?:in|inside(?: of)?)|the (?:full )?
-      (?:contents?|text) (?:of|in)) {files}{tail}
-list     {lists} {listing}(?: {here}| (?:in|inside|of|under|within|from|at) {folder})?{tail}
-list     (?:ls|dir)(?: (?:{here}|{folder}){tail})?
-folder   (?:list|show|display|view|open|look at|see)(?: me)? (?:{here}|{folder}){tail}
-run      (?:run|execute|issue|invoke)(?: (?:the|this|a|following|shell|bash|terminal|command|
-      this command))*:? (?P<command>{q})(?: command)?(?: (?:in|on|from) (?:the|my|a|
-      this) (?:terminal|shell|console|project|repo|folder|directory))?(?: here)?{tail}
-run      (?P<typed>(?:git (?:status|log|diff|show|branch|remote|blame)|ls|pwd|tree)
-      (?: [\w./=:@+,%^-]+){0,12})
-run      (?:run|execute)(?: (?:the|command|following|shell|bash))*:? (?P<typed>[a-z][\w-]*
-      (?: [\w./=:@+,%^-]+){0,12}?)(?: command)?(?: (?:in|on) (?:the|my|a) (?:terminal|shell|
-      console))?{tail}
+delete   (delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}
+delete   (delete|remove|rmdir) (?P<files_marks>the empty (folder|directory))
+  ( called| named)? (?P<files>{token})
+mkdir    {create} {folders}(,? (in|inside|under|within|inside of) (the )?(folder |
+  directory )?(?P<parent>{token})( folder| directory)?)?
+read     {look} ((the|all( the| of the)?|entire|full|whole|complete|current) )*((contents?|text|
+  lines|source|code) (of|in|from|inside) |what('s| is) (in|inside( of)?|written in) )?{files}{tail}
+read     (tell|give|get|fetch)( me)? (what('s| is) (in|inside( of)?)|the (full )?
+  (contents?|text) (of|in)) {files}{tail}
+list     {lists} {listing}( {here}| (in|inside|of|under|within|from|at) {folder})?{tail}
+list     (ls|dir)( ({here}|{folder}){tail})?
+folder   (list|show|display|view|open|look at|see)( me)? ({here}|{folder}){tail}
+run      (run|execute|issue|invoke)( (the|this|a|following|shell|bash|terminal|command|
+  this command))*:? (?P<command>{q})( command)?( (in|on|from) (the|my|a|
+  this) (terminal|shell|console|project|repo|folder|directory))?( here)?{tail}
+run      (?P<typed>(git (status|log|diff|show|branch|remote|blame)|ls|pwd|tree)
+  ( [\w./=:@+,%^-]+){0,12})
+run      (run|execute)( (the|command|following|shell|bash))*:? (?P<typed>[a-z][\w-]*
+  ( [\w./=:@+,%^-]+){0,12}?)( command)?( (in|on) (the|my|a) (terminal|shell|console))?{tail}
 """
 # Questions that only the file or folder can answer; the model must say that it looks.
 QUESTIONS = r"""
-read    what(?:'?s| is| are)(?: currently| written)?(?: the)?(?: current)?
-      (?: contents?| text)? (?:in|inside(?: of)?|of|(?:written|contained|
-      stored) in) {files}(?: right now| now| currently)?
-list    (?:what|which) (?:{listing}|files? and folders?|files? do (?:I|we) have|kind of files) ?
-      (?:are |is |exist |do (?:I|we) have |live |exists )?(?:there )?(?:are )?(?:{here}|
-      (?:in|inside|under|within) {folder})
-folder  what(?:'?s| is| are)(?: there| all)?(?: the (?:contents|files))?
-      (?: of| in| inside)? (?:{here}|(?:in )?{folder})
-folder  (?:what|which)(?: files)? (?:does|do) (?:{here}|{folder}) (?:contain|have|hold)
+list    (what|which) ({listing}|files? and folders?|files? do (I|we) have|kind of files) ?(are |is |
+  exist |do (I|we) have |live |exists )?(there )?(are )?({here}|(in|inside|under|within) {folder})
+folder  what('?s| is| are)( there| all)?( the (contents|files))?
+  ( of| in| inside)? ({here}|(in )?{folder})
+folder  (what|which)( files)? (does|do) ({here}|{folder}) (contain|have|hold)
 """
 ROW = Pattern(r"^(\w+) +(.*(?:\n +.*)*)", re.MULTILINE)
 LINE_BREAK = Pattern(r"\n\s*")
@@ -6537,6 +6493,8 @@ SLOT_NAME = Pattern(r"\{([a-z]+)\}")
 # What stands before the first space outside brackets, which are at most four deep.
 FIRST_PART = Pattern(r"\A((?:[^ ()]|\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\))*)")
 WORD = Pattern(r"[A-Za-z]+")
+# A set of characters, an escaped one, or a bracket: in a shape it captures nothing.
+SET_OR_GROUP = Pattern(r"\[(?:\\.|[^\]\\])+\]|\\.|\((?!\?)", re.DOTALL)
 
 
 @lru_cache(maxsize=8)
@@ -6555,7 +6513,8 @@ class Shape(Pattern):
         slots, source = dict(table_rows(SLOTS)), self.source
         while SLOT_NAME.search(source):
             source = SLOT_NAME.sub(lambda slot: slots[slot[1]], source)
-        source = LINE_BREAK.sub("", source)
+        source = SET_OR_GROUP.sub(lambda found: "(?:" if found[0] == "(" else found[0],
+                                  LINE_BREAK.sub("", source))
         # Set at once: another thread may be writing the same shape out.
         self.source = source.replace(" ?", r"\s*").replace(" ", r"\s+")
         return super().__getattr__(name)
@@ -6564,12 +6523,9 @@ class Shape(Pattern):
 _shape = lru_cache(maxsize=256)(Shape)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # and most patterns are never compiled, which takes 10 ms each
 def _first_words(template: str) -> FrozenSet[str]:
-    """Return the words with which a text of this shape can begin, and perhaps more.
-
-    They spare most patterns their compilation, 10 ms each.
-    """
+    """Return the words with which a text of this shape can begin, and perhaps more."""
     slots = dict(table_rows(SLOTS))
     written = SLOT_NAME.sub(lambda slot: slots[slot[1]], template)
     return frozenset(word.lower() for word in WORD.findall(FIRST_PART.split(written)[1]))
@@ -6600,31 +6556,29 @@ def _ordered(core: str) -> str:
 
 
 # ------------------------------ from a match to operations ------------------------------
-
 MAX_REQUEST_CHARS = 500
 LONG_GAP = Pattern(r"\s{9}")
-NOT_WORDS = Shape("(?:{describing})")
-NOT_LOOSE = Shape(r"""(?:.*\s)?(?:{describing}|\w+(?:s|tion|ing|ment|ness|ity|ance|ence))
-    (?:'s|\s|[,.]|\Z)|.*'s\b""", re.IGNORECASE | re.DOTALL)
+NOT_WORDS = Shape("({describing})")
+NOT_LOOSE = Shape(r"""(.*\s)?({describing}|\w+(s|tion|ing|ment|ness|ity|ance|ence))
+    ('s|\s|[,.]|\Z)|.*'s\b""", re.IGNORECASE | re.DOTALL)
 # What makes an unquoted text a description, a second wish or a condition.
-NOT_LITERAL = Shape(r"""(?:you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|
+NOT_LITERAL = Shape(r"""(you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|
     required|appropriate|suitable|described|mentioned|similar|of|in|on|from|about|for|that|which|
     describing|explaining|based|below|above|following|as|to|is|it|representing|saying|containing|
-    with (?:the|an?)|version|representation|[\w-]+ of)\b|.*(?:\b(?:then|if|unless|otherwise|don't|
-    do not|and also|as well as|instead of|except|when|because|so that|whichever|whatever|times|
-    twice|repeated|uppercase|lowercase|reversed|backwards|translated|encoded|(?:in|into) (?:all |
-    upper|lower|french|german|spanish|italian|chinese|japanese|python|json|yaml|html|markdown|bold|
-    caps|reverse|each|every)|on (?:each|every|separate)|(?:before|after|above|below|under|
-    underneath|beneath) (?:the|line|every|each)|(?:at|to|on) the (?:end|top|bottom|start|beginning|
-    first|last))\b|\band (?:a|an|another|the|then|run|show|read|tell|{verbs})\b|
-    [.!?]\s+[A-Z]\w+.*\b(?:file|it)\b)|.*(?:^|\s)[\w./-]+\.(?:txt|md|py|js|ts|json|ya?ml|toml|html|
-    css|sh|cfg|ini|csv|log)\b""", re.IGNORECASE | re.DOTALL)
-NOT_A_NAME = Shape(r"""(?:{function}|folders?|director(?:y|ies)|files?|project|repo|structure|
+    with (the|an?)|version|representation|[\w-]+ of)\b|.*(\b(then|if|unless|otherwise|don't|do not|
+    and also|as well as|instead of|except|when|because|so that|whichever|whatever|times|twice|
+    repeated|uppercase|lowercase|reversed|backwards|translated|encoded|(in|into) (all |upper|lower|
+    french|german|spanish|italian|chinese|japanese|python|json|yaml|html|markdown|bold|caps|reverse|
+    each|every)|on (each|every|separate)|(before|after|above|below|under|underneath|beneath) (the|
+    line|every|each)|(at|to|on) the (end|top|bottom|start|beginning|first|last))\b|\band (a|an|
+    another|the|then|run|show|read|tell|{verbs})\b|[.!?]\s+[A-Z]\w+.*\b(file|it)\b)|.*(^|\s)[\w./-]+
+    \.(txt|md|py|js|ts|json|ya?ml|toml|html|css|sh|cfg|ini|csv|log)\b""", re.IGNORECASE | re.DOTALL)
+NOT_A_NAME = Shape(r"""({function}|folders?|director(y|ies)|files?|project|repo|structure|
     called|named|inside|under|listing|tree|layout|hierarchy|browser|watcher|scanner|walker|picker|
     names|paths|containing|clipboard|trash|current|working|hidden|separate|common|shared|dedicated|
-    suitable|proper|different|similar|second|third|random|(?:recursive|complete|entire|permanent|
+    suitable|proper|different|similar|second|third|random|(recursive|complete|entire|permanent|
     immediate|safe|manual|proper|correct|direct|total|full|individual|automatical)ly|%\w+%.*)""")
-PROSE_ARGUMENT = Shape(r"(?:a|{function}|over|against|bugs?|files?|folders?)")
+PROSE_ARGUMENT = Shape(r"(a|{function}|over|against|bugs?|files?|folders?)")
 PROSE_FILE = Pattern(r".*\.(?:txt|md|log|text|rst|markdown)", re.IGNORECASE)
 IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
 # Files in which text without a named place would break the structure.
@@ -6634,20 +6588,19 @@ LITERAL_WORD = Pattern(r"[\w=./:+@#%-]+(?:\(\))?")
 ARTICLE = Pattern(r"\b(?:the|an?)\s+\Z", re.IGNORECASE)
 EMPTY_WORD = Pattern(r"(?:an? |the )?empty(?: string)?|nothing", re.IGNORECASE)
 # "read X and ..." may go on with what the user wants to know, not with a second action.
-INFORMATION = Shape(r"""[,.]?\s*(?:(?:and|then|so)\s+)*(?:(?:please|briefly|you|can|could|I|to|we|
-    me)\s+)*(?:summari[sz]e|explain|tell|describe|show me|give me|list|count|report|say|answer|
+INFORMATION = Shape(r"""[,.]?\s*((and|then|so)\s+)*((please|briefly|you|can|could|I|to|we|
+    me)\s+)*(summari[sz]e|explain|tell|describe|show me|give me|list|count|report|say|answer|
     analy[sz]e|identify|let me know|find|see|look|point|outline|what|how|know|understand|check|me|
     us|in full|first|i want|for me|here|the|this)\b.*""", re.IGNORECASE | re.DOTALL)
-VERB_AFTER = Shape(r"""(?:\b(?:and|then|also)|[,;.])\s+(?:(?:then|also|please|and)\s+)*(?:{verbs}|
+VERB_AFTER = Shape(r"""(\b(and|then|also)|[,;.])\s+((then|also|please|and)\s+)*({verbs}|
     run|execute|commit|push|install|apply|use|do|send|open|download|test|print to|store)\b|
-    \b(?:don't|do not|without|unless)\b""")
+    \b(don't|do not|without|unless)\b""")
 # Where a text goes; any other spot is the top.
 SPOT_KINDS = {"": "append", "end": "append", "last line": "append_line", "bottom": "append_line"}
 BEFORE = ("before", "above", "in front of", "preceding")
 ON_OWN_LINES = ("above", "below", "under", "underneath", "beneath")
-NAMED = Shape(r"\b(?:called|named|file|(?:sub)?(?:folders?|dir|directory|directories))\b")
-FOLDER_NOUN = Shape(r"""\b(?:folders?|dir|director(?:y|ies)|sub-?(?:folders?|director(?:y|
-    ies)))\b""")
+NAMED = Shape(r"\b(called|named|file|(sub)?(folders?|dir|directory|directories))\b")
+FOLDER_NOUN = Shape(r"""\b(folders?|dir|director(y|ies)|sub-?(folders?|director(y|ies)))\b""")
 LISTED = Pattern(r"\A(?:list|ls|dir)\b|\bfiles?\b", re.IGNORECASE)
 PATH_SEPARATOR = Pattern(r"\s*,\s*and\s+|\s*,\s*|\s+and\s+")
 PATH_FILLER = Pattern(r"(?:the\s+)?(?:(?:file|folder|directory)\s+)?", re.IGNORECASE)
@@ -6657,21 +6610,16 @@ Ops = Tuple[FileOp, ...]
 
 class Rescue(NamedTuple):
     """What to do in the model's place, and the rule that found it."""
-
     rule: str
     ops: Ops
 
 
 class Asked(NamedTuple):
-    """A request freed of courtesy: what is left, and an end mark that says more than an end.
-
-    newline asks for a final line feed; cut says that words were taken off the end.
-    """
-
+    """A request freed of courtesy: what is left, and an end mark that says more than an end."""
     core: str
     ending: str = ""
-    newline: bool = False
-    cut: bool = False
+    newline: bool = False  # a final line feed is asked for
+    cut: bool = False  # words were taken off the end
 
 
 def _only_looks(ops: Ops) -> bool:
@@ -6680,7 +6628,6 @@ def _only_looks(ops: Ops) -> bool:
 
 class Reading(NamedTuple):
     """A match of a rule in a masked text, with what decides how it is read."""
-
     match: re.Match[str]
     masked: Masked
     scope: Scope
@@ -6896,7 +6843,6 @@ BUILDERS: Dict[str, Callable[[Reading, str], Ops]] = {
 
 
 # ------------------------------ scaffolds and commands ------------------------------
-
 # One word, sign or here-document of a script. What bash would expand, substitute, pipe,
 # test or loop over is none of them.
 SHELL_TOKEN = Pattern(
@@ -6921,7 +6867,6 @@ SHELL_INFO = ("bash", "sh", "shell", "zsh", "console", "terminal")
 
 class ScriptLine(NamedTuple):
     """One command of a script: its words, its redirect and its here-document."""
-
     words: Tuple[str, ...] = ()
     mode: str = ""
     target: Optional[str] = None
@@ -7019,8 +6964,7 @@ def _formatted(words: Sequence[str]) -> Optional[str]:
 # What a command makes of each name, and the flags that change nothing about it.
 SCAFFOLDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     "mkdir": ("mkdir", ("-p", "-v", "-pv", "--parents")), "touch": ("create", ()),
-    "cp": ("copy", ("-n", "-v", "-i")), "mv": ("rename", ("-n", "-v", "-i")),
-}
+    "cp": ("copy", ("-n", "-v", "-i")), "mv": ("rename", ("-n", "-v", "-i"))}
 
 
 def _step(line: ScriptLine) -> Optional[Ops]:
@@ -7112,45 +7056,41 @@ def _read_only(script: str, typed: bool = False) -> Tuple[str, ...]:
 
 
 # ------------------------------ asked for ------------------------------
-
 # Words of courtesy before a request; each alternative is taken off as often as it comes.
-LEAD = Shape(r"""\s*(?:(?:please|pls|plz|kindly|hi|hey|hello|hi there|hey there|ok|okay|alright|
-    great|thanks|thank you|perfect|good|cool|nice|now|next|then|so|also|and|well|first|finally|just|
-    quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|awesome)(?:\s*[,.!:;-]+\s*|\s+)|
-    (?:would|do) you mind\s+|(?:can|could|would|will) you(?:\s*,)?\s+(?:(?:please|kindly|just|now|
-    also|quickly|maybe|possibly),?\s+)*|(?:would you )?be so kind (?:as )?to\s+|
-    i(?:'d| would) (?:like|love) (?:for )?(?:you )?to\s+|
-    i(?:'d| would) appreciate it if you (?:could|would)\s+|i (?:want|need) (?:you )?to\s+|
-    we need to\s+|you should\s+|go ahead and\s+|let's\s+|let us\s+|help me(?: to)?\s+|your (?:task|
-    job) is to\s+|(?:the )?task:\s*|(?:i have a |(?:i have a )?(?:small|quick|simple) )
-    (?:task|request|favou?r|one)(?: for you)?[.:,!]\s+|using {tools},\s+|use {tools} (?:and|to)\s+|
-    could i ask you to\s+|(?:let me|(?:can|could|may) i)\s+(?=(?:see|view|look at|
-    have a look)\b))""")
+LEAD = Shape(r"""\s*((please|pls|plz|kindly|hi|hey|hello|hi there|hey there|ok|okay|alright|great|
+    thanks|thank you|perfect|good|cool|nice|now|next|then|so|also|and|well|first|finally|just|
+    quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|awesome)(\s*[,.!:;-]+\s*|\s+)|(would|
+    do) you mind\s+|(can|could|would|will) you(\s*,)?\s+((please|kindly|just|now|also|quickly|maybe|
+    possibly),?\s+)*|(would you )?be so kind (as )?to\s+|i('d| would) (like|love) (for )?(you )?
+    to\s+|i('d| would) appreciate it if you (could|would)\s+|i (want|need) (you )?to\s+|
+    we need to\s+|you should\s+|go ahead and\s+|let's\s+|let us\s+|help me( to)?\s+|your (task|
+    job) is to\s+|(the )?task:\s*|(i have a |(i have a )?(small|quick|simple) )(task|request|favou?
+    r|one)( for you)?[.:,!]\s+|using {tools},\s+|use {tools} (and|to)\s+|could i ask you to\s+|
+    (let me|(can|could|may) i)\s+(?=(see|view|look at|have a look)\b))""")
 # A fence and then what to do with it; the rules want the text last.
-SHOWN_FIRST = Shape(r"""([\uf000-\uf8ff])\s+([^\uf000-\uf8ff]*\b(?:this|above|
+SHOWN_FIRST = Shape(r"""(?P<fence>[\uf000-\uf8ff])\s+(?P<order>[^\uf000-\uf8ff]*\b(this|above|
     that)\b[^\uf000-\uf8ff]*)""")
 ASKED_WITH_FENCE = Pattern("\\?(\\s+[\uf000-\uf8ff])\\Z")
-NEEDED = Shape(r"""(?:i|we)(?:'d like| would like| need| want)(?: to have)?\s+(?=an?\s+(?:new\s+|
-    empty\s+)*(?:\w+\s+)?(?:file|folder|directory)\b)""")
-POLITE_QUESTION = Shape(r"\s*(?:\w+[,!.]?\s+){0,4}?(?:can|could|would|will|do) you\b|.*\bmind\b")
+NEEDED = Shape(r"""(i|we)('d like| would like| need| want)( to have)?\s+(?=an?\s+(new\s+|
+    empty\s+)*(\w+\s+)?(file|folder|directory)\b)""")
+POLITE_QUESTION = Shape(r"\s*(\w+[,!.]?\s+){0,4}?(can|could|would|will|do) you\b|.*\bmind\b")
 # What may follow a request without changing it.
-TRAILER = Shape(r"""(?:^|(?<=[^\s,.;!?]))(?:[,.;!?]\s*|\s+|\s*[-\u2013\u2014]\s*)(?:and )?(?:please|
-    pls|plz|cheers|thx|ty|(?:thanks|thank you)(?: (?:a lot|(?:so|very) much|in advance))?|(?:that's|
-    that is) (?:it|all)|nothing (?:else|more)|for me|(?:right )?now|right away|asap|immediately|
-    if you (?:can|could|please|don't mind|would)|when you (?:can|get a chance|have time)|would you|
-    will you|ok|okay|(?:please )?(?:do not|don't) (?:change|modify|touch|edit|add|do|write|include|
-    alter|create|say) (?:anything|any (?:other|more) \w+|the rest|other files)(?: else| more)?|
-    (?:make )?no other changes|(?:leave|keep) (?:everything|the rest|all)(?: else)? (?:unchanged|
-    as (?:it )?is|alone|untouched|the same)|(?:then )?let me know|(?:then )?(?:let me know|tell me|
-    say so)(?: (?:when|once|that|if))?(?: (?:it's|it is|you're|you are|that's))?(?: (?:done|
-    finished|ready|it worked|complete))|us(?:e|ing) {tools}|\(?(?:without|with no|no) (?:a |any )?
-    (?:trailing |final |ending )?(?:newline|line break)\)?|exactly (?:as|like) (?:is|written|shown|
-    that)|verbatim|i'll do the rest|(?:no|without) (?:any )?explanations?(?: needed| necessary)?|
-    don't (?:explain|ask)(?: it| me)?(?: anything)?|just do it|do it now|only that|it's urgent|
-    (?:here|from this (?:folder|directory)|in (?:the|this|my|our) (?:(?:current|working|project|
-    root) )?(?:folder|directory|project|repo|dir|root))(?!\s*\?))\s*[.!?]*\Z""")
-FINAL_NEWLINE = Shape(r""",? (?:with|followed by|and|ending (?:with|in)|plus) an? (?:trailing |
-    final |single )?(?:newline|line break)(?: at the end| character)?(?=\Z| (?:to|in|into|at) )""")
+TRAILER = Shape(r"""(^|(?<=[^\s,.;!?]))([,.;!?]\s*|\s+|\s*[-\u2013\u2014]\s*)(and )?(please|pls|plz|
+    cheers|thx|ty|(thanks|thank you)( (a lot|(so|very) much|in advance))?|(that's|that is) (it|all)|
+    nothing (else|more)|for me|(right )?now|right away|asap|immediately|if you (can|could|please|
+    don't mind|would)|when you (can|get a chance|have time)|would you|will you|ok|okay|(please )?
+    (do not|don't) (change|modify|touch|edit|add|do|write|include|alter|create|say) (anything|
+    any (other|more) \w+|the rest|other files)( else| more)?|(make )?no other changes|(leave|
+    keep) (everything|the rest|all)( else)? (unchanged|as (it )?is|alone|untouched|the same)|
+    (then )?let me know|(then )?(let me know|tell me|say so)( (when|once|that|if))?( (it's|it is|
+    you're|you are|that's))?( (done|finished|ready|it worked|complete))|us(e|ing) {tools}|\(?
+    (without|with no|no) (a |any )?(trailing |final |ending )?(newline|line break)\)?|exactly (as|
+    like) (is|written|shown|that)|verbatim|i'll do the rest|(no|without) (any )?explanations?
+    ( needed| necessary)?|don't (explain|ask)( it| me)?( anything)?|just do it|do it now|only that|
+    it's urgent|(here|from this (folder|directory)|in (the|this|my|our) ((current|working|project|
+    root) )?(folder|directory|project|repo|dir|root))(?!\s*\?))\s*[.!?]*\Z""")
+FINAL_NEWLINE = Shape(r""",? (with|followed by|and|ending (with|in)|plus) an? (trailing |
+    final |single )?(newline|line break)( at the end| character)?(?=\Z| (to|in|into|at) )""")
 ENDING = Pattern(r"(?:(?<![\s/.])\.{1,3}[!?]{0,9}|(?<![!?])[!?]{1,9}\.{0,3}|\u2026|:)\Z")
 MAX_TRAILER_CHARS = 120
 IRREGULAR = {
@@ -7162,24 +7102,24 @@ IRREGULAR = {
 INFLECTION = Pattern(r"(?:e?d|ing)\Z")
 # A statement of why, before or after a request: "The port is wrong. Please change ...".
 # It must name a fault or a need, and be no order, question, condition or quoted speech.
-REASON_BEFORE = Shape(r"""\s*((?:(?:the|our|my|we|i|it|this|these|those|they|there|typo)\b|
-    (?:[\w']+ ){1,3}(?:is|are|has|needs?)\b)(?:[^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,100}?
-    (?:\b(?:{useless}|wrong|broken|missing|mistakes?|incorrect|confused|new|now|lacks?|
-    needs? (?:an?|the|some)|forgot|moved|changed|renamed|matters?|fails?)\b|(?<=typo))
-    (?:[^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,60})(?:[.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|can you\b|
-    could you\b)|,\s+(?=please\b)|(?:(?<=typo)|(?<=wrong)|(?<=mistake)):\s+)""")
-REASON_AFTER = Shape(r"""(?:[.!;]\s+|,?\s+(?=because\b|since\b|as (?:it|we|i|they|that)\b)|,\s+
-    (?=(?:it|it's|we|i|nobody)\b))((?:because |since |as )?(?:it|it's|they|they're|we|i|nobody|
+REASON_BEFORE = Shape(r"""\s*(?P<why>((the|our|my|we|i|it|this|these|those|they|there|typo)\b|
+    ([\w']+ ){1,3}(is|are|has|needs?)\b)([^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,100}?
+    (\b({useless}|wrong|broken|missing|mistakes?|incorrect|confused|new|now|lacks?|
+    needs? (an?|the|some)|forgot|moved|changed|renamed|matters?|fails?)\b|(?<=typo))
+    ([^.!?;:\n\uf000-\uf8ff]|\.(?=\w)){0,60})([.!;]\s+(?=\w)|,?\s+so,?\s+(?=please\b|can you\b|
+    could you\b)|,\s+(?=please\b)|((?<=typo)|(?<=wrong)|(?<=mistake)):\s+)""")
+REASON_AFTER = Shape(r"""([.!;]\s+|,?\s+(?=because\b|since\b|as (it|we|i|they|that)\b)|,\s+
+    (?=(it|it's|we|i|nobody)\b))(?P<why>(because |since |as )?(it|it's|they|they're|we|i|nobody|
     the name)\b[^.!?;:\n\uf000-\uf8ff]{0,60}\b{useless})[.!]*\s*\Z""")
-NO_REASON = Shape(r"""\b(?:sa(?:y|ys|id)|t(?:ell|ells|old)|ask\w*|writ\w+|wrote|reads?|request\w*|
+NO_REASON = Shape(r"""\b(sa(y|ys|id)|t(ell|ells|old)|ask\w*|writ\w+|wrote|reads?|request\w*|
     suggest\w*|quot\w+|instruct\w*|recommend\w*|prompts?|messages?|logs?|outputs?|results?|e?mails?|
     exercise|homework|quiz|plan\w*|rules?|tickets?|tutorial|article|page|book|lesson|game|joke|
     kidding|examples?|would|could|should|must|might|maybe|perhaps|pretend\w*|imagin\w+|suppos\w+|
-    wonder\w*|guess|think|thoughts?|ideas?|opinion|(?:un)?sure|ways?|options?|tasks?|if|when|
+    wonder\w*|guess|think|thoughts?|ideas?|opinion|(un)?sure|ways?|options?|tasks?|if|when|
     whenever|unless|once|until|before|after|later|first|second|third|last|only|each|every|both|
-    except|lines?|how|why|what|which|where|who|never|nothing|not (?:want|to)|don't (?:want|do|let|
-    touch)|careful|backup|tested|here(?:'s| is| are)|below|above|i (?:was|will|did)|i'll|you|he|she|
-    myself|already|allowed|please|(?:then|and|to|let me) (?:{verbs}|run))\b""")
+    except|lines?|how|why|what|which|where|who|never|nothing|not (want|to)|don't (want|do|let|
+    touch)|careful|backup|tested|here('s| is| are)|below|above|i (was|will|did)|i'll|you|he|she|
+    myself|already|allowed|please|(then|and|to|let me) ({verbs}|run))\b""")
 
 
 def _base_form(text: str) -> str:
@@ -7198,11 +7138,11 @@ def _without_reason(text: str) -> str:
     if len(core) > 4 * MAX_REQUEST_CHARS:
         return ""
     before = REASON_BEFORE.match(core)
-    if before is not None and _is_reason(before[1]):
+    if before is not None and _is_reason(before["why"]):
         core = core[before.end():]
     kept = _without_trailers(core)
     after = REASON_AFTER.search(kept, max(0, len(kept) - 2 * MAX_TRAILER_CHARS))
-    if after is not None and after.start() and _is_reason(after[1]):
+    if after is not None and after.start() and _is_reason(after["why"]):
         core = kept[:after.start()] + "."
     return core if core != text.strip() else ""
 
@@ -7239,7 +7179,7 @@ def _freed(text: str) -> Asked:
             break
         core = core[lead.end():]
     core = ASKED_WITH_FENCE.sub(r":\1", core)
-    core = SHOWN_FIRST.sub(r"\2: \1", core) if SHOWN_FIRST.fullmatch(core) else core
+    core = SHOWN_FIRST.sub(r"\g<order>: \g<fence>", core) if SHOWN_FIRST.fullmatch(core) else core
     core = "create " + core[needed.end():] if (needed := NEEDED.match(core)) else core
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
     core = core[:newline.start()] + core[newline.end():] if newline else core
@@ -7278,7 +7218,6 @@ def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
 
 
 # ------------------------------ described ------------------------------
-
 # An answer of more characters to a request that changes nothing is an answer: reading
 # one of 200,000 takes 60 to 140 ms.
 MAX_LOOK_ANSWER_CHARS = 32_000
@@ -7288,70 +7227,69 @@ MAX_LOOK_CHARS = 4_000
 MAX_SENTENCES = 40
 # Characters of a request in which its wishes are looked for.
 MAX_WISH_CHARS = 20_000
-SAYS_IT_LOOKS = Shape(r"""\b(?:{will})\b[^.!?\n]{0,60}?\b(?:look|check|read|see|open|view|inspect|
+SAYS_IT_LOOKS = Shape(r"""\b({will})\b[^.!?\n]{0,60}?\b(look|check|read|see|open|view|inspect|
     examine|list|find out|show|display|review|scan|explore|use|run|access|retrieve|get|fetch)\b|
-    \b(?:checking|reading|looking|opening|listing|inspecting)\b[^.!?\n]{0,40}?(?:\bnow\b|\.\.\.|
-    \u2026)|^\s*(?:checking|reading|looking|opening|listing)\b""")
+    \b(checking|reading|looking|opening|listing|inspecting)\b[^.!?\n]{0,40}?(\bnow\b|\.\.\.|
+    \u2026)|^\s*(checking|reading|looking|opening|listing)\b""")
 # The model refused, found nothing to do, or waits for an answer.
-DECLINED = Shape(r"""\bI(?:'m| am) (?:sorry,? but|unable|not \w+|afraid)\b|\bI (?:\w+n't|cannot|
-    \w+ not|must decline|refuse|decline|need more|need to know|would need|need you to|(?:would )?
-    (?:recommend|advise|suggest) (?:against|not))\b|\b(?:sorry, but|unfortunately|as an AI|
-    not possible|isn't possible|impossible|unable to|no access)\b|\bplease (?:provide|specify|
-    confirm|clarify|tell me|let me know (?:which|what|whether|if|how)|share|paste|upload|choose|
-    select|be more specific|note that I (?:can't|cannot))\b|\blet me know (?:which|whether|
-    what (?:you|to|content|name)|how you|if you(?:'d| would)? (?:like|want) (?:me )?to (?:proceed|
-    continue|go ahead|do|make|create|apply|delete|overwrite))|\bbefore I (?:proceed|do|continue|can|
-    make|delete)\b|\b(?:once|if) you (?:confirm|approve|agree|provide|tell)|\balready (?:exists?|
-    contains?|has|been|there|in place|present|gone)\b|\bnothing to (?:do|change|add)\b|
-    \bno changes? (?:(?:is|are|was|were) )?(?:needed|required|necessary)\b|\b(?:is|are|
-    would be) (?:risky|dangerous|irreversible)\b""")
+DECLINED = Shape(r"""\bI('m| am) (sorry,? but|unable|not \w+|afraid)\b|\bI (\w+n't|cannot|\w+ not|
+    must decline|refuse|decline|need more|need to know|would need|need you to|(would )?(recommend|
+    advise|suggest) (against|not))\b|\b(sorry, but|unfortunately|as an AI|not possible|
+    isn't possible|impossible|unable to|no access)\b|\bplease (provide|specify|confirm|clarify|
+    tell me|let me know (which|what|whether|if|how)|share|paste|upload|choose|select|
+    be more specific|note that I (can't|cannot))\b|\blet me know (which|whether|what (you|to|
+    content|name)|how you|if you('d| would)? (like|want) (me )?to (proceed|continue|go ahead|do|
+    make|create|apply|delete|overwrite))|\bbefore I (proceed|do|continue|can|make|delete)\b|\b(once|
+    if) you (confirm|approve|agree|provide|tell)|\balready (exists?|contains?|has|been|there|
+    in place|present|gone)\b|\bnothing to (do|change|add)\b|\bno changes? ((is|are|was|were) )?
+    (needed|required|necessary)\b|\b(is|are|would be) (risky|dangerous|irreversible)\b""")
 QUESTION = Pattern(r"(?:\A|(?<=[.!?\n]))[^.!?\n]*\?(?!\w)")
-COURTESY = Shape(r"""anything else|something else|(?:need|want) (?:any )?(?:further|more)|
-    help (?:you )?with|any (?:other |more )?questions|how can I (?:help|assist)""")
-ORDERS = Shape(r"(?:{verbs}|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b")
-WANTS_CHANGE = Shape(r"""(?:\A|[.!?;:,\n][^\S\n]*|\b(?:and|then|please|to|you|also|just|now|let's|
-    us)\s+)(?:{verbs})\b|\b(?:i|we)(?:'d like| would like| want| need)\b(?! (?:some )?(?:help|to |
-    advice|an? (?:explanation|overview|review|opinion|idea)|your|information|you to (?:explain|tell|
+COURTESY = Shape(r"""anything else|something else|(need|want) (any )?(further|more)|
+    help (you )?with|any (other |more )?questions|how can I (help|assist)""")
+ORDERS = Shape(r"({verbs}|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b")
+WANTS_CHANGE = Shape(r"""(\A|[.!?;:,\n][^\S\n]*|\b(and|then|please|to|you|also|just|now|let's|
+    us)\s+)({verbs})\b|\b(i|we)('d like| would like| want| need)\b(?! (some )?(help|to |
+    advice|an? (explanation|overview|review|opinion|idea)|your|information|you to (explain|tell|
     review|describe)))""")
-WANTS_ANSWER = Shape(r"""(?:how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|
+WANTS_ANSWER = Shape(r"""(how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|
     should|can i|may i|could i|would it|explain|describe|tell me|review|compare|suggest|recommend|
-    discuss|show me (?:how|an? (?:example|sample|snippet))|give me (?:an? (?:example|sample|snippet|
+    discuss|show me (how|an? (example|sample|snippet))|give me (an? (example|sample|snippet|
     tutorial|command|overview)|some|advice|the command)|teach|walk me|think|consider|outline|
     brainstorm|propose|plan|any|i wonder|i'm wondering|i am wondering|help me understand|understand|
-    know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|i (?:want|need|
-    would like|'d like) (?:help|to (?:know|understand|see|learn))|summari[sz]e|imagine|suppose|
+    know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|i (want|need|
+    would like|'d like) (help|to (know|understand|see|learn))|summari[sz]e|imagine|suppose|
     analy[sz]e|evaluate|critique|assess|look|read|check|find|print|display|search|count|list|
     show)\b""")
-HOW_TO = Shape(r"""\bhow to\b|\bhow (?:do|can|could|would|should|does) (?:i|you|we|one|someone|
-    people)\b|\b(?:best|right|correct|proper) way to\b|\bwhat(?:'s| is) the (?:command|syntax)\b|
-    \b(?:do not|don't|never|without|not)\s+(?:\w+\s+){0,2}?(?:creat\w+|writ\w+|chang\w+|edit\w*|
+HOW_TO = Shape(r"""\bhow to\b|\bhow (do|can|could|would|should|does) (i|you|we|one|someone|
+    people)\b|\b(best|right|correct|proper) way to\b|\bwhat('s| is) the (command|syntax)\b|
+    \b(do not|don't|never|without|not)\s+(\w+\s+){0,2}?(creat\w+|writ\w+|chang\w+|edit\w*|
     modif\w+|touch\w*|run\w*|execut\w+|delet\w+|mak\w+|act|sav\w+|appl\w+|do|anything|files?)\b|
-    \bno changes\b|\b(?:just|only)\s+(?:look|read|check|review|show|tell|explain|describe|suggest|
-    print|give|answer)\b|\b(?:dry run|hypothetical\w*|suppose|imagine|in theory|what if|
+    \bno changes\b|\b(just|only)\s+(look|read|check|review|show|tell|explain|describe|suggest|
+    print|give|answer)\b|\b(dry run|hypothetical\w*|suppose|imagine|in theory|what if|
     an example of|tutorial|in the chat|in chat|as text|paste it here|one-?liner)\b""")
-CONDITION = Shape(r"""(?:\A|[.,;!\n][^\S\n]*|\b(?:but|and|only)\s+)(?:if|unless|when|once|in case|
-    provided|as soon as|whenever)\b|\bif (?:it|they|there|the file|not|needed|necessary|possible|
+CONDITION = Shape(r"""(\A|[.,;!\n][^\S\n]*|\b(but|and|only)\s+)(if|unless|when|once|in case|
+    provided|as soon as|whenever)\b|\bif (it|they|there|the file|not|needed|necessary|possible|
     you)\b|\bunless\b""")
-SHELL_WANTED = Pattern(r"\b(?:bash|shell|sh|zsh|terminal|install(?:ation)?|setup|deploy\w*|"
-    r"build)\s+(?:script|commands?)\b|(?<!python )(?<!node )(?<!js )(?<!javascript )(?<!ruby "
-    r")(?<!perl )(?<!php )\bscripts?\b|\b(?:the|a|some|which|what) commands?\b|\bcommands? (?:to|"
-    r"for|that|i)\b|\.(?:sh|bash)\b", re.IGNORECASE)
+SHELL_WANTED = Shape(r"""\b(bash|shell|sh|zsh|terminal|install(ation)?|setup|deploy\w*|build)
+    \s+(script|commands?)\b|(?<!python\s)(?<!node\s)(?<!js\s)(?<!javascript\s)(?<!ruby\s)
+    (?<!perl\s)(?<!php\s)\bscripts?\b|\b(the|a|some|which|what) commands?\b|\bcommands? (to|for|
+    that|i)\b|\.(sh|bash)\b""")
 # A description of several ways to do it is not one plan.
-ALTERNATIVES = Shape(r"""\b(?:option|alternative|approach|method|variant) (?:#?[12ab]|one|two)\b|
-    \balternatively\b|\bor,? you (?:can|could)\b|\btwo (?:ways|options)\b""")
-EDITING = Shape(r"""(?:fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|
-    extend|add\b.*\b(?:to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|
+ALTERNATIVES = Shape(r"""\b(option|alternative|approach|method|variant) (#?[12ab]|one|two)\b|
+    \balternatively\b|\bor,? you (can|could)\b|\btwo (ways|options)\b""")
+EDITING = Shape(r"""(fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|
+    extend|add\b.*\b(to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|
     replace|rename|make)\b""")
-NEW_FILE = Shape(r"\b(?:create|new|called|named|generate|scaffold)\b|\ba \S+ file\b")
-OVERWRITE = Shape(r"""\b(?:overwrite|rewrite|regenerate)\b|\breplace the (?:whole |entire )?
-    (?:contents?|file)\b""")
-ABOUT_PROJECT = Shape(r"""\b(?:project|repo|repository|code|codebase|files?|folder|directory|here|
-    bug|error|tests?|(?:fail|crash)\w*|(?:the|this|my|our) (?:\w+ )?(?:build|function|class|module|
+NEW_FILE = Shape(r"\b(create|new|called|named|generate|scaffold)\b|\ba \S+ file\b")
+OVERWRITE = Shape(r"""\b(overwrite|rewrite|regenerate)\b|\breplace the (whole |entire )?
+    (contents?|file)\b""")
+ABOUT_PROJECT = Shape(r"""\b(project|repo|repository|code|codebase|files?|folder|directory|here|
+    bug|error|tests?|(fail|crash)\w*|(the|this|my|our) (\w+ )?(build|function|class|module|
     app|server|script|program|config\w*|package|version))\b""")
-MODEL_SPEAKS = Shape(r"""\s*(?:[-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?(?:(?:{sure}|
-    to [^,.\n]{1,60})[,.!:;]*\s+){0,3}(?:(?:{will}|I've|I have|I just|I|we'll|we will|I need to)\s+
-    (?:(?:now|just|also|then|first|next|go ahead and|proceed to|proceed and|successfully|quickly|
-    start by|begin by|need to)\s+){0,3}|(?=(?:\w+(?:ed|ing)|wrote)\b))""")
+MODEL_SPEAKS = Shape(r"""\s*([-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?(({sure}|
+    to [^,.\n]{1,60})[,.!:;]*\s+){0,3}(({will}|I've|I have|I just|I|we'll|we will|I need to)\s+
+    ((now|just|also|then|first|next|go ahead and|proceed to|proceed and|successfully|quickly|
+    start by|begin by|need to)\s+){0,3}|(?=(\w+(ed|ing)|wrote)\b))""")
 SENTENCE_STOP = Pattern(r"(?<=[.!?])\s+|\n+")
 FENCE_AFTER_COLON = Pattern("[:.][ \t\r\n]+(?=[\uf000-\uf8ff])")
 ELIDED = Pattern(
@@ -7362,26 +7300,26 @@ ELIDED = Pattern(
     r"content)\b|\bcode here\b|\bgoes here\b|\btruncated\b|\bsnip\b|\.{3}|\u2026)|"
     r"[\[(<](?:existing|rest|remaining|previous|unchanged|insert|your)\b)",
     re.IGNORECASE | re.MULTILINE)
-PLACEHOLDER = Shape(r"""(?:.*/)?(?:path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(?:\.\w+)?)|.*
-    (?:path/to/|/your[_-]).*""")
-LABEL_WORD = Shape(r"""\b(?:{will}|I've|I have|here(?:'s| is| are)|below is|creat\w+|writ\w+|sav\w+|
+PLACEHOLDER = Shape(r"""(.*/)?(path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(\.\w+)?)|.*
+    (path/to/|/your[_-]).*""")
+LABEL_WORD = Shape(r"""\b({will}|I've|I have|here('s| is| are)|below is|creat\w+|writ\w+|sav\w+|
     wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|and)\b""")
 # What shows that a fence is not the whole of the file that its label names.
-NO_LABEL = Shape(r"""\b(?:{elsewhere}|run|running|us(?:age|e|ed|es|ing)|prints?|example|install\w*|
+NO_LABEL = Shape(r"""\b({elsewhere}|run|running|us(age|e|ed|es|ing)|prints?|example|install\w*|
     execut\w+|test it|original|old|current|append\w*|prepend\w*|insert\w*|updat\w+|modif\w+|
     chang\w+|replac\w+|edit\w*|remov\w+|delet\w+|fix\w*|function|method|relevant|diff|imports?|see|
-    add [^:]{0,60}\b(?:to|in)|adding|added|structure|verify|check|instead|how|why|similar|when|
+    add [^:]{0,60}\b(to|in)|adding|added|structure|verify|check|instead|how|why|similar|when|
     exist\w*)\b""")
 WHOLE_FILE = Pattern(r"\b(?:complete|full|entire|whole)\b", re.IGNORECASE)
 FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGNORECASE)
-MAKES_FILE = Shape(r"""\s*(?:(?:{sure})[,.!:]*\s+){0,3}(?:(?:{will}|I've|I have|I|we'll)\s+)?
-    (?:now\s+|also\s+)?(?:(?:creat|writ|sav|generat|mak)\w*|made|wrote|start (?:with|by)|
-    here(?:'s| is)|(?:below|this) is)\b""")
+MAKES_FILE = Shape(r"""\s*(({sure})[,.!:]*\s+){0,3}(({will}|I've|I have|I|we'll)\s+)?
+    (now\s+|also\s+)?((creat|writ|sav|generat|mak)\w*|made|wrote|start (with|by)|
+    here('s| is)|(below|this) is)\b""")
 # "a test for app.py" is another file; "the code for app.py" is that one.
 FOR_FILE = Pattern(r"(?<!code )(?<!contents )(?<!content )(?<!source )(?<!implementation )"
                    r"(?<!file )(?<!script )\bfor(?: the| your)?\W{0,3}\Z", re.IGNORECASE)
 # What a new file will do, "that prints ...", may be said after its name; this may not.
-NOT_AFTER = Shape(r"\b(?:{elsewhere}|updated?|when you|(?:with the following )?changes?)\b")
+NOT_AFTER = Shape(r"\b({elsewhere}|updated?|when you|(with the following )?changes?)\b")
 HEADING = Pattern(r"\s*(?:#{1,6}\s|\*\*|\d{1,3}[.)]\s)")
 LABEL_NAMES = Pattern("[\ue000-\uefff]|\\w\\.\\w")
 LABEL_DECOR = Pattern(r"^[\s#>*-]*(?:\d{1,3}[.)]\s*)?|[\s*:#=-]+$")
@@ -7397,7 +7335,6 @@ RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tr
 
 class Wishes(NamedTuple):
     """What the newest words allow the model's own description to do."""
-
     words: str
     core: str
     change: bool
@@ -7568,8 +7505,6 @@ def _requested_command(masked: Masked, wishes: Wishes, _scope: Scope) -> Ops:
 
 
 # ------------------------------ the whole ------------------------------
-
-
 def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the model described instead of calling a tool."""
     wishes = _wishes(words)
