@@ -6435,7 +6435,7 @@ write    (write|overwrite|rewrite) {of}?{file}([:,.]| with)? ({this}:? )?{fence}
 write    (overwrite|set|replace|change|update) {of}{file} (with|to|by|to be){only}:? {text}
 write    (set|replace|overwrite|change|update) {file}('s)? contents? (to|with|by) {text}
 write    (make|update|change) {file} (to |so (that )?it )?(contains?|says?|reads?|
-  ha(ve|s)){only} {text}
+  ha(ve|s)){only} {quoted}
 write    (i|we) (want|need|would like) {file} to (contain|say|read|hold) (only|just|exactly) {text}
 clear    (erase|delete|remove|wipe)( out)? {of}{file}
 clear    (empty|clear|truncate|blank)( out)? {of}?{file}
@@ -6816,7 +6816,7 @@ def _list(found: Reading, kind: str) -> Ops:
     raw = found.masked.value(folder)
     noun = FOLDER_NOUN.search(found.marks("folder")) or raw.endswith("/")
     listed = kind == "list" and LISTED.search(found.match.string)
-    fits = noun or (listed and not FILE_NAME.fullmatch(raw.lstrip(".")))
+    fits = noun or (listed and raw[:1] != "-" and not FILE_NAME.fullmatch(raw.lstrip(".")))
     path = found.one_path(folder, "folder", True) if folder and fits else "" if folder else "."
     return (FileOp("list", path),) if path and _tail_is_harmless(found) else ()
 
@@ -7093,6 +7093,8 @@ FINAL_NEWLINE = Shape(r""",? (with|followed by|and|ending (with|in)|plus) an? (t
     final |single )?(newline|line break)( at the end| character)?(?=\Z| (to|in|into|at) )""")
 ENDING = Pattern(r"(?:(?<![\s/.])\.{1,3}[!?]{0,9}|(?<![!?])[!?]{1,9}\.{0,3}|\u2026|:)\Z")
 MAX_TRAILER_CHARS = 120
+# As the user's first word this tells what was done: an order only after "would you mind".
+REPORTED = Shape(r"(\w+(ed|ing)|(over)?(wrote|written)|made|shown|ran)\b")
 IRREGULAR = {
     "whats": "what's", "wrote": "write", "written": "write", "made": "make", "shown": "show",
     "overwrote": "overwrite", "overwritten": "overwrite", "copied": "copy", "ran": "run",
@@ -7183,7 +7185,9 @@ def _freed(text: str) -> Asked:
     core = "create " + core[needed.end():] if (needed := NEEDED.match(core)) else core
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
     core = core[:newline.start()] + core[newline.end():] if newline else core
-    return Asked(_base_form(core.strip()), ending, newline is not None, cut or newline is not None)
+    core = core.strip()
+    core = core if REPORTED.match(core) and "mind" not in whole.lower() else _base_form(core)
+    return Asked(core, ending, newline is not None, cut or newline is not None)
 
 
 def _matched(rules: str, masked: Masked, asked: Asked, scope: Scope) -> Tuple[str, Ops]:
@@ -7233,17 +7237,20 @@ SAYS_IT_LOOKS = Shape(r"""\b({will})\b[^.!?\n]{0,60}?\b(look|check|read|see|open
     \u2026)|^\s*(checking|reading|looking|opening|listing)\b""")
 # The model refused, found nothing to do, or waits for an answer.
 DECLINED = Shape(r"""\bI('m| am) (sorry,? but|unable|not \w+|afraid)\b|\bI (\w+n't|cannot|\w+ not|
-    must decline|refuse|decline|need more|need to know|would need|need you to|(would )?(recommend|
-    advise|suggest) (against|not))\b|\b(sorry, but|unfortunately|as an AI|not possible|
-    isn't possible|impossible|unable to|no access)\b|\bplease (provide|specify|confirm|clarify|
-    tell me|let me know (which|what|whether|if|how)|share|paste|upload|choose|select|
+    must decline|refuse|decline|need more|need to know|would need|need you to|(\w+ ){0,2}(recommend|
+    advise|suggest)( you)? (against|not))\b|\bnot something I\b|\byou('ll| will)? (need|
+    have) to [^.!?\n]{1,40}\b(yourself|manually)\b|\b(sorry, but|unfortunately|as an AI|
+    not possible|isn't possible|impossible|unable to|no access)\b|\bplease (provide|specify|confirm|
+    clarify|tell me|let me know (which|what|whether|if|how)|share|paste|upload|choose|select|
     be more specific|note that I (can't|cannot))\b|\blet me know (which|whether|what (you|to|
     content|name)|how you|if you('d| would)? (like|want) (me )?to (proceed|continue|go ahead|do|
     make|create|apply|delete|overwrite))|\bbefore I (proceed|do|continue|can|make|delete)\b|\b(once|
     if) you (confirm|approve|agree|provide|tell)|\balready (exists?|contains?|has|been|there|
-    in place|present|gone)\b|\bnothing to (do|change|add)\b|\bno changes? ((is|are|was|were) )?
-    (needed|required|necessary)\b|\b(is|are|would be) (risky|dangerous|irreversible)\b""")
-QUESTION = Pattern(r"(?:\A|(?<=[.!?\n]))[^.!?\n]*\?(?!\w)")
+    in place|present|gone)\b|\bnothing to (do|change|add|delete|remove|rename|move|replace)\b|
+    \bno changes? ((is|are|was|were) )?(needed|required|necessary)\b|\b(is|are|would be) (risky|
+    dangerous|irreversible)\b|\bes tut mir leid\b|\bich (kann|darf|werde)[^.!?\n]{0,60}\b(nicht|
+    keine?n?)\b|\b(lo siento|no puedo|désolée?|je ne (peux|suis))\b|抱歉|对不起|无法|不能|无权""")
+QUESTION = Pattern(r"(?:\A|(?<=[.!?\n]))[^.!?\n\uff1f]*[?\uff1f](?!\w)")
 COURTESY = Shape(r"""anything else|something else|(need|want) (any )?(further|more)|
     help (you )?with|any (other |more )?questions|how can I (help|assist)""")
 ORDERS = Shape(r"({verbs}|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b")
@@ -7260,7 +7267,8 @@ WANTS_ANSWER = Shape(r"""(how|what|why|when|where|who|which|whose|is|are|was|wer
     would like|'d like) (help|to (know|understand|see|learn))|summari[sz]e|imagine|suppose|
     analy[sz]e|evaluate|critique|assess|look|read|check|find|print|display|search|count|list|
     show)\b""")
-HOW_TO = Shape(r"""\bhow to\b|\bhow (do|can|could|would|should|does) (i|you|we|one|someone|
+HOW_TO = Shape(r"""\bhow to\b|\b(no|nothing|none)\b.{0,30}\b(should|must|may|ha(s|ve) to)\b|
+    \bhow (do|can|could|would|should|does) (i|you|we|one|someone|
     people)\b|\b(best|right|correct|proper) way to\b|\bwhat('s| is) the (command|syntax)\b|
     \b(do not|don't|never|without|not)\s+(\w+\s+){0,2}?(creat\w+|writ\w+|chang\w+|edit\w*|
     modif\w+|touch\w*|run\w*|execut\w+|delet\w+|mak\w+|act|sav\w+|appl\w+|do|anything|files?)\b|
@@ -7276,7 +7284,7 @@ SHELL_WANTED = Shape(r"""\b(bash|shell|sh|zsh|terminal|install(ation)?|setup|dep
     that|i)\b|\.(sh|bash)\b""")
 # A description of several ways to do it is not one plan.
 ALTERNATIVES = Shape(r"""\b(option|alternative|approach|method|variant) (#?[12ab]|one|two)\b|
-    \balternatively\b|\bor,? you (can|could)\b|\btwo (ways|options)\b""")
+    \balternatively\b|\bor,? you (can|could)\b|\btwo (ways|options)\b|\beither\b|\n\s*or\b""")
 EDITING = Shape(r"""(fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|
     extend|add\b.*\b(to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|
     replace|rename|make)\b""")
@@ -7331,6 +7339,8 @@ INFO_PATH = Pattern(r"(?:[\w+-]+(?:[: ]|[: ]\s*(?:title|file|filename)=))?"
 NAME_IN_WORDS = Pattern("[^\\s,;:\"'`<>|()\u2018-\u201e]+")
 RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tree|cat|bash|go run|"
                    r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
+# Words that leave open which file is meant.
+CHOICE = Shape(r"\b(or|one of|either|any of|some of|which(ever)?)\b")
 
 
 class Wishes(NamedTuple):
@@ -7461,7 +7471,8 @@ def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
             return ()
         core = _base_form(ENDING.sub("", sentence[lead.end():]).strip())
         kind, made = _matched(RULES, masked, Asked(core), scope)
-        if kind in ("run", "named") or not all(_allowed(op, wishes) for op in made):
+        replaces = kind == "write" and not (wishes.overwrite or core.startswith("write"))
+        if replaces or kind in ("run", "named") or not all(_allowed(op, wishes) for op in made):
             continue
         for op in made:
             # The model may replace a whole file only where the user said so.
@@ -7478,7 +7489,8 @@ def _allowed(op: FileOp, wishes: Wishes) -> bool:
     if op.kind in ("read", "list"):
         return wishes.change or (wishes.look and (
             _names(wishes.words, op.path) or ABOUT_PROJECT.search(wishes.words) is not None))
-    return wishes.change and (op.kind != "delete" or _names(wishes.words, op.path))
+    return wishes.change and (op.kind != "delete" or (
+        _names(wishes.words, op.path) and not CHOICE.search(wishes.words)))
 
 
 def _looked_at(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:

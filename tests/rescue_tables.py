@@ -2160,3 +2160,21 @@ REQUESTS += [
     ("run `file --mime-type a.png`", run("file", "--mime-type", "a.png")),
     ("run `tree -aL 2`", run("tree", "-aL", "2")),
 ]
+
+NOT_ASKED += [
+    "Deleted a.txt.", "renamed a.txt to c.txt", "Creating x.txt with 'a'", "wrote 'x' to a.txt", "Removed 'x' from a.txt because of the bug",
+    "created x.txt with 'x' - is that right?", "change a.txt to read only", "delete one of a.txt and b.txt",
+]
+REQUESTS += [("would you mind creating x.txt with 'a'?", create("x.txt", "a")), ("ls -la", run("ls", "-la"))]
+NOT_TOLD += [("delete a.txt", declined) for declined in (
+    "There is nothing to delete.", "Deleting files is not something I can do here.", "You will have to delete it yourself.",
+    "I strongly advise you not to delete a.txt: it holds your notes.", "Es tut mir leid, das geht nicht.",
+    "Ich kann leider keine Dateien löschen.", "Lo siento, pero no puedo borrar archivos.", "Je suis désolé, je ne peux pas le faire.",
+    "抱歉，我无法删除文件。", "请问您确定要删除吗？")]
+NOT_TOLD += [
+    ("create the structure", "You could either do\n```bash\nmkdir a\n```\nor\n```bash\nmkdir b\n```"),
+    ("create the structure", "```bash\nmkdir a\n```\nor\n```bash\nmkdir b\n```"),
+    ("fix it", "I'll overwrite `notes.txt` with `fixed`."),
+    ("delete one of a.txt and b.txt", "I'll delete a.txt."), ("remove either a.txt or b.txt", "I'll delete `b.txt`."),
+    ("nothing should be changed", "I'll rename `a.txt` to `z.txt`."), ("no file must be renamed", "I'll rename `a.txt` to `z.txt`."),
+]
