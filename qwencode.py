@@ -6086,6 +6086,10 @@ AFTER_FENCE = Pattern(r"\s*| .*\S .*\S.*")
 MARKDOWN = Pattern(r"\s*(?:md|markdown|mdx)\s*", re.IGNORECASE)
 BLOCK_AFTER_COLON = Pattern(r"([^\n]{0,300}\b(?:following|this|these|contents?|text|lines?|"
     r"exactly)\b[^\n]{0,100}:)[ \t]*\r?\n([\s\S]*)", re.IGNORECASE)
+# A value that its brackets enclose, at the end: JSON, or an element.
+ENCLOSED = Pattern(
+    r"([^\n]{0,300}?\b(?:with|contents?|text|json|containing|this):?)[ \t]+(?!.*\.{3})(\{(?:\s*|"
+    r"[^\n:\"']*[:\"'].*)\}|\[(?:\s*|[\d\"{\[].*)\]|<(\w{1,20})\b.*</\3>)\s*\.?\s*")
 BLANK_LINE = Pattern(r"\n[^\S\n]*\n")
 SECOND_WISH = Pattern(r"\s*(?:then|also|and|after|finally|please|next|now|once|do not|don't|make "
     r"sure|thanks|can you|could you)\b", re.IGNORECASE)
@@ -6214,7 +6218,7 @@ def _mask(text: str, one_line: bool = False, balanced: bool = False) -> Optional
 
 def _mask_block(text: str) -> Optional[Masked]:
     """Read all lines after a first line that ends with a colon as one quote."""
-    match = BLOCK_AFTER_COLON.fullmatch(text)
+    match = BLOCK_AFTER_COLON.fullmatch(text) or ENCLOSED.fullmatch(text)
     if match is None or "```" in text or not match[2].strip():
         return None
     last_part = BLANK_LINE.split(text.rstrip())[-1]
@@ -6314,9 +6318,9 @@ noun        (((the|this|these|a|an|its|another|one more) )?((following|exact|lit
   csv|xml|sql|markdown)?( of text)?{say} )?
 quoted      ({noun}(?P<text>{q}))
 words       [^\s\ue000-\uf8ff]([^\ue000-\uf8ff]*?[^\s\ue000-\uf8ff])?
-text        (({noun}|(exactly|just|only) )(?P<text>{q})|((the|a) )?((exact|literal|
-  new|single) )*(text|string|words?|phrase|sentence|number|(?P<bare_line>line)|exactly)
-  ( saying| that (says|reads)| containing)?:? (?P<bare>{words})|(?P<loose>{words}))
+text        (({noun}|(exactly|just|only) )(?P<text>{q})|((the|a) )?((exact|literal|new|
+  single) )*(text|string|words?|phrase|sentence|number|(?P<bare_line>line)|(?P<vague>contents?)|
+  exactly)( saying| that (says|reads)| containing)?:? (?P<bare>{words})|(?P<loose>{words}))
 this        ((this|the|these|that|a|an|one|another|more|following|new|next|exact|single|final|
   last|below|it) )*(this|these|that|it|above|below|following|text|(?P<line>lines?)|contents?|
   code|block|snippet|section|string|row|data|entry|entries|paragraph)?( below)?
@@ -6333,10 +6337,10 @@ of          ((the )?(entire|whole|full|complete|current|existing|all( of)?)? ?(t
   (contents?|text|everything)( of| in| inside| from) |(the )?(whole|entire|full|complete) (?=file ))
 in          ((everywhere |throughout |anywhere )?(in|inside|within|of|from|throughout|across|
   inside of))
-old         ((all|every|each|any)( of)? )?(the |this )?((occurrences?|instances?|appearances?|
-  mentions?) of )?((the|this|exact|literal|old|existing|following) )*(((?P<old_line>line)|
-  (?P<old_noun>text|strings?|words?|phrase|sentence|substring|characters?|value|part|code|block|
-  snippet|section))( (saying|that says))?:? )?(?P<old>{q}|[^\s\ue000-\uf8ff]+)
+old         ((all|every|each|any)( of)? )?(the |this )?((?P<old_each>occurrences?|instances?|
+  appearances?|mentions?) of )?((the|this|exact|literal|old|existing|following) )*
+  (((?P<old_line>line)|(?P<old_noun>text|strings?|words?|phrase|sentence|substring|characters?|
+  value|part|code|block|snippet|section))( (saying|that says))?:? )?(?P<old>{q}|[^\s\ue000-\uf8ff]+)
 new         (the |this |a )?((new|exact|literal|following) )*((line|text|string|word|
   phrase|value|sentence|code|block|snippet|section):? )?(?P<new>{q}|(an? )?
   (the )?empty( string)?|nothing|[^\s,\ue000-\uf8ff]+)
@@ -6406,7 +6410,8 @@ PLACE_FIRST = r"""(?P<place>(in|inside|within|into|from|to|at|after|before|above
     delete|erase)(?=:|\s)[\s\S]*)"""
 TEXT_LAST = r"""(?P<verb>{add}|prepend)( {this})?(?P<place> (to|at|on|in|into|onto|as|
     {where}) .{1,200}?)?([:,.]|,? (the )?(text|(?P<late_line>lines?)|contents?|string|
-    words?)[:,]?|( as follows| exactly| verbatim)?:|{say}| and (write|put))? (?P<text>{q})"""
+    words?)[:,]?|( as follows| exactly| verbatim)?:|{say}| and (write|put))? (?P<text>{q}|
+    ((?<=:\s)|(?<=text\s)|(?<=line\s))(?!({describing})\b){words})"""
 # The kind of operation that a request of each shape asks for.
 RULES = r"""
 append   (append|add) {text} (to|into|in|onto|at) {file}{ownline}
@@ -6549,7 +6554,7 @@ def _ordered(core: str) -> str:
     fronted = _fits(PLACE_FIRST, core)
     order, place = (fronted["order"], " " + fronted["place"]) if fronted else (core, "")
     late = _fits(TEXT_LAST, order)
-    if late is not None:
+    if late is not None and (late["place"] or PRIVATE_USE.fullmatch(late["text"])):
         line = " the line" if late["line"] or late["late_line"] else ""
         order = f"{late.group('verb')}{line} {late.group('text')}{late.group('place') or ''}"
     return order + place
@@ -6562,17 +6567,21 @@ NOT_WORDS = Shape("({describing})")
 NOT_LOOSE = Shape(r"""(.*\s)?({describing}|\w+(s|tion|ing|ment|ness|ity|ance|ence))
     ('s|\s|[,.]|\Z)|.*'s\b""", re.IGNORECASE | re.DOTALL)
 # What makes an unquoted text a description, a second wish or a condition.
-NOT_LITERAL = Shape(r"""(you|i|we|shown|given|generated|provided|same|copied|taken|found|needed|
-    required|appropriate|suitable|described|mentioned|similar|of|in|on|from|about|for|that|which|
-    describing|explaining|based|below|above|following|as|to|is|it|representing|saying|containing|
-    with (the|an?)|version|representation|[\w-]+ of)\b|.*(\b(then|if|unless|otherwise|don't|do not|
-    and also|as well as|instead of|except|when|because|so that|whichever|whatever|times|twice|
-    repeated|uppercase|lowercase|reversed|backwards|translated|encoded|(in|into) (all |upper|lower|
-    french|german|spanish|italian|chinese|japanese|python|json|yaml|html|markdown|bold|caps|reverse|
-    each|every)|on (each|every|separate)|(before|after|above|below|under|underneath|beneath) (the|
-    line|every|each)|(at|to|on) the (end|top|bottom|start|beginning|first|last))\b|\band (a|an|
-    another|the|then|run|show|read|tell|{verbs})\b|[.!?]\s+[A-Z]\w+.*\b(file|it)\b)|.*(^|\s)[\w./-]+
-    \.(txt|md|py|js|ts|json|ya?ml|toml|html|css|sh|cfg|ini|csv|log)\b""", re.IGNORECASE | re.DOTALL)
+NOT_LITERAL = Shape(r"""[<\[(]\w|(tbd|you|i|we|what|shown|given|generated|provided|same|copied|
+    taken|found|needed|required|appropriate|suitable|described|mentioned|similar|of|in|on|from|
+    about|for|that|which|describing|explaining|based|below|above|following|as|to|is|it|representing|
+    saying|containing|with (the|an?)|version|representation|[\w-]+ of)\b|.*(\b(then|if|unless|
+    otherwise|don't|do not|and also|as well as|instead of|except|when|because|so that|whichever|
+    whatever|times|twice|repeated|uppercase|lowercase|reversed|backwards|translated|encoded|(in|
+    into) (all |upper|lower|french|german|spanish|italian|chinese|japanese|python|json|yaml|html|
+    markdown|bold|caps|reverse|each|every)|on (each|every|separate)|(before|after|above|below|under|
+    underneath|beneath) (the|line|every|each)|(at|to|on) the (end|top|bottom|start|beginning|first|
+    last))\b|\band (a|an|another|the|then|run|show|read|tell|{verbs})\b|[.!?]\s+[A-Z]\w+.*\b(file|
+    it)\b)|.*(^|\s)[\w./-]+\.(txt|md|py|js|ts|json|ya?ml|toml|html|css|sh|cfg|ini|csv|
+    log)\b""", re.IGNORECASE | re.DOTALL)
+# What follows "with content" where a text is described: "a list of names", "loaded from x".
+DESCRIPTION = Shape(r"""({describing})('s)? |({function}|empty|blank|defaults?)\Z|
+    (?-i:[a-z]+(ed|ing)) \w""")
 NOT_A_NAME = Shape(r"""({function}|folders?|director(y|ies)|files?|project|repo|structure|
     called|named|inside|under|listing|tree|layout|hierarchy|browser|watcher|scanner|walker|picker|
     names|paths|containing|clipboard|trash|current|working|hidden|separate|common|shared|dedicated|
@@ -6585,6 +6594,8 @@ IGNORE_FILE = Pattern(r"(?:.*/)?\.[a-z]{1,10}ignore", re.IGNORECASE)
 STRUCTURED_FILE = Pattern(r".*\.(?:json|html?|xml|svg|ipynb|vue|jsx|tsx)", re.IGNORECASE)
 DIRECT_QUOTE = Pattern("\\w+\\s+[\ue000-\uefff]")
 LITERAL_WORD = Pattern(r"[\w=./:+@#%-]+(?:\(\))?")
+# A word that is meant literally in a program, too: "old_name", "8080", "getUser", "foo".
+CODE_WORD = Pattern(r"(?=.*[\d_=/:]|.*[a-z][A-Z]|[A-Z]{2,}\Z)[\w=./:+@#%()-]+|foo|bar|baz|qux")
 ARTICLE = Pattern(r"\b(?:the|an?)\s+\Z", re.IGNORECASE)
 EMPTY_WORD = Pattern(r"(?:an? |the )?empty(?: string)?|nothing", re.IGNORECASE)
 # "read X and ..." may go on with what the user wants to know, not with a second action.
@@ -6689,7 +6700,7 @@ def _text(found: Reading) -> Optional[str]:
     if not bare or "\n" in bare or UNPAIRED.search(bare) or NOT_LITERAL.match(bare):
         return None
     if found.group("bare"):
-        return bare + feed
+        return None if found.group("vague") and DESCRIPTION.match(bare) else bare + feed
     # Without even "the text" before them words can be meant literally in few files only.
     pattern = bare.startswith("*.") or LITERAL_WORD.fullmatch(bare)
     prose = len(bare.split()) <= 4 and not NOT_LOOSE.match(bare)
@@ -6724,14 +6735,15 @@ def _add_text(found: Reading, kind: str) -> Ops:
 
 def _word(found: Reading, name: str) -> Optional[str]:
     """Return the old or new text of a replacement: quoted, or one plain word."""
-    word, noun = found.group(name), found.group("old_noun")
+    word, noun, each = found.group(name), found.group("old_noun"), found.group("old_each")
     if PRIVATE_USE.fullmatch(word):
         return found.masked.value(word)
     if name == "new" and EMPTY_WORD.fullmatch(word):
         return ""
-    described = name == "old" and not noun and (
-        not found.group("new") or ARTICLE.search(found.match.string, 0, found.match.start("old")))
-    plain = noun or PROSE_FILE.fullmatch(found.group("file"))
+    described = name == "old" and not noun and (not (found.group("new") or each) or
+        ARTICLE.search(found.match.string, 0, found.match.start("old")))
+    plain = noun or each or PROSE_FILE.fullmatch(found.group("file")) or (
+        CODE_WORD.fullmatch(found.group("old")) and CODE_WORD.fullmatch(found.group("new")))
     fits = plain and LITERAL_WORD.fullmatch(word) and not NOT_WORDS.fullmatch(word)
     return word if fits and not described else None
 

@@ -476,7 +476,7 @@ REQUESTS = [
     ("append   'x'   to   a.txt", append("a.txt","x")),
     ("Append\n'x'\nto a.txt", append("a.txt","x")),
     ("APPEND 'x' TO a.txt", append("a.txt","x")),
-    ("append to a.txt: x", ()),
+    ("append to a.txt: x", append("a.txt","x")),
     ("Append the following text to the file a.txt: 'x y'", append("a.txt","x y")),
     ("Add the following line to a.txt:\nhello world", line("a.txt","hello world")),
     ("Add this line to a.txt: `hello`", line("a.txt","hello")),
@@ -2177,4 +2177,27 @@ NOT_TOLD += [
     ("fix it", "I'll overwrite `notes.txt` with `fixed`."),
     ("delete one of a.txt and b.txt", "I'll delete a.txt."), ("remove either a.txt or b.txt", "I'll delete `b.txt`."),
     ("nothing should be changed", "I'll rename `a.txt` to `z.txt`."), ("no file must be renamed", "I'll rename `a.txt` to `z.txt`."),
+]
+
+REQUESTS += [
+    ("create file a.txt with content hello", create("a.txt", "hello")), ("create x.py with the contents MODE=production", create("x.py", "MODE=production")),
+    ("create a.txt with content: hello there", create("a.txt", "hello there")), ("create a.txt with content testing", create("a.txt", "testing")),
+    ("create data.json with content {\"a\": [1, 2]}", create("data.json", '{"a": [1, 2]}')),
+    ("create data.json with the content: {\"a\": 1, \"b\": \"two\"}", create("data.json", '{"a": 1, "b": "two"}')),
+    ("overwrite x.json with [1, 2].", write("x.json", "[1, 2]")), ("create x.html with <h1>Hi</h1>", create("x.html", "<h1>Hi</h1>")),
+    ("create x.json containing {}", create("x.json", "{}")),
+    ("append to notes.txt the line buy milk", line("notes.txt", "buy milk")), ("add this line to .gitignore: *.log", line(".gitignore", "*.log")),
+    ("Add a new line to servers.txt: 10.0.0.7", line("servers.txt", "10.0.0.7")), ("append to notes.txt: buy milk", append("notes.txt", "buy milk")),
+    ("replace all occurrences of foo with bar in main.py", replace("main.py", "foo", "bar")), ("change 8080 to 9090 in config.py", replace("config.py", "8080", "9090")),
+    ("replace old_name with new_name in main.py", replace("main.py", "old_name", "new_name")), ("replace each occurrence of print with log in a.py", replace("a.py", "print", "log")),
+]
+NOT_ASKED += [
+    "create a.html with content centered on the page", "create page.html with content loaded from the api", "create a.txt with content and styling",
+    "create a.txt with content the user typed", "create a.txt with content like a poem", "create a.json with content a list of cities", "create a.txt with content empty",
+    "create x.txt with content TBD later", "create x.txt with <some content>", "create x.txt with [your name]", "create x.json with {placeholder}", "create x.json with {\"a\": ...}",
+    "create x.json with {\"a\": 1} and delete b.txt", "create x.json with the keys {\"a\": 1} and {\"b\": 2}", "create x.html with <a> and </b>",
+    "append to README.md: installation instructions", "add to utils.py: a function that sorts", "add a line to notes.txt: the date of today", "put a line in a.txt: one per user",
+    "append the following to a.txt: a poem", "add the following line to a.txt: (see below)", "add a note to notes.txt: buy milk",
+    "replace jQuery with React in app.js", "replace print with logging in main.py", "replace os.path with pathlib.Path in a.py", "replace every print with logger in a.py",
+    "replace any mention of the company with ACME in a.md", "change instances of the class to singletons in a.py",
 ]

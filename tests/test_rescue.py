@@ -275,6 +275,19 @@ HOSTILE = [
     "if " * (SIZE // 3),
     '"a" ' * 1_100_000,  # more quotes than there are characters for them
     "```\n```\n" * (SIZE // 8),
+    "create a.json with {" + ":" * SIZE,
+    "create a.json with " + "{} " * (SIZE // 3),
+    "with {" * (SIZE // 6) + "}",
+    "create a.html with <" + "a" * SIZE,
+    "create a.html with <a>" + "</b>" * (SIZE // 4),
+    "create a.json with [" + "1 ] " * (SIZE // 4) + "x",
+    "update a.txt and " * (SIZE // 17),
+    "create a " + "new " * (SIZE // 4) + "file called a.py",
+    "I'll replace\n```\nx\n```\nwith\n" * (SIZE // 30),
+    "a \n\t" * (SIZE // 4),
+    "you need to " * (SIZE // 12),
+    "ich kann " * (SIZE // 9),
+    "no " * (SIZE // 3),
 ]
 
 
