@@ -6301,11 +6301,12 @@ file        (?P<file_marks>{fill})(?P<file>((?<=called\s)|(?<=named\s))([\w-]+ )
   {1,4}[\w-]+\.[\w-]+|{token}){filenoun}
 files       (?P<files_marks>((the|both|two|three|these|following|files|documents) )*{fill})
   (?P<files>{token}((,? and |, ?)(the )?(file )?{token}){0,9}){filenoun}
-dest        (?P<dest_marks>{folderfill}{fill})(?P<dest>{token})(?P<dest_noun>{foldernoun}){filenoun}
+dest        (?P<dest_marks>{folderfill}{fill})(?P<dest>(?!(folder|directory|dir)\b){token})
+  (?P<dest_noun>{foldernoun}){filenoun}
 folder      (?P<folder_marks>{folderfill})(?P<folder>{token})(?P<folder_noun>{foldernoun})
 folders     (?P<folders_marks>{folderfill})(?P<folders>{token}((,? and |, ?)(the )?(folder |
   directory )?{token}){0,9})(?P<folders_noun>{foldernoun})
-infolder    (,? (in|inside|under|within|inside of) (?!this ){folder})?
+infolder    (,? (in|inside|under|within|inside of|from) (?!this ){folder})?
 only        ( (only|just|exactly|precisely))?
 say         ( ?((saying|that (says|reads|contains|is)|which (says|reads)|containing|with|
   reading|consisting of|as|being)\b)?{only}( the (exact |literal |following )?
@@ -6329,10 +6330,10 @@ with        ([.;,]?( and)? ?((fill it )?with|having|holding|(contain|say)ing|(so
   read|hold|include)|contains|says|reads|has)|(with )?(whose|its|the|exactly the|the exact)
   ( only| file)? (contents?|text)( of the file)? (should be|must be|to be|is|are|set to|
   being)){only}( (this|the following|these))?:?)
-force       (?P<force>,? (and )?overwrit(e|ing)( (it|the file|any existing \w+|
-  whatever is there))?( if (it|one) (already )?exists)?)?
-init        ( (in|inside|into|within|to)( it| (the|this|that) file)| inside| as (its|
-  the) (only )?(contents?|text))
+force       (?P<force>,? \(?(and )?(overwrit(e|ing)|replacing)( (it|the file|any existing \w+|
+  whatever is there))?( if (it|one) (already )?exists)?\)?)?
+init        ( (in|inside|into|within|to)( it| (the|this|that) file)| inside| as ((its|
+  the) )?(only )?(contents?|text))
 of          ((the )?(entire|whole|full|complete|current|existing|all( of)?)? ?(the )?(file )?
   (contents?|text|everything)( of| in| inside| from) |(the )?(whole|entire|full|complete) (?=file ))
 in          ((everywhere |throughout |anywhere )?(in|inside|within|of|from|throughout|across|
@@ -6353,7 +6354,8 @@ create      (create|make|generate|set up|start|add|produce|touch|initialize|init
 add         (add|put|write|insert|place|append|include|paste|save|store)
 swap        ((find|search) ?(and|/) ?replace|replace|substitute|update|change|convert|turn|
   correct|fix)
-spot        (the )?(very |new )?(?P<spot>end|last line|bottom|top|beginning|start|head)( of| in)?
+spot        (the )?(very |new )?(?P<spot>end|last line|first line|bottom|top|beginning|start|
+  head)( of| in)?
 ownline     (?P<own_line>,? (on|as|in) (a|its own|a separate)( new)?
   ( separate)? line( of its own)?( at the end)?| after a (newline|line break))?
 look        ((read through|go through|read|show|display|print|cat|open|view|output|dump|see|
@@ -6405,9 +6407,11 @@ useless     (no longer (needed|used|necessary|(need|use) (it|them))|(need|use|
 """
 # Two orders in which a request may be told, "in a.txt, add 'x'" and "add to a.txt: 'x'",
 # are brought into the one of the rules.
-PLACE_FIRST = r"""(?P<place>(in|inside|within|into|from|to|at|after|before|above|below|under|
-    underneath|beneath) .{1,200}?),? (please )?(?P<order>({add}|prepend|{swap}|swap|remove|
-    delete|erase)(?=:|\s)[\s\S]*)"""
+PLACE_FIRST = r"""((?P<place>(in|inside|within|into|from|to|at|after|before|above|below|under|
+    underneath|beneath) .{1,200}?)[,:]?|(open|edit|update|modify|change|fix|go to)
+    (?P<opened>(?!and )([^,:]{0,100} )?{token})([:,]|,? (and|to|then|by))) (please |
+    then )?(?P<order>({add}|prepend|{swap}|swap|remove|delete|erase|insert\w*|add\w*|replac\w*|
+    chang\w*|append\w*)(?=:|\s)[\s\S]*)"""
 TEXT_LAST = r"""(?P<verb>{add}|prepend)( {this})?(?P<place> (to|at|on|in|into|onto|as|
     {where}) .{1,200}?)?([:,.]|,? (the )?(text|(?P<late_line>lines?)|contents?|string|
     words?)[:,]?|( as follows| exactly| verbatim)?:|{say}| and (write|put))? (?P<text>{q}|
@@ -6418,18 +6422,19 @@ append   (append|add) {text} (to|into|in|onto|at) {file}{ownline}
 append   (append|add) {text}{ownline} (to|into|in|onto|at) {file}
 append   {add} {text}{ownline} (to|at|on|in|into|onto|as) {spot} {file}
 append   append {file} with {quoted}
-prepend  prepend {text} (to|at|in|onto) ({spot} )?{file}
+prepend  prepend {text} (to|at|in|onto) ({spot} )?{file}{ownline}
 create   {create} {file}{infolder}{with} {text}{init}?{force}
 create   {create} {file}{with} {quoted}{infolder}
 create   {create} (an?|the)( new)?( \w+)? file with (the )?(file ?)?name {file},? (and|
   with) (with )?{quoted}
 create   {create} {file}([:,.]| with)? ({this}:? )?{fence}
 create   {create} {file},? and {add} {text}{init}
+create   {create} {file},? and {add} {this}{init}?: (?P<text>{q})
 create   {create} (a|the) (new )?(text |python |json )?file{with} {quoted},? (and )?
   ((name|call|save) it( as)? |at |saved as )?{file}
 create   (save|put|store|place) {text} (to|into|in|inside|as) {file}
 empty    {create} ((an?|the|two|three|some) )?(new,? )?(empty|blank)( new)?
-  ( text| python| markdown)*( files?)?,?( called| named| at)? {files}{infolder}
+  ( text| python| markdown)*( files?)?[,:]?( called| named| at)? {files}{infolder}
 empty    {create} {files},? (as an empty file|with no contents?|that is empty|empty|
   (and )?leav(e|ing) it empty|with empty contents?|without (any )?contents?)
 empty    touch {files}
@@ -6451,7 +6456,7 @@ rename   rename (?P<files_marks>(the )?(folder|directory|dir) (called |named )?)
   (?P<files>{token}) (to|as|into) (be )?{dest}
 rename   give {files} the (new )?name {dest}
 remove   (remove|delete|erase|strip|drop) {old} {in} {file}
-replace  {swap} {old} (with|by|to|into):? {new} {in} {file}
+replace  {swap}:? {old} (with|by|to|into):? {new} {in} {file}
 replace  {swap} {old} {in} {file} (with|by|to|into):? {new}
 replace  (swap|exchange) (out )?{old} (for|with) {new} {in} {file}
 replace  substitute {new} for {old} {in} {file}
@@ -6459,18 +6464,17 @@ replace  (find|search for|look for|locate) {old} {in} {file},? and (replace|chan
   them|each|every one|all( of them)?|that) (with|to|by|for) {new}
 insert   {add} {text}{ownline},? {where} {anchor},? (in|inside|of|within|to|into) {file}
 insert   {add} {text}{ownline} (in|into|to|inside) {file},? {where} {anchor}
-move     move {files} (?P<to>in|into|inside( of)?|under|(over )?to|as) {dest}
-move     mv {files} {dest}
-copy     (copy|duplicate) {files} (?P<to>in|into|inside( of)?|under|(over )?to|as) {dest}
+move     (move|mv) {files} ((?P<to>in|into|inside( of)?|under|(over )?to|as) )?{dest}
+copy     (copy|cp|duplicate) {files} ((?P<to>in|into|inside( of)?|under|(over )?to|as) )?{dest}
 copy     (make|create) a copy of {files},? (called|named|as|at|and (call|name) it) {dest}
-copy     cp {files} {dest}
-delete   (delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}
+delete   (delete|remove|erase|rm|unlink|trash|get rid of|throw away) {files}{infolder}
 delete   (delete|remove|rmdir) (?P<files_marks>the empty (folder|directory))
   ( called| named)? (?P<files>{token})
 mkdir    {create} {folders}(,? (in|inside|under|within|inside of) (the )?(folder |
   directory )?(?P<parent>{token})( folder| directory)?)?
-read     {look} ((the|all( the| of the)?|entire|full|whole|complete|current) )*((contents?|text|
-  lines|source|code) (of|in|from|inside) |what('s| is) (in|inside( of)?|written in) )?{files}{tail}
+read     {look} ((the|all( the| of the)?|entire|full|whole|complete|current) )*
+  ((contents?|text|lines|source|code) (of|in|from|inside) |what('s| is) (in|
+  inside( of)?|written in) )?{files}{infolder}{tail}
 read     (tell|give|get|fetch)( me)? (what('s| is) (in|inside( of)?)|the (full )?
   (contents?|text) (of|in)) {files}{tail}
 list     {lists} {listing}( {here}| (in|inside|of|under|within|from|at) {folder})?{tail}
@@ -6526,6 +6530,7 @@ class Shape(Pattern):
 
 
 _shape = lru_cache(maxsize=256)(Shape)
+IN_IT = Shape(r" (to|in|into|from|of)( it| the file| that file)")
 
 
 @lru_cache(maxsize=256)  # and most patterns are never compiled, which takes 10 ms each
@@ -6552,7 +6557,11 @@ def _fits(shape: str, core: str) -> Optional[re.Match[str]]:
 def _ordered(core: str) -> str:
     """Return a request in the order of the rules: verb, text, place."""
     fronted = _fits(PLACE_FIRST, core)
-    order, place = (fronted["order"], " " + fronted["place"]) if fronted else (core, "")
+    order, place = core, ""
+    if fronted:
+        order = _base_form(fronted["order"])
+        place = f" {fronted['place'] or 'in ' + fronted['opened']}"
+        order = IN_IT.sub("", order) if fronted["opened"] else order
     late = _fits(TEXT_LAST, order)
     if late is not None and (late["place"] or PRIVATE_USE.fullmatch(late["text"])):
         line = " the line" if late["line"] or late["late_line"] else ""
@@ -6612,6 +6621,9 @@ BEFORE = ("before", "above", "in front of", "preceding")
 ON_OWN_LINES = ("above", "below", "under", "underneath", "beneath")
 NAMED = Shape(r"\b(called|named|file|(sub)?(folders?|dir|directory|directories))\b")
 FOLDER_NOUN = Shape(r"""\b(folders?|dir|director(y|ies)|sub-?(folders?|director(y|ies)))\b""")
+# A folder by its form or by custom.
+KNOWN_FOLDER = Pattern(r".*/|src|lib|docs|tests|assets|scripts|static|public|utils|components|"
+                       r"pages|styles|images|templates")
 LISTED = Pattern(r"\A(?:list|ls|dir)\b|\bfiles?\b", re.IGNORECASE)
 PATH_SEPARATOR = Pattern(r"\s*,\s*and\s+|\s*,\s*|\s+and\s+")
 PATH_FILLER = Pattern(r"(?:the\s+)?(?:(?:file|folder|directory)\s+)?", re.IGNORECASE)
@@ -6680,7 +6692,9 @@ class Reading(NamedTuple):
 
     def folder(self, name: str, marks: str = "folder") -> str:
         """Return the path of a group that holds a folder, or ""."""
-        path = self.one_path(self.group(name), marks, True)
+        raw = self.masked.value(self.group(name))
+        sure = FOLDER_NOUN.search(marks) or "/" in raw or KNOWN_FOLDER.fullmatch(raw)
+        path = self.one_path(self.group(name), "folder", True) if sure else ""
         return "" if "." in path.rsplit("/", 1)[-1][1:] else path
 
     def path(self) -> str:
@@ -6726,7 +6740,7 @@ def _add_text(found: Reading, kind: str) -> Ops:
                 STRUCTURED_FILE.fullmatch(path) or (found.scope.told and not line)):
             return ()
         kind = "append_line" if kind == "append" and line else kind
-    if kind == "append_line" or (kind == "prepend" and (line or spot == "top")):
+    if kind == "append_line" or (kind == "prepend" and (line or spot in ("top", "first line"))):
         text = text if text.endswith("\n") else text + "\n"
     if not path or not (text or kind in ("create", "write")):
         return ()
@@ -6777,7 +6791,8 @@ def _move(found: Reading, kind: str) -> Ops:
     sources = found.paths(folder=kind == "rename")
     raw, marks = found.masked.value(found.group("dest")), found.marks("dest")
     to = found.group("to").lower()
-    folder_meant = raw.endswith("/") or (kind != "rename" and FOLDER_NOUN.search(marks))
+    folder_meant = (KNOWN_FOLDER.fullmatch(raw) or FOLDER_NOUN.search(marks)) is not None and (
+        kind != "rename" or raw.endswith("/"))
     if to == "in" and not folder_meant:
         return ()
     if folder_meant or to.startswith(("in", "under")):
@@ -7070,15 +7085,16 @@ def _read_only(script: str, typed: bool = False) -> Tuple[str, ...]:
 # ------------------------------ asked for ------------------------------
 # Words of courtesy before a request; each alternative is taken off as often as it comes.
 LEAD = Shape(r"""\s*((please|pls|plz|kindly|hi|hey|hello|hi there|hey there|ok|okay|alright|great|
-    thanks|thank you|perfect|good|cool|nice|now|next|then|so|also|and|well|first|finally|just|
-    quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|awesome)(\s*[,.!:;-]+\s*|\s+)|(would|
-    do) you mind\s+|(can|could|would|will) you(\s*,)?\s+((please|kindly|just|now|also|quickly|maybe|
-    possibly),?\s+)*|(would you )?be so kind (as )?to\s+|i('d| would) (like|love) (for )?(you )?
-    to\s+|i('d| would) appreciate it if you (could|would)\s+|i (want|need) (you )?to\s+|
-    we need to\s+|you should\s+|go ahead and\s+|let's\s+|let us\s+|help me( to)?\s+|your (task|
-    job) is to\s+|(the )?task:\s*|(i have a |(i have a )?(small|quick|simple) )(task|request|favou?
-    r|one)( for you)?[.:,!]\s+|using {tools},\s+|use {tools} (and|to)\s+|could i ask you to\s+|
-    (let me|(can|could|may) i)\s+(?=(see|view|look at|have a look)\b))""")
+    good (morning|afternoon|evening|day)|thanks|thank you|perfect|good|cool|nice|now|next|then|so|
+    also|and|well|first|finally|just|quickly|simply|claude|qwen|assistant|yes|yeah|sure|right|
+    awesome)(\s*[,.!:;-]+\s*|\s+)|(would|do) you mind\s+|(can|could|would|will) (you|u)(\s*,)?\s+
+    ((please|kindly|just|now|also|quickly|maybe|possibly),?\s+)*|(would you )?be so kind (as )?
+    to\s+|i('d| would) (like|love) (for )?(you )?to\s+|i('d| would) appreciate it if you (could|
+    would)\s+|i (want|need) (you )?to\s+|we need to\s+|you should\s+|go ahead and\s+|let's\s+|
+    let us\s+|help me( to)?\s+|your (task|job) is to\s+|(the )?task:\s*|(i have a |(i have a )?
+    (small|quick|simple) )(task|request|favou?r|one)( for you)?[.:,!]\s+|using {tools},\s+|
+    use {tools} (and|to)\s+|could i ask you to\s+|(let me|(can|could|may) i)\s+(?=(see|view|look at|
+    have a look)\b))""")
 # A fence and then what to do with it; the rules want the text last.
 SHOWN_FIRST = Shape(r"""(?P<fence>[\uf000-\uf8ff])\s+(?P<order>[^\uf000-\uf8ff]*\b(this|above|
     that)\b[^\uf000-\uf8ff]*)""")
@@ -7103,16 +7119,18 @@ TRAILER = Shape(r"""(^|(?<=[^\s,.;!?]))([,.;!?]\s*|\s+|\s*[-\u2013\u2014]\s*)(an
     root) )?(folder|directory|project|repo|dir|root))(?!\s*\?))\s*[.!?]*\Z""")
 FINAL_NEWLINE = Shape(r""",? (with|followed by|and|ending (with|in)|plus) an? (trailing |
     final |single )?(newline|line break)( at the end| character)?(?=\Z| (to|in|into|at) )""")
-ENDING = Pattern(r"(?:(?<![\s/.])\.{1,3}[!?]{0,9}|(?<![!?])[!?]{1,9}\.{0,3}|\u2026|:)\Z")
+ENDING = Pattern(r"(?:(?<![\s/.])\.{1,3}[!?]{0,9}|(?<![!?])[!?]{1,9}\.{0,3}|\u2026|[:;])\Z")
 MAX_TRAILER_CHARS = 120
 # As the user's first word this tells what was done: an order only after "would you mind".
 REPORTED = Shape(r"(\w+(ed|ing)|(over)?(wrote|written)|made|shown|ran)\b")
-IRREGULAR = {
-    "whats": "what's", "wrote": "write", "written": "write", "made": "make", "shown": "show",
-    "overwrote": "overwrite", "overwritten": "overwrite", "copied": "copy", "ran": "run",
-    "examine": "view", "examining": "view", "check": "view", "checking": "view",
-    "mkdir": "create folder",
-}
+# Forms of the rules' verbs, each after its verb, and orders with a letter missing or two exchanged.
+VERB_FORMS = ("write wrote written", "make made", "show shown", "copy copied", "run ran",
+              "overwrite overwrote overwritten", "view examine examining check checking")
+MISSPELT = {verb[:at] + end: verb for verb in word_set(
+    "append create delete insert overwrite remove rename replace") for at in range(1, len(verb))
+    for end in (verb[at + 1:], verb[at:at + 2][::-1] + verb[at + 2:])}
+IRREGULAR = {**MISSPELT, "new": "create new", "whats": "what's", "mkdir": "create folder",
+             **{form: row.split()[0] for row in VERB_FORMS for form in row.split()}}
 INFLECTION = Pattern(r"(?:e?d|ing)\Z")
 # A statement of why, before or after a request: "The port is wrong. Please change ...".
 # It must name a fault or a need, and be no order, question, condition or quoted speech.

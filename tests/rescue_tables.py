@@ -492,7 +492,7 @@ REQUESTS = [
     ("place 'x' at the start of a.txt", prepend("a.txt","x")),
     ("add '# Title' to the top of README.md", prepend("README.md","# Title\n")),
     ("Insert the line 'a' at the beginning of the file a.txt", prepend("a.txt","a\n")),
-    ("Put `#!/bin/sh` on the first line of run.sh", ()),
+    ("Put `#!/bin/sh` on the first line of run.sh", prepend("run.sh","#!/bin/sh\n")),
     ("prepend the line 'x' to a.txt", prepend("a.txt","x\n")),
     ("Write “hello” to a.txt!", write("a.txt","hello")),
     ("write this to a.txt: 'hello'", write("a.txt","hello")),
@@ -556,7 +556,7 @@ REQUESTS = [
     ("create the folder ~/demo", mkdir("~/demo")),
     ("create the folders 'a b' and 'c d'", (mkdir("a b"),mkdir("c d"))),
     ("Make a directory called `tests/unit`, please.", mkdir("tests/unit")),
-    ("new folder demo", ()),
+    ("new folder demo", mkdir("demo")),
     ("list the files in the folder src", ls("src")),
     ("List files in the src directory.", ls("src")),
     ("please list all the files and folders here", ls()),
@@ -2200,4 +2200,30 @@ NOT_ASKED += [
     "append the following to a.txt: a poem", "add the following line to a.txt: (see below)", "add a note to notes.txt: buy milk",
     "replace jQuery with React in app.js", "replace print with logging in main.py", "replace os.path with pathlib.Path in a.py", "replace every print with logger in a.py",
     "replace any mention of the company with ACME in a.md", "change instances of the class to singletons in a.py",
+]
+
+REQUESTS += [
+    ("update notes.txt: replace 'TODO' with 'DONE'", replace("notes.txt", "TODO", "DONE")), ("open notes.txt and append 'x' to it", append("notes.txt", "x")),
+    ("edit notes.txt to replace 'a' with 'b'", replace("notes.txt", "a", "b")), ("update the file notes.txt, changing 'a' to 'b'", replace("notes.txt", "a", "b")),
+    ("update notes.txt by replacing 'a' with 'b'", replace("notes.txt", "a", "b")), ("open a.txt and add 'x' at the top", prepend("a.txt", "x\n")),
+    ("in notes.txt: append 'x'", append("notes.txt", "x")), ("open the file notes.txt and remove 'x' from it", replace("notes.txt", "x", "")),
+    ("In `api.js`, replace: `a` with: `b`", replace("api.js", "a", "b")), ("add 'x' as the first line of y.txt", prepend("y.txt", "x\n")),
+    ("prepend 'Title' to doc.txt on its own line", prepend("doc.txt", "Title\n")),
+    ("create a file `a.toml` and put this in it:\n```toml\nx = 1\n```", create("a.toml", "x = 1\n")), ("create `a/b.txt` with `deep` as content", create("a/b.txt", "deep")),
+    ("write 'x' to a.txt (overwrite it)", write("a.txt", "x")), ("create a.txt with 'x', replacing whatever is there", write("a.txt", "x")),
+    ("create an empty __init__.py in src/pkg", create("src/pkg/__init__.py")), ("create x.txt in docs with 'a'", create("docs/x.txt", "a")),
+    ("create two empty files: one.py and two.py", (create("one.py"), create("two.py"))), ("new file a.txt with 'x'", create("a.txt", "x")),
+    ("delete the file foo.txt in the src folder", delete("src/foo.txt")), ("remove foo.txt from the folder docs", delete("docs/foo.txt")),
+    ("show me notes.txt in the docs folder", read("docs/notes.txt")), ("move a.txt to docs", rename("a.txt", "docs/a.txt")),
+    ("copy a.txt into the config folder", copy("a.txt", "config/a.txt")), ("mv a.txt b.txt", rename("a.txt", "b.txt")), ("Rename foo.py to bar.py;", rename("foo.py", "bar.py")),
+    ("creat x.txt with 'a'", create("x.txt", "a")), ("dlete a.txt", delete("a.txt")), ("renmae a.txt to b.txt", rename("a.txt", "b.txt")), ("apend 'x' to a.txt", append("a.txt", "x")),
+    ("Good morning! Can you please create a file a.txt that contains 'x'?", create("a.txt", "x")), ("hey can u create a file hey.txt with 'hey'", create("hey.txt", "hey")),
+]
+NOT_ASKED += [
+    "change notes.txt and b.txt: replace 'a' with 'b'", "open my editor and add 'x' to a.txt", "edit a.txt and delete b.txt", "open a.txt, replace 'x' with 'y' in b.txt",
+    "update a.txt and append 'x' to b.txt", "update a.txt to append 'x' whenever it starts", "update a.txt to add 'x' or 'y'", "open a.txt and b.txt and add 'x'",
+    "open a.txt and tell me whether to add 'x'", "open a.txt and change the title", "edit a.txt: fix the typos", "fix main.py: replace print with logging",
+    "delete foo.txt from the list", "remove foo.txt from .gitignore", "remove foo.txt from the Makefile", "delete a.txt from history", "read a.txt from disk",
+    "create x.py in python with 'a'", "rename a.txt to docs", "move a.txt to production", "new files should be created with 'x'", "new file a.txt was added by mistake",
+    "deletes a.txt", "inset shadow in a.css",
 ]
