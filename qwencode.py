@@ -6376,8 +6376,9 @@ verbs       create|make|write|build|generate|implement|add|scaffold|set ?up|deve
   update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|
   convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|overwrite|
   organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|clean|port|migrate|
-  adjust|improve|increase|decrease|enable|disable|switch|swap|include|extend|simplify|finish|
-  complete|document|annotate|format|sort|tidy|call it|name it|give (?!me|us)
+  adjust|back ?up|ignore|drop|strip|trim|erase|ensure|merge|reduce|improve|increase|decrease|
+  enable|disable|switch|swap|include|extend|simplify|finish|complete|document|annotate|format|
+  sort|tidy|call it|name it|give (?!me|us)
 # Words that stand for something else: no text, name or argument is meant by them.
 function    an|the|some|my|your|our|their|his|her|this|that|these|those|it|its|them|any|all|every|
   each|both|more|another|other|you|me|us|in|on|at|to|of|for|with|from|by|and|or|if|is|are|as|
@@ -7282,10 +7283,12 @@ DECLINED = Shape(r"""\bI('m| am) (sorry,? but|unable|not \w+|afraid)\b|\bI (\w+n
     keine?n?)\b|\b(lo siento|no puedo|désolée?|je ne (peux|suis))\b|抱歉|对不起|无法|不能|无权""")
 QUESTION = Pattern(r"(?:\A|(?<=[.!?\n]))[^.!?\n\uff1f]*[?\uff1f](?!\w)")
 COURTESY = Shape(r"""anything else|something else|(need|want) (any )?(further|more)|
-    help (you )?with|any (other |more )?questions|how can I (help|assist)""")
+    help (you )?with|\balso\b|\bas well\b|\bexplain\b|any (other |more )?(questions|changes|
+    adjustments)|add more|how can I (help|assist)""")
 ORDERS = Shape(r"({verbs}|run|execute|open|send|ls|cat|mkdir|rm|mv|cp)\b")
 WANTS_CHANGE = Shape(r"""(\A|[.!?;:,\n][^\S\n]*|\b(and|then|please|to|you|also|just|now|let's|
-    us)\s+)({verbs})\b|\b(i|we)('d like| would like| want| need)\b(?! (some )?(help|to |
+    us)\s+)({verbs})\b|\b((must|should|ha(s|ve) to|needs? to) (be|go|say|read|use|contain)|(needs?|
+    lacks?) (an?|the)|missing)\b|\b(i|we)('d like| would like| want| need)\b(?! (some )?(help|to |
     advice|an? (explanation|overview|review|opinion|idea)|your|information|you to (explain|tell|
     review|describe)))""")
 WANTS_ANSWER = Shape(r"""(how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|
@@ -7317,19 +7320,21 @@ ALTERNATIVES = Shape(r"""\b(option|alternative|approach|method|variant) (#?[12ab
     \balternatively\b|\bor,? you (can|could)\b|\btwo (ways|options)\b|\beither\b|\n\s*or\b""")
 EDITING = Shape(r"""(fix|update|modify|refactor|edit|change|improve|optimi[sz]e|debug|correct|
     extend|add\b.*\b(to|in|into)|document|clean|adjust|convert|translate|simplify|format|remove|
-    replace|rename|make)\b""")
+    replace|rename|make(?! an? | me ))\b""")
 NEW_FILE = Shape(r"\b(create|new|called|named|generate|scaffold)\b|\ba \S+ file\b")
 OVERWRITE = Shape(r"""\b(overwrite|rewrite|regenerate)\b|\breplace the (whole |entire )?
     (contents?|file)\b""")
-ABOUT_PROJECT = Shape(r"""\b(project|repo|repository|code|codebase|files?|folder|directory|here|
-    bug|error|tests?|(fail|crash)\w*|(the|this|my|our) (\w+ )?(build|function|class|module|
-    app|server|script|program|config\w*|package|version))\b""")
+ABOUT_PROJECT = Shape(r"""\b(we (use|have)|project|repo|repository|code|codebase|files?|folder|
+    directory|here|bug|error|tests?|(fail|crash)\w*|(the|this|my|our) (\w+ )?(build|
+    function|class|module|app|server|script|program|config\w*|package|version))\b""")
 MODEL_SPEAKS = Shape(r"""\s*([-*>]\s+|\d{1,3}[.)]\s+|step \d{1,2}\s*[:.)-]\s*)?(({sure}|
     to [^,.\n]{1,60})[,.!:;]*\s+){0,3}(({will}|I've|I have|I just|I|we'll|we will|I need to)\s+
     ((now|just|also|then|first|next|go ahead and|proceed to|proceed and|successfully|quickly|
     start by|begin by|need to)\s+){0,3}|(?=(\w+(ed|ing)|wrote)\b))""")
 SENTENCE_STOP = Pattern(r"(?<=[.!?])\s+|\n+")
 FENCE_AFTER_COLON = Pattern("[:.][ \t\r\n]+(?=[\uf000-\uf8ff])")
+FENCE_IN_SENTENCE = Pattern("(?<=\\w)[ \t\r\n]+(?=[\uf000-\uf8ff])|"
+                            "(?<=[\uf000-\uf8ff])[ \t\r\n]+(?=(?:with|by|to|in)\\b)")
 ELIDED = Pattern(
     r"^[ \t]*(?:(?:#|//|/\*+|<!--|--|;|%|\*|\{/\*|\"\"\")?[ \t]*(?:\[|\(|<|\{)?(?:\.{3}|\u2026)|"
     r"(?:#|//|/\*+|<!--|--|;|%|\{/\*)[^\n]{0,120}?(?:\bexisting\b|\brest of\b|\bunchanged\b|"
@@ -7341,7 +7346,8 @@ ELIDED = Pattern(
 PLACEHOLDER = Shape(r"""(.*/)?(path/to/.*|your[_-].*|my[_-]?file\.\w+|file_?name(\.\w+)?)|.*
     (path/to/|/your[_-]).*""")
 LABEL_WORD = Shape(r"""\b({will}|I've|I have|here('s| is| are)|below is|creat\w+|writ\w+|sav\w+|
-    wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|and)\b""")
+    wrote|contents?|files?|contains|called|named|next|then|now|finally|following|also|and|
+    erstell\w*|schreib\w*|datei|cre[oa]r?|cr[ée]+\w*|archivo|fichier)\b|创建|新建|文件|写入""")
 # What shows that a fence is not the whole of the file that its label names.
 NO_LABEL = Shape(r"""\b({elsewhere}|run|running|us(age|e|ed|es|ing)|prints?|example|install\w*|
     execut\w+|test it|original|old|current|append\w*|prepend\w*|insert\w*|updat\w+|modif\w+|
@@ -7350,7 +7356,7 @@ NO_LABEL = Shape(r"""\b({elsewhere}|run|running|us(age|e|ed|es|ing)|prints?|exam
     exist\w*)\b""")
 WHOLE_FILE = Pattern(r"\b(?:complete|full|entire|whole)\b", re.IGNORECASE)
 FILE_WORD = Pattern(r"^\s*(?:(?:file|filename|file name|path|name)\s*:)", re.IGNORECASE)
-MAKES_FILE = Shape(r"""\s*(({sure})[,.!:]*\s+){0,3}(({will}|I've|I have|I|we'll)\s+)?
+MAKES_FILE = Shape(r"""\s*(({sure})[,.!:]*\s+){0,3}(({will}|I've|I have|I'm|I am|I|we'll)\s+)?
     (now\s+|also\s+)?((creat|writ|sav|generat|mak)\w*|made|wrote|start (with|by)|
     here('s| is)|(below|this) is)\b""")
 # "a test for app.py" is another file; "the code for app.py" is that one.
@@ -7371,6 +7377,10 @@ RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tr
                    r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
 # Words that leave open which file is meant.
 CHOICE = Shape(r"\b(or|one of|either|any of|some of|which(ever)?)\b")
+# A request for one new file, by name, that says only what it shall do.
+NEW_NAMED = Shape(r"""(create|write|generate|produce|implement|code|develop|make(?= an? | me ))
+    ( me)? ({fill}|([\w-]+ ){1,5}(called|named) )(?P<file>{token})(?=\Z|:|,? (that|which|
+    with|for|to|in|it|using|containing|where)\b|\. )""")
 
 
 class Wishes(NamedTuple):
@@ -7418,7 +7428,9 @@ def _is_shell(fence: Fence) -> bool:
 
 def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     """Return the one path that the line before a fence names as the file that follows."""
-    line = LABEL_DECOR.sub("", label.replace("**", ""))[:300]
+    said = SENTENCE_STOP.split(label.replace("**", "")[:300])
+    first = next((at for at, part in enumerate(said) if LABEL_NAMES.search(part)), 0)
+    line = LABEL_DECOR.sub("", " ".join(said[first:]))
     named = {token: raw for token, raw in _named_files(line, masked).items()
              if not PLACEHOLDER.fullmatch(raw)}
     if len(set(named.values())) != 1:
@@ -7429,7 +7441,7 @@ def _label_path(label: str, masked: Masked, scope: Scope) -> str:
     makes = MAKES_FILE.match(before) is not None
     heading = not before.strip("`") and (
         (after.strip("*_` ") or ":")[0] in "-:(\u2013\u2014" or len(rest.split()) <= 1)
-    announced = label.rstrip("*_ \r").endswith(":") and LABEL_WORD.search(rest)
+    announced = label.rstrip("*_ \r").endswith((":", "\uff1a")) and LABEL_WORD.search(rest)
     other = not WHOLE_FILE.search(rest) and (
         NO_LABEL.search(before) or FOR_FILE.search(before)
         or (NOT_AFTER if makes else NO_LABEL).search(after))
@@ -7474,6 +7486,19 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     return (*folders, *found.values()) if found else ()
 
 
+def _shown_alone(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
+    """Return the one new file that the user named and the answer shows without a name."""
+    asked, wish = _mask(wishes.words), NEW_NAMED.match(wishes.core)
+    shown = [fence for fence in masked.fences if not RUN_ONLY.match(fence.text)]
+    names = _named_files(wishes.core, asked) if asked and wish and len(shown) == 1 else {}
+    path = _safe_path(names.get(wish["file"], ""), scope) if wish and len(names) == 1 else ""
+    alike = path and shown[0].info[:1].lower() in ("", path.rpartition(".")[2][:1].lower())
+    fits = path and (path.endswith((".sh", ".bash")) if _is_shell(shown[0]) else alike)
+    doubt = (not fits or not _file_text(shown[0]) or VERB_AFTER.search(wishes.core)
+             or LABEL_NAMES.search(masked.text) or NO_LABEL.search(ONE_FENCE.split(masked.text)[0]))
+    return () if doubt else (FileOp("create", path, shown[0].text),)
+
+
 def _scaffold(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return what the answer's shell blocks build; a later block that only runs is left."""
     ops: List[FileOp] = []
@@ -7493,7 +7518,7 @@ def _scaffold(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
 def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     """Return the operations that the model's sentences describe exactly."""
     ops: List[FileOp] = []
-    text = FENCE_AFTER_COLON.sub(": ", masked.text.replace("**", ""))
+    text = FENCE_IN_SENTENCE.sub(" ", FENCE_AFTER_COLON.sub(": ", masked.text.replace("**", "")))
     said = [(lead, sentence) for sentence in SENTENCE_STOP.split(text)
             for lead in (MODEL_SPEAKS.match(sentence),) if lead]
     for lead, sentence in said[:MAX_SENTENCES]:
@@ -7551,9 +7576,9 @@ def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the model described instead of calling a tool."""
     wishes = _wishes(words)
     for rule, find, wanted in (
-            ("files", _shown_files, wishes.change), ("scaffold", _scaffold, wishes.change),
-            ("described", _described, wishes.look), ("look", _looked_at, wishes.look),
-            ("command", _requested_command, wishes.look)):
+            ("files", _shown_files, wishes.change), ("file", _shown_alone, wishes.change),
+            ("scaffold", _scaffold, wishes.change), ("described", _described, wishes.look),
+            ("look", _looked_at, wishes.look), ("command", _requested_command, wishes.look)):
         ops = find(masked, wishes, scope) if wanted else ()
         if ops:
             return None if ALTERNATIVES.search(masked.text) else Rescue("told:" + rule, ops)

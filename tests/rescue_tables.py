@@ -940,7 +940,7 @@ TOLD = [
     ("create the data file", "```sh\nprintf '%s\\n' one two > data.txt\n```", create("data.txt", "one\ntwo\n")),
     ("set up the folders", "```bash\nmkdir -p docs && touch docs/a.md docs/b.md\n```\n",
      (mkdir("docs"), create("docs/a.md"), create("docs/b.md"))),
-    ("back up the config", "```bash\ncp app.cfg app.cfg.bak\n```", ()),
+    ("back up the config", "```bash\ncp app.cfg app.cfg.bak\n```", copy("app.cfg", "app.cfg.bak")),
     ("copy app.cfg as a backup, then stop", "```bash\ncp app.cfg app.cfg.bak\n```", copy("app.cfg", "app.cfg.bak")),
     ("create the file a.txt with a greeting", "```bash\ntee a.txt <<EOF\nhi\nEOF\n```", create("a.txt", "hi\n")),
     ("run a grep for TODO", "```bash\ngrep -rn TODO src\n```", run("grep", "-rn", "TODO", "src")),
@@ -2227,3 +2227,32 @@ NOT_ASKED += [
     "create x.py in python with 'a'", "rename a.txt to docs", "move a.txt to production", "new files should be created with 'x'", "new file a.txt was added by mistake",
     "deletes a.txt", "inset shadow in a.css",
 ]
+
+JS, LOGGED = "```js\nconsole.log(1);\n```", "console.log(1);\n"
+TOLD += [("write a script main.js that logs 1", answer, create("main.js", LOGGED)) for answer in (
+    JS, f"Sure! Here's the script:\n\n{JS}\n\nLet me know if you need anything else.", f"{JS}\n\nRun it:\n```bash\nnode main.js\n```")]
+TOLD += [
+    ("create a file called main.js for the demo", JS, create("main.js", LOGGED)),
+    ("create backup.sh which lists files", "```bash\n#!/bin/sh\nls -l | sort\n```", create("backup.sh", "#!/bin/sh\nls -l | sort\n")),
+    ("generate a requirements.txt for flask", "Here is your requirements file:\n```\nflask\n```", create("requirements.txt", "flask\n")),
+    ("Make a bash script deploy.sh", "Here's `deploy.sh`:\n```bash\nset -e\n```", create("deploy.sh", "set -e\n")),
+    ("add a logger", f"Let me know if you want changes. Here's the file `log.js`:\n{JS}", create("log.js", LOGGED)),
+    ("start a changelog", "I'm creating `CHANGELOG.md` now.\n```md\n# Log\n```", create("CHANGELOG.md", "# Log\n")),
+    ("add a logger", f"Ich erstelle jetzt `log.js`:\n\n{JS}", create("log.js", LOGGED)),
+    ("add a logger", f"好的，我将创建文件 `log.js`：\n\n{JS}", create("log.js", LOGGED)),
+    ("add a logger", f"I'll create `log.js`:\n\n{JS}\n\nWould you like me to add a test as well?", create("log.js", LOGGED)),
+    ("fix the url in api.js", "I'll replace\n```js\nold();\n```\nwith\n```js\nnew_one();\n```\nin `api.js`.", FileOp("replace", "api.js", "new_one();\n", "old();\n")),
+    ("the name is wrong, it should be parser", "I'll rename `prser.py` to `parser.py`.", rename("prser.py", "parser.py")),
+    ("the typo must go", "I'll replace `Wellcome` with `Welcome` in `a.html`.", replace("a.html", "Wellcome", "Welcome")),
+    ("main.py needs a shebang", "I'll insert `#!/bin/sh` at the top of `main.py`.", prepend("main.py", "#!/bin/sh\n")),
+    ("drop the unused import", "I'll remove the line `import os` from `a.py`.", replace("a.py", "import os\n", "")),
+    ("what version of react do we use?", "Let me check the `package.json` file to see the version.", read("package.json")),
+]
+NOT_TOLD += [(words, JS) for words in (
+    "write a review of main.js", "write a test for main.js", "implement the missing function in main.js", "create a component for main.js",
+    "make main.js faster", "make main.js compile", "create main.js that uses helper.js", "create main.js and style.css", "create main.js that logs 1 and then delete a.txt",
+    "create main.js but don't save it", "create main.js if it doesn't exist", "how would you write main.js to log 1?", "create page.html", "add a button to main.js",
+    "create something like main.js", "create main.js based on the old one")]
+NOT_TOLD += [("create main.js", answer) for answer in (
+    f"For example:\n\n{JS}", f"How about this?\n{JS}", f"Your main.js could look as follows:\n\n{JS}", f"{JS}\n\n{JS}", "```js\n// ...\n```", "```bash\nnpx create-app\n```",
+    "```diff\n+console.log(1)\n```")]
