@@ -6376,7 +6376,7 @@ verbs       create|make|write|build|generate|implement|add|scaffold|set ?up|deve
   update|change|modify|fix|edit|refactor|rename|move|replace|insert|append|delete|remove|
   convert|translate|rewrite|configure|initiali[sz]e|init|start|draft|prepare|produce|overwrite|
   organi[sz]e|split|extract|bump|set|bootstrap|copy|correct|turn|get rid of|clean|port|migrate|
-  adjust|back ?up|ignore|drop|strip|trim|erase|ensure|merge|reduce|improve|increase|decrease|
+  adjust|back ?up|drop|strip|trim|erase|ensure|merge|reduce|improve|increase|decrease|
   enable|disable|switch|swap|include|extend|simplify|finish|complete|document|annotate|format|
   sort|tidy|call it|name it|give (?!me|us)
 # Words that stand for something else: no text, name or argument is meant by them.
@@ -7280,7 +7280,7 @@ DECLINED = Shape(r"""\bI('m| am) (sorry,? but|unable|not \w+|afraid)\b|\bI (\w+n
     in place|present|gone)\b|\bnothing to (do|change|add|delete|remove|rename|move|replace)\b|
     \bno changes? ((is|are|was|were) )?(needed|required|necessary)\b|\b(is|are|would be) (risky|
     dangerous|irreversible)\b|\bes tut mir leid\b|\bich (kann|darf|werde)[^.!?\n]{0,60}\b(nicht|
-    keine?n?)\b|\b(lo siento|no puedo|désolée?|je ne (peux|suis))\b|抱歉|对不起|无法|不能|无权""")
+    keine?n?)\b|\b(lo siento|no puedo|désolée?|je ne (peux|suis))\b|抱歉|对不起|无法|不能|不会""")
 QUESTION = Pattern(r"(?:\A|(?<=[.!?\n]))[^.!?\n\uff1f]*[?\uff1f](?!\w)")
 COURTESY = Shape(r"""anything else|something else|(need|want) (any )?(further|more)|
     help (you )?with|\balso\b|\bas well\b|\bexplain\b|any (other |more )?(questions|changes|
@@ -7375,7 +7375,8 @@ INFO_PATH = Pattern(r"(?:[\w+-]+(?:[: ]|[: ]\s*(?:title|file|filename)=))?"
 NAME_IN_WORDS = Pattern("[^\\s,;:\"'`<>|()\u2018-\u201e]+")
 RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tree|cat|bash|go run|"
                    r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
-# Words that leave open which file is meant.
+# What a described deletion needs the user to say; and words that leave open which file is meant.
+DELETING = Shape(r"\b(delet|remov|eras|clean|discard|purg)\w*|\b(get rid|throw|trash|drop|rm)\b")
 CHOICE = Shape(r"\b(or|one of|either|any of|some of|which(ever)?)\b")
 # A request for one new file, by name, that says only what it shall do.
 NEW_NAMED = Shape(r"""(create|write|generate|produce|implement|code|develop|make(?= an? | me ))
@@ -7539,13 +7540,13 @@ def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
 
 def _allowed(op: FileOp, wishes: Wishes) -> bool:
     """Tell whether the user's words ask for such an operation at all."""
-    if PLACEHOLDER.fullmatch(op.path):
+    if PLACEHOLDER.fullmatch(op.path) or (op.kind == "delete" and (
+            CHOICE.search(wishes.words) or not DELETING.search(wishes.words))):
         return False
     if op.kind in ("read", "list"):
         return wishes.change or (wishes.look and (
             _names(wishes.words, op.path) or ABOUT_PROJECT.search(wishes.words) is not None))
-    return wishes.change and (op.kind != "delete" or (
-        _names(wishes.words, op.path) and not CHOICE.search(wishes.words)))
+    return wishes.change and (op.kind != "delete" or _names(wishes.words, op.path))
 
 
 def _looked_at(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:

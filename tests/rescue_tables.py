@@ -2256,3 +2256,7 @@ NOT_TOLD += [(words, JS) for words in (
 NOT_TOLD += [("create main.js", answer) for answer in (
     f"For example:\n\n{JS}", f"How about this?\n{JS}", f"Your main.js could look as follows:\n\n{JS}", f"{JS}\n\n{JS}", "```js\n// ...\n```", "```bash\nnpx create-app\n```",
     "```diff\n+console.log(1)\n```")]
+NOT_TOLD += [(words, "I'll delete `a.txt`.") for words in (
+    "ignore what I said about a.txt", "make a.txt shorter", "fix a.txt", "create a better a.txt", "move on with a.txt")]
+NOT_TOLD += [("delete a.txt", "我不会删除这个文件。")]
+TOLD += [("clean up, a.txt is garbage", "I'll delete `a.txt`.", delete("a.txt")), ("a.txt should go, remove it", "I'll delete `a.txt`.", delete("a.txt"))]
