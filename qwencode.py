@@ -7217,7 +7217,7 @@ def _freed(text: str) -> Asked:
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
     core = core[:newline.start()] + core[newline.end():] if newline else core
     core = core.strip()
-    core = core if REPORTED.match(core) and "mind" not in whole.lower() else _base_form(core)
+    core = core if REPORTED.match(core) and not POLITE_QUESTION.match(whole) else _base_form(core)
     return Asked(core, ending, newline is not None, cut or newline is not None)
 
 

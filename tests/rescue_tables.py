@@ -2162,7 +2162,7 @@ REQUESTS += [
 ]
 
 NOT_ASKED += [
-    "Deleted a.txt.", "renamed a.txt to c.txt", "Creating x.txt with 'a'", "wrote 'x' to a.txt", "Removed 'x' from a.txt because of the bug",
+    "Deleted a.txt.", "renamed a.txt to c.txt", "Creating x.txt with 'a'", "Deleted reminder.txt", "wrote 'x' to a.txt", "Removed 'x' from a.txt because of the bug",
     "created x.txt with 'x' - is that right?", "change a.txt to read only", "delete one of a.txt and b.txt",
 ]
 REQUESTS += [("would you mind creating x.txt with 'a'?", create("x.txt", "a")), ("ls -la", run("ls", "-la"))]
