@@ -2744,17 +2744,12 @@ def facts_from_show(name: str, show: Any) -> ModelFacts:
     known = frozenset(map(str, capabilities)) if isinstance(capabilities, list) else None
     own_template = "{%" in template or template.strip() == "{{ .Prompt }}"
     return ModelFacts(
-        name=name,
-        path="A" if renderer else "C" if own_template else "B" if template else "",
-        renderer=renderer,
-        capabilities=known,
-        trained=next(filter(None, lengths), None),
-        num_ctx=int(window) if window else None,
+        name=name, path="A" if renderer else "C" if own_template else "B" if template else "",
+        renderer=renderer, tools_first=renderer.startswith(TOOLS_FIRST_RENDERERS),
+        capabilities=known, tools_in_text=known is not None and "tools" not in known,
+        trained=next(filter(None, lengths), None), num_ctx=int(window) if window else None,
         digest=_first_group(FROM_DIGEST, modelfile),
-        remote=bool(show.get("remote_model") or show.get("remote_host")),
-        tools_in_text=known is not None and "tools" not in known,
-        tools_first=renderer.startswith(TOOLS_FIRST_RENDERERS),
-    )
+        remote=bool(show.get("remote_model") or show.get("remote_host")))
 
 
 def _first_group(pattern: Pattern, text: str) -> str:
@@ -5942,7 +5937,7 @@ UNICODE_ESCAPE = Pattern(r"(?<!\\)((?:\\\\)*)\\(?=u[0-9a-fA-F]{4})")
 def write_call(tool: Tool, op: FileOp, cwd: str) -> Tuple[str, Json]:
     """Return the call of a Write tool; it wants an absolute path."""
     path = usable_path(op.path)
-    absolute = path.startswith(("/", "~/")) or not cwd
+    absolute = path.startswith(("/", "~/")) or path[1:2] == ":" or not cwd
     text = UNICODE_ESCAPE.sub(r"\1\\u005c", op.text) if tool.name == "Write" else op.text
     return tool.name, {"file_path": path if absolute else f"{cwd.rstrip('/')}/{path}",
                        "content": text}

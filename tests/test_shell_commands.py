@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from qwencode import CannotCarryError, FileOp, Tool, commands_for, rescue_call
+from qwencode import CannotCarryError, FileOp, Tool, commands_for, find_bash, rescue_call
 
-BASH = shutil.which("bash")
+BASH = find_bash(os.environ)
+if not BASH:
+    pytest.skip("no bash on this machine to run the commands", allow_module_level=True)
 SYSTEM = "/usr/bin:/bin"
 
 
@@ -705,6 +707,9 @@ CALLS = {
     "large overwrite": ([FileOp("write", "x", LARGE)], [BASH_TOOL, WRITE], {}, "Bash", ...),
     "too large overwrite": ([FileOp("write", "/q/x", NOISE)], [BASH_TOOL, WRITE], {"cwd": "/p"},
                             "Write", {"file_path": "/q/x", "content": NOISE}),
+    "large, on Windows": ([FileOp("create", "C:/p/x", LARGE)], [BASH_TOOL, WRITE],
+                          {"cwd": "C:/p", "is_new": True}, "Write",
+                          {"file_path": "C:/p/x", "content": LARGE}),
     "small and new": ([FileOp("create", "x", "a")], [BASH_TOOL, WRITE], {"is_new": True}, "Bash",
                       ...),
 }
