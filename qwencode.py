@@ -3179,10 +3179,8 @@ def turn_fields_of(request: Request, config: Config, options: Json) -> Json:
     return fields
 
 
-def chat_body(
-    request: Request, facts: ModelFacts, config: Config, options: Json, *,
-    messages_json: str, tools_json: str,
-) -> str:
+def chat_body(request: Request, facts: ModelFacts, config: Config, options: Json, *,
+              messages_json: str, tools_json: str) -> str:
     """Write the body of /api/chat from the JSON of its messages and tools."""
     fields = turn_fields_of(request, config, options)
     think = wants_thinking(request, facts)
@@ -3256,10 +3254,8 @@ REFUSALS: Dict[int, Refusal] = {
 }
 
 
-def upstream_error(
-    status: int, body: str, model: str, *, retry_after: Optional[str] = None,
-    prompt_tokens: int = 0, window: int = 0,
-) -> ShimError:
+def upstream_error(status: int, body: str, model: str, *, retry_after: Optional[str] = None,
+                   prompt_tokens: int = 0, window: int = 0) -> ShimError:
     """Choose the error for a refusal of the upstream (contract/ollama.md 3).
 
     prompt_tokens and window serve where an overflow is told without numbers.
@@ -6661,6 +6657,11 @@ class Reading(NamedTuple):
         token = self.group(name)
         return self.masked.value(token) if PRIVATE_USE.fullmatch(token) else None
 
+    def as_written(self, words: str) -> str:
+        """Give words of the match, which are no path, the backslashes of Windows back."""
+        at = slashed(self.masked.text, self.scope.cwd).find(words)
+        return self.masked.text[at:at + len(words)] if at >= 0 else words
+
     def marks(self, name: str) -> str:
         """Return the words around a path that tell what it is: "the file ... called"."""
         return self.group(name + "_marks") + " " + self.group(name + "_noun")
@@ -6707,6 +6708,7 @@ def _text(found: Reading) -> Optional[str]:
     bare = found.group("bare") or found.group("loose")
     if found.match.string.endswith(bare):
         bare = "" if found.asked.cut else bare + found.asked.ending
+    bare = found.as_written(bare)
     if not bare or "\n" in bare or UNPAIRED.search(bare) or NOT_LITERAL.match(bare):
         return None
     if found.group("bare"):
@@ -6755,7 +6757,7 @@ def _word(found: Reading, name: str) -> Optional[str]:
     plain = noun or each or PROSE_FILE.fullmatch(found.group("file")) or (
         CODE_WORD.fullmatch(found.group("old")) and CODE_WORD.fullmatch(found.group("new")))
     fits = plain and LITERAL_WORD.fullmatch(word) and not NOT_WORDS.fullmatch(word)
-    return word if fits and not described else None
+    return found.as_written(word) if fits and not described else None
 
 
 def _replace(found: Reading, kind: str) -> Ops:
@@ -7235,11 +7237,11 @@ def _matched(rules: str, masked: Masked, asked: Asked, scope: Scope) -> Tuple[st
 
 def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the user's words ask for by themselves."""
-    for reading in _readings(words):
-        masked = reading._replace(text=slashed(reading.text, scope.cwd))
+    for masked in _readings(words):
+        whole = slashed(masked.text, scope.cwd)
         for source, rules, text in (
-                ("asked:", RULES, masked.text), ("asked:", RULES, _without_reason(masked.text)),
-                ("question:", QUESTIONS, masked.text)):
+                ("asked:", RULES, whole), ("asked:", RULES, _without_reason(whole)),
+                ("question:", QUESTIONS, whole)):
             kind, ops = _matched(rules, masked, _freed(text), scope)
             if ops and not (kind == "named" and answer.fences) and (
                     rules is RULES or SAYS_IT_LOOKS.search(answer.text, 0, MAX_LOOK_CHARS)):
@@ -9556,10 +9558,8 @@ class Registry:
         return LocalModel(facts, asked, judged.window,
                           f"window of {judged.window} tokens: {reason}{judged.reason}")
 
-    def load(
-        self, facts: ModelFacts, num_ctx: int, kv_bytes: Optional[int], waiter: Waiter,
-        until: float,
-    ) -> WindowChoice:
+    def load(self, facts: ModelFacts, num_ctx: int, kv_bytes: Optional[int], waiter: Waiter,
+             until: float) -> WindowChoice:
         """Load the model without a prompt (OL 4) and see what came of it."""
         answer = self._ask("/api/generate", {
             "model": facts.name, "options": load_options(num_ctx), "shift": False, "stream": False,

@@ -217,6 +217,10 @@ def test_paths_stay_inside_the_project(path, expected):
     ("read .\\sub\\b.txt", FileOp("read", "sub/b.txt")),
     ("read \\b.txt", None),
     ("create a file called a\\b.txt with the text 'C:\\new'", FileOp("create", "a/b.txt", "C:\\new")),
+    ("append the line \\d+ to src\\a.txt", FileOp("append_line", "src/a.txt", "\\d+\n")),
+    ("append to src\\a.txt: see C:\\new", FileOp("append", "src/a.txt", "see C:\\new")),
+    ("in src\\a.txt replace every occurrence of foo\\bar with a_b",
+     FileOp("replace", "src/a.txt", "a_b", "foo\\bar")),
 ])
 def test_separators_of_windows_are_read_where_the_client_runs_on_it(words, expected):
     windows = system("Primary working directory: C:\\Users\\me\\proj\nPlatform: win32")
