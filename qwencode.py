@@ -11141,7 +11141,7 @@ def find_bash(env: Env) -> str:
     git = os.path.dirname(os.path.dirname(which("git", path=path) or ""))
     places = (env.get("CLAUDE_CODE_GIT_BASH_PATH", ""), r"C:\Program Files\Git\bin\bash.exe",
               r"C:\Program Files (x86)\Git\bin\bash.exe", os.path.join(git, "bin", "bash.exe"))
-    return next(filter(os.path.isfile, places), "")
+    return next((bash for bash in places if os.path.isabs(bash) and os.path.isfile(bash)), "")
 
 
 @lru_cache(maxsize=256)

@@ -291,6 +291,7 @@ def test_on_windows_it_is_git_s_bash_and_never_that_of_wsl(tmp_path, monkeypatch
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
         (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path / "Git")  # the project's own bin/bash.exe is not Git's
     wsl, git, bash = (str(tmp_path / name) for name in ("System32", "Git/cmd", "Git/bin/bash.exe"))
     rows = (({"PATH": wsl}, "", True), ({"PATH": f"{wsl}:{git}"}, bash, True),
             ({"PATH": wsl, "CLAUDE_CODE_GIT_BASH_PATH": bash}, bash, True),
