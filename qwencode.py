@@ -9341,7 +9341,7 @@ class HttpRequest(NamedTuple):
         return self.headers.get(name, "")
 
 
-REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (?:https?://([^/?#]*)(?=[/?#]))?([!-~]+) HTTP/(1\.[01])")
+REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (?:https?://([^/?#]+)(?=[/?#]))?([!-~]+) HTTP/(1\.[01])")
 # Bytes beyond ASCII are let through: a key may hold them (RFC 9110 5.5, obs-text).
 HEADER_LINE = Pattern(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # Two of these could mean one thing to us and another to whoever stands before us.

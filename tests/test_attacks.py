@@ -170,7 +170,7 @@ CROSSING = [
     ("GET /status", "Origin: http://a.localhost", 200),
     ("GET http://localhost/status?x", "A: b", 200), ("GET http://[::1]:1/", "A: b", 200),
     ("GET http://evil.com/status", "A: b", 403), ("GET http://a@localhost/", "A: b", 403),
-    ("POST http://evil.com/v1/messages", "A: b", 403),
+    ("POST http://evil.com/v1/messages", "A: b", 403), ("GET http:///status", "A: b", 404),
     ("POST https://evil.com/v1/messages", "A: b", 403),
     ("POST /v1/messages", "Content-Type: TEXT/PLAIN; charset=utf-8", 403),
     ("POST /v1/messages", "Content-Type: multipart/form-data; boundary=x", 403),
