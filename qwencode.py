@@ -1873,7 +1873,7 @@ def parse_request(body: Any) -> Request:
 def _read_request(body: Json) -> Request:
     messages = _need(body, "messages", list)
     parsed = _each(".messages", messages, _read_message)
-    if not any(message.blocks for message in parsed):
+    if not any(block != Text("") for message in parsed for block in message.blocks):
         content = " with content" if messages else ""
         raise BadRequestError(f"messages: at least one message{content} is required")
     max_tokens = _take(body, "max_tokens", int, DEFAULT_MAX_TOKENS)

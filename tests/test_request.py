@@ -58,6 +58,8 @@ BAD_FIELDS = [
     ({"messages": []}, "messages: at least one message is required"),
     ({"messages": [{"role": "user"}, user()], "system": "s"},
      "messages: at least one message with content is required"),
+    ({"messages": [user(text(""))]},
+     "messages: at least one message with content is required"),
     ({"messages": "x"}, "messages: expected an array, got a string"),
     ({"messages": [5]}, "messages.0: expected an object, got a number"),
     ({"messages": [{"content": "x"}]}, "messages.0.role: a string is required"),
