@@ -7572,7 +7572,7 @@ def _requested_command(masked: Masked, wishes: Wishes, _scope: Scope) -> Ops:
 # ------------------------------ the whole ------------------------------
 def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
     """Find what the model described instead of calling a tool."""
-    wishes = _wishes(words)
+    wishes = _wishes(slashed(words, scope.cwd))
     for rule, find, wanted in (
             ("files", _shown_files, wishes.change), ("file", _shown_alone, wishes.change),
             ("scaffold", _scaffold, wishes.change), ("described", _described, wishes.look),

@@ -230,6 +230,13 @@ def test_separators_of_windows_are_read_where_the_client_runs_on_it(words, expec
         assert find_rescue([user(words), ENVIRONMENT], tables.DOING) is None
 
 
+@pytest.mark.parametrize("words", ["create src/x.py", "create src\\x.py", "create `src\\x.py`"])
+def test_a_file_shown_without_its_name_is_the_one_named_as_windows_does(words):
+    turns = [user(words), system("Primary working directory: C:\\Users\\me\\proj")]
+    assert find_rescue(turns, "```python\nprint(1)\n```").ops == (
+        FileOp("create", "src/x.py", "print(1)\n"),)
+
+
 def test_two_announced_folders_make_absolute_paths_unsafe():
     turns = [user("read /a/b.txt"), system("Working directory: /a"), system("cwd: /")]
     assert find_rescue(turns, tables.DOING) is None
