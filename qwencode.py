@@ -7463,7 +7463,7 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     found: Dict[str, FileOp] = {}
     folders = []
     label = heading = ""
-    for line in masked.text.split("\n"):
+    for line in slashed(masked.text, scope.cwd).split("\n"):
         if not ONE_FENCE.fullmatch(line.strip()):
             label = line if line.strip() else label
             names = LABEL_NAMES.search(line) and (HEADING.match(line) or MAKES_FILE.match(line))

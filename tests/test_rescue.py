@@ -231,9 +231,11 @@ def test_separators_of_windows_are_read_where_the_client_runs_on_it(words, expec
 
 
 @pytest.mark.parametrize("words", ["create src/x.py", "create src\\x.py", "create `src\\x.py`"])
-def test_a_file_shown_without_its_name_is_the_one_named_as_windows_does(words):
+def test_a_file_shown_is_the_one_named_as_windows_does(words):
     turns = [user(words), system("Primary working directory: C:\\Users\\me\\proj")]
     assert find_rescue(turns, "```python\nprint(1)\n```").ops == (
+        FileOp("create", "src/x.py", "print(1)\n"),)
+    assert find_rescue(turns, "**src\\x.py**\n\n```python\nprint(1)\n```").ops == (
         FileOp("create", "src/x.py", "print(1)\n"),)
 
 
