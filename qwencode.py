@@ -393,6 +393,8 @@ class UpstreamGarbageError(UpstreamBrokenError):
 class GivenUpError(UpstreamBrokenError):
     """An identical request that this one had joined lost its client."""
 
+    cure = ""  # nothing is wrong with Ollama
+
 
 class UpstreamLostError(UpstreamBrokenError):
     """The answer ended well but its text is gone or empty: asking again repeats it."""
@@ -1927,13 +1929,13 @@ def tool_table(request: Request, limit: int, last: Optional[ToolTable] = None) -
     offered = {tool.name: tool for tool in request.tools if tool.name != PLACEHOLDER_TOOL}
     if last and last.offered.keys() == offered.keys():
         return ToolTable(offered, tuple([offered[tool.name] for tool in last.sent]))
-    used, words = set(request.loaded), {
-        word.rstrip(".:") for message in request.messages if message.role == "user"
-        for block in blocks_of(Text, message.blocks)
-        if not block.text.startswith(REMINDER_START)
-        for word in TOOL_WORD.findall(block.text[:MAX_NAMING_CHARS])}
-    for message in request.messages:
-        used.update([call.name for call in blocks_of(ToolUse, message.blocks)])
+    chosen = request.messages if 0 < limit < len(offered) else ()
+    words = {word.rstrip(".:") for message in chosen if message.role == "user"
+             for block in blocks_of(Text, message.blocks)
+             if not block.text.startswith(REMINDER_START)
+             for word in TOOL_WORD.findall(block.text[:MAX_NAMING_CHARS])}
+    used = {*request.loaded, *[call.name for message in request.messages
+                               for call in blocks_of(ToolUse, message.blocks)]}
     return ToolTable(offered, tuple(rank_tools(list(offered.values()), limit, used, words)))
 
 
