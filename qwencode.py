@@ -6058,7 +6058,6 @@ def _served(earlier: Sequence[Message], request: str) -> bool:
 # ------------------------------ quotes and fences ------------------------------
 # A text is read with each quote and each fenced block replaced by one character of
 # a private-use area; so no rule ever matches words inside them.
-
 QUOTE_BASE, FENCE_BASE = 0xE000, 0xF000
 MAX_MASKED = 0x900  # quotes or fences of one text: what the smaller area, for fences, holds
 PRIVATE_USE = Pattern("[\ue000-\uf8ff]")
@@ -6276,7 +6275,6 @@ def _safe_path(raw: str, scope: Scope) -> str:
 # ------------------------------ the table ------------------------------
 # In a shape a space stands for white space, a space and ? for white space or none,
 # and {name} is a row of SLOTS. An indented line goes on with the row above it.
-
 SLOTS = r"""
 q           [\ue000-\uf8ff]
 fence       (?P<text>[\uf000-\uf8ff])
@@ -6292,8 +6290,9 @@ filenoun    ( (file|document|script)('s)?)?(,? in (this|the current) (folder|dir
 foldernoun  ( (folder|directory|dir|subfolder|subdirectory)s?)?
 file        (?P<file_marks>{fill})(?P<file>((?<=called\s)|(?<=named\s))([\w-]+ )
   {1,4}[\w-]+\.[\w-]+|{token}){filenoun}
+names       {token}((,? and |, ?)(the )?(file )?{token}){0,9}
 files       (?P<files_marks>((the|both|two|three|these|following|files|documents) )*{fill})
-  (?P<files>{token}((,? and |, ?)(the )?(file )?{token}){0,9}){filenoun}
+  (?P<files>{names}){filenoun}
 dest        (?P<dest_marks>{folderfill}{fill})(?P<dest>(?!(folder|directory|dir)\b){token})
   (?P<dest_noun>{foldernoun}){filenoun}
 folder      (?P<folder_marks>{folderfill})(?P<folder>{token})(?P<folder_noun>{foldernoun})
@@ -6742,9 +6741,8 @@ def _add_text(found: Reading, kind: str) -> Ops:
         kind = "append_line" if kind == "append" and line else kind
     if kind == "append_line" or (kind == "prepend" and (line or spot in ("top", "first line"))):
         text = text if text.endswith("\n") else text + "\n"
-    if not path or not (text or kind in ("create", "write")):
-        return ()
-    return (FileOp("write" if found.group("force") else kind, path, text),)
+    op = FileOp("write" if found.group("force") else kind, path, text)
+    return (op,) if path and (text or kind in ("create", "write")) else ()
 
 
 def _word(found: Reading, name: str) -> Optional[str]:
@@ -6769,9 +6767,8 @@ def _replace(found: Reading, kind: str) -> Ops:
         return ()
     if not found.group("old_line"):
         return (FileOp("replace", path, new, old),)
-    if found.value("old") is None:
-        return ()
-    return (FileOp("replace_line", path, new.rstrip("\n"), old.rstrip("\n")),)
+    line = FileOp("replace_line", path, new.rstrip("\n"), old.rstrip("\n"))
+    return (line,) if found.value("old") is not None else ()
 
 
 def _insert(found: Reading, _kind: str) -> Ops:
@@ -6793,8 +6790,6 @@ def _move(found: Reading, kind: str) -> Ops:
     to = found.group("to").lower()
     folder_meant = (KNOWN_FOLDER.fullmatch(raw) or FOLDER_NOUN.search(marks)) is not None and (
         kind != "rename" or raw.endswith("/"))
-    if to == "in" and not folder_meant:
-        return ()
     if folder_meant or to.startswith(("in", "under")):
         folder = found.folder("dest")
         targets = tuple(_joined(folder, source) for source in sources)
@@ -6803,7 +6798,8 @@ def _move(found: Reading, kind: str) -> Ops:
         targets = (found.one_path(found.group("dest"), marks, False),)
     pairs = tuple(zip(sources, targets))
     # "rename src/a.txt to b.txt" leaves open whether the folder changes, too.
-    unclear = kind == "rename" and "/" in "".join(sources) and "/" not in "".join(targets)
+    unclear = (to == "in" and not folder_meant) or (
+        kind == "rename" and "/" in "".join(sources) and "/" not in "".join(targets))
     if unclear or len(sources) != len(targets) or not all(new and old != new for old, new in pairs):
         return ()
     return tuple(FileOp("copy" if kind == "copy" else "rename", old, other=new)
@@ -6832,9 +6828,7 @@ def _each_path(found: Reading, kind: str) -> Ops:
     """Do one thing to each path: create it empty, clear, delete or read it."""
     kind = {"empty": "create", "named": "create", "clear": "write"}.get(kind, kind)
     paths = found.paths("files" if found.group("files") else "file")
-    if not _tail_is_harmless(found):
-        return ()
-    return tuple(FileOp(kind, path) for path in paths)
+    return tuple(FileOp(kind, path) for path in paths) if _tail_is_harmless(found) else ()
 
 
 def _list(found: Reading, kind: str) -> Ops:
@@ -6857,9 +6851,8 @@ def _run(found: Reading, _kind: str) -> Ops:
     if line is None and tail.startswith(("to ", "for ", "in ")) and not tail.startswith("for me"):
         return ()
     words = _read_only(line if line is not None else found.group("typed"), line is None)
-    if (len(words) < 2 and words[:1] not in ALONE) or not _tail_is_harmless(found):
-        return ()
-    return (FileOp("run", words=words),)
+    says = (len(words) > 1 or words[:1] in ALONE) and _tail_is_harmless(found)
+    return (FileOp("run", words=words),) if says else ()
 
 
 BUILDERS: Dict[str, Callable[[Reading, str], Ops]] = {
@@ -6939,10 +6932,9 @@ def _here_document(text: str, opening: re.Match[str]) -> Tuple[Optional[str], st
     start = text.find("\n", opening.end()) + 1
     tabs = "\t*" if opening["tabs"] else ""
     end = Pattern(rf"^{tabs}{opening.group('tag')}\r?\n", re.MULTILINE).search(text, start)
-    if end is None:
-        return None, text
-    document = LEADING_TABS.sub("", text[start:end.start()]) if tabs else text[start:end.start()]
-    if not opening["raw"] and SUBSTITUTION.search(document):
+    document = text[start:end.start()] if end else ""
+    document = LEADING_TABS.sub("", document) if tabs else document
+    if end is None or (not opening["raw"] and SUBSTITUTION.search(document)):
         return None, text
     return document, text[:start] + text[end.end():]
 
@@ -6964,10 +6956,8 @@ def _printed(line: ScriptLine) -> Optional[str]:
     name, *words = line.words
     if name == "cat":
         return line.here if line.mode and words in ([], ["-"]) else None
-    if line.here is not None:
-        return None
-    if name == "printf":
-        return _formatted(words)
+    if line.here is not None or name == "printf":
+        return _formatted(words) if line.here is None else None
     newline = "" if words[:1] == ["-n"] else "\n"
     words = words if newline else words[1:]
     doubt = "\\" in " ".join(words) or ECHO_FLAGS.fullmatch("".join(words[:1]))
@@ -7170,8 +7160,7 @@ def _without_reason(text: str) -> str:
     if len(core) > 4 * MAX_REQUEST_CHARS:
         return ""
     before = REASON_BEFORE.match(core)
-    if before is not None and _is_reason(before["why"]):
-        core = core[before.end():]
+    core = core[before.end():] if before and _is_reason(before["why"]) else core
     kept = _without_trailers(core)
     after = REASON_AFTER.search(kept, max(0, len(kept) - 2 * MAX_TRAILER_CHARS))
     if after is not None and after.start() and _is_reason(after["why"]):
@@ -7203,19 +7192,14 @@ def _freed(text: str) -> Asked:
     cut, end = core != whole, ENDING.search(core)
     ending = end.group() if end else ""
     core = core[:len(core) - len(ending)].rstrip()
-    if ending == "." or (ending == "?" and POLITE_QUESTION.match(core)):
-        ending = ""
+    ending = "" if ending == "." or (ending == "?" and POLITE_QUESTION.match(core)) else ending
     for _ in range(8):
-        lead = LEAD.match(core)
-        if lead is None:
-            break
-        core = core[lead.end():]
+        core = core[lead.end():] if (lead := LEAD.match(core)) else core
     core = ASKED_WITH_FENCE.sub(r":\1", core)
     core = SHOWN_FIRST.sub(r"\g<order>: \g<fence>", core) if SHOWN_FIRST.fullmatch(core) else core
     core = "create " + core[needed.end():] if (needed := NEEDED.match(core)) else core
     newline = FINAL_NEWLINE.search(core, max(0, len(core) - MAX_TRAILER_CHARS))
-    core = core[:newline.start()] + core[newline.end():] if newline else core
-    core = core.strip()
+    core = (core[:newline.start()] + core[newline.end():] if newline else core).strip()
     core = core if REPORTED.match(core) and not POLITE_QUESTION.match(whole) else _base_form(core)
     return Asked(core, ending, newline is not None, cut or newline is not None)
 
@@ -7255,12 +7239,9 @@ def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
 # An answer of more characters to a request that changes nothing is an answer: reading
 # one of 200,000 takes 60 to 140 ms.
 MAX_LOOK_ANSWER_CHARS = 32_000
-# Characters of an answer in which the model may announce that it looks.
-MAX_LOOK_CHARS = 4_000
-# Sentences of one answer that are read; more are no plan but prose.
-MAX_SENTENCES = 40
-# Characters of a request in which its wishes are looked for.
-MAX_WISH_CHARS = 20_000
+MAX_LOOK_CHARS = 4_000  # of an answer in which the model may announce that it looks
+MAX_SENTENCES = 40  # of one answer that are read; more are no plan but prose
+MAX_WISH_CHARS = 20_000  # of a request in which its wishes are looked for
 SAYS_IT_LOOKS = Shape(r"""\b({will})\b[^.!?\n]{0,60}?\b(look|check|read|see|open|view|inspect|
     examine|list|find out|show|display|review|scan|explore|use|run|access|retrieve|get|fetch)\b|
     \b(checking|reading|looking|opening|listing|inspecting)\b[^.!?\n]{0,40}?(\bnow\b|\.\.\.|
@@ -7293,23 +7274,27 @@ WANTS_CHANGE = Shape(r"""(\A|[.!?;:,\n][^\S\n]*|\b(and|then|please|to|you|also|j
 WANTS_ANSWER = Shape(r"""(how|what|why|when|where|who|which|whose|is|are|was|were|does|do|did|
     should|can i|may i|could i|would it|explain|describe|tell me|review|compare|suggest|recommend|
     discuss|show me (how|an? (example|sample|snippet))|give me (an? (example|sample|snippet|
-    tutorial|command|overview)|some|advice|the command)|teach|walk me|think|consider|outline|
-    brainstorm|propose|plan|any|i wonder|i'm wondering|i am wondering|help me understand|understand|
-    know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|i (want|need|
-    would like|'d like) (help|to (know|understand|see|learn))|summari[sz]e|imagine|suppose|
+    tutorial|command|overview)|some|advice|the command)|teach|walk me|think|estimate|convince|
+    remind\w*|consider|outline|brainstorm|propose|plan|any|i wonder|i('m| am) wondering|(help me )?
+    understand|know|learn|clarify|elaborate|interpret|demonstrate|illustrate|define|answer|i (want|
+    need|would like|'d like) (help|to (know|understand|see|learn))|summari[sz]e|imagine|suppose|
     analy[sz]e|evaluate|critique|assess|look|read|check|find|print|display|search|count|list|
     show)\b""")
 HOW_TO = Shape(r"""\bhow to\b|\b(no|nothing|none)\b.{0,30}\b(should|must|may|ha(s|ve) to)\b|
-    \bhow (do|can|could|would|should|does) (i|you|we|one|someone|
-    people)\b|\b(best|right|correct|proper) way to\b|\bwhat('s| is) the (command|syntax)\b|
+    \bhow (do|can|could|would|should|does) (i|you|we|one|someone|people)\b|
+    \b(best|right|correct|proper) way to\b|\bwhat('s| is) the (command|syntax)\b|
     \b(do not|don't|never|without|not)\s+(\w+\s+){0,2}?(creat\w+|writ\w+|chang\w+|edit\w*|
     modif\w+|touch\w*|run\w*|execut\w+|delet\w+|mak\w+|act|sav\w+|appl\w+|do|anything|files?)\b|
     \bno changes\b|\b(just|only)\s+(look|read|check|review|show|tell|explain|describe|suggest|
     print|give|answer)\b|\b(dry run|hypothetical\w*|suppose|imagine|in theory|what if|
-    an example of|tutorial|in the chat|in chat|as text|paste it here|one-?liner)\b""")
+    an example of|tutorial|in the chat|in chat|as text|paste it here|one-?liner|kidding|joking|
+    never ?mind|nvm|no,? wait|on second thoughts?|(better|rather|maybe|perhaps) not|not sure (about|
+    if|whether)|(no longer|not) needed any ?more|(sa(id|ys?)|told \w+|wrote|writes|suggest(s|ed)|
+    ask(s|ed)( \w+)?|recommend(s|ed)|(task|plan|idea|instruction)s? (was|were))( to|:) ({verbs}))\b|
+    [.!,;] ?((oh|no|wait|ok|actually),? ){0,3}(cancel|forget|scratch) (it|that|this)\b""")
 CONDITION = Shape(r"""(\A|[.,;!\n][^\S\n]*|\b(but|and|only)\s+)(if|unless|when|once|in case|
-    provided|as soon as|whenever)\b|\bif (it|they|there|the file|not|needed|necessary|possible|
-    you)\b|\bunless\b""")
+    provided|as soon as|whenever|tomorrow|later)\b|\bif (it|they|there|the file|not|needed|
+    necessary|possible|you)\b|\bunless\b|\b(tomorrow|next (week|month)|later( on)?)\Z""")
 SHELL_WANTED = Shape(r"""\b(bash|shell|sh|zsh|terminal|install(ation)?|setup|deploy\w*|build)
     \s+(script|commands?)\b|(?<!python\s)(?<!node\s)(?<!js\s)(?<!javascript\s)(?<!ruby\s)
     (?<!perl\s)(?<!php\s)\bscripts?\b|\b(the|a|some|which|what) commands?\b|\bcommands? (to|for|
@@ -7374,8 +7359,16 @@ INFO_PATH = Pattern(r"(?:[\w+-]+(?:[: ]|[: ]\s*(?:title|file|filename)=))?"
 NAME_IN_WORDS = Pattern("[^\\s,;:\"'`<>|()\u2018-\u201e]+")
 RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tree|cat|bash|go run|"
                    r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
-# What a described deletion needs the user to say; and words that leave open which file is meant.
-DELETING = Shape(r"\b(delet|remov|eras|clean|discard|purg)\w*|\b(get rid|throw|trash|drop|rm)\b")
+# A described deletion needs an order whose object is the file itself, not what is in it.
+DELETES = Shape(r"""(\A|[.!?;,\n] ?|\b(and|then|please|also|just|by|so) )((delet|remov|eras|
+    discard|purg|trash|drop)\w*|get(ting)? rid of|throw(ing)? (away|out)|rm|clean(ing)? up)( that)?
+    ( (?!(in|on|at|of|from|to|for|by|with|about|that|which|how|what|where|using)\b)[\w'-]+){0,5}
+    (?P<files> {names})(?= ?(\Z|[,.;!\n]|(and|too|as well|please|because|since|file|now)\b))|
+    (?<!\S)(?P<late>{names}) ((is|are) {useless}|(is|are|isn't|aren't|should|can|
+    must) [^.!?]{0,60}([.!] )?\b(delete|remove|erase|drop|trash|get rid of) (it|them))\b""")
+# What shall change is in a file: it is not renamed or written anew.
+PLACE = Shape(r"\b(in|inside|within) ((the|my|our|this) )?(file )?([\ue000-\uefff]|\S*\.\w)")
+# Words that leave open which file is meant.
 CHOICE = Shape(r"\b(or|one of|either|any of|some of|which(ever)?)\b")
 # A request for one new file, by name, that says only what it shall do.
 NEW_NAMED = Shape(r"""(create|write|generate|produce|implement|code|develop|make(?= an? | me ))
@@ -7394,11 +7387,14 @@ class Wishes(NamedTuple):
 
 def _wishes(words: str) -> Wishes:
     masked = _mask(words)
-    text = _freed(masked.text).core[:MAX_WISH_CHARS] if masked else ""
+    asked = _freed(masked.text if masked else "")
+    text = asked.core[:MAX_WISH_CHARS]
     look = bool(text) and HOW_TO.search(text) is None
-    change = (look and WANTS_ANSWER.match(text) is None
-              and CONDITION.search(text) is None and WANTS_CHANGE.search(text) is not None)
-    return Wishes(words, text, change, look, OVERWRITE.search(text) is not None)
+    last = SENTENCE_STOP.split(text)[-1] if asked.ending[:1] == "?" else text
+    answer = WANTS_ANSWER.match(text) or WANTS_ANSWER.match(last) or CONDITION.search(text)
+    change = look and not answer and WANTS_CHANGE.search(text) is not None
+    anew = OVERWRITE.search(text) is not None and PLACE.search(text) is None
+    return Wishes(words, text, change, look, anew)
 
 
 def _names(words: str, path: str) -> bool:
@@ -7537,15 +7533,22 @@ def _described(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
     return tuple(looks or ops) if ops[:1] == (looks or ops)[:1] else ()
 
 
+def _deletes(wishes: Wishes, path: str) -> bool:
+    """Tell whether the user's order is to delete that file itself."""
+    masked = _mask(wishes.words)
+    return masked is not None and any(
+        _names(masked.value(token), path) for found in DELETES.finditer(wishes.core)
+        for token in LABEL_PATH.findall(found["files"] or found["late"]))
+
+
 def _allowed(op: FileOp, wishes: Wishes) -> bool:
     """Tell whether the user's words ask for such an operation at all."""
-    if PLACEHOLDER.fullmatch(op.path) or (op.kind == "delete" and (
-            CHOICE.search(wishes.words) or not DELETING.search(wishes.words))):
+    if PLACEHOLDER.fullmatch(op.path) or (op.kind == "rename" and PLACE.search(wishes.core)) or (
+            op.kind == "delete" and (CHOICE.search(wishes.words) or not _deletes(wishes, op.path))):
         return False
-    if op.kind in ("read", "list"):
-        return wishes.change or (wishes.look and (
-            _names(wishes.words, op.path) or ABOUT_PROJECT.search(wishes.words) is not None))
-    return wishes.change and (op.kind != "delete" or _names(wishes.words, op.path))
+    looks = wishes.look and op.kind in ("read", "list")
+    return wishes.change or (looks and (
+        _names(wishes.words, op.path) or ABOUT_PROJECT.search(wishes.words) is not None))
 
 
 def _looked_at(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
@@ -7588,9 +7591,8 @@ def _told(words: str, masked: Masked, scope: Scope) -> Optional[Rescue]:
 def find_rescue(turns: Sequence[Message], answer: str, *, home_ok: bool = True) -> Optional[Rescue]:
     """Return what the newest request still needs, or None when in doubt.
 
-    turns is the conversation without the system prompt, answer the visible text of a
-    turn that ended normally and called no tool. home_ok lets the user's own words
-    name a path below ~/. The caller knows whether a shell tool may be called.
+    turns is the conversation without the system prompt, answer the visible text of a turn that
+    ended and called no tool; home_ok lets the user's own words name a path below ~/.
     """
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     newest = turns[answers[-1] + 1 if answers else 0:]

@@ -2260,3 +2260,31 @@ NOT_TOLD += [(words, "I'll delete `a.txt`.") for words in (
     "ignore what I said about a.txt", "make a.txt shorter", "fix a.txt", "create a better a.txt", "move on with a.txt")]
 NOT_TOLD += [("delete a.txt", "我不会删除这个文件。")]
 TOLD += [("clean up, a.txt is garbage", "I'll delete `a.txt`.", delete("a.txt")), ("a.txt should go, remove it", "I'll delete `a.txt`.", delete("a.txt"))]
+# The file is where something is, or is only spoken of: what the model says of it is a mistake.
+NOT_TOLD += [(words, "I'll delete `a.txt`.") for words in (
+    "get rid of the junk in a.txt", "delete the content about bees in a.txt", "remove a.txt's title",
+    "delete 'a.txt' from the manifest", "remove the reference to a.txt", "remove all a.txt prints",
+    "delete the tests that use a.txt", "drop support for a.txt", "a.txt has dead code, remove it",
+    "a.txt is wrong, remove the x in it", "write a script that deletes a.txt", "add a clean job that drops a.txt",
+    "make sure nothing deletes a.txt", "todo: delete a.txt", "keep a.txt and delete b.txt",
+    "convince him not to delete a.txt", "remove a.txt? no, remove nothing", "tomorrow, delete a.txt",
+    "I was going to ask you to delete a.txt but it's in use", "delete my account (see a.txt)")]
+NOT_TOLD += [
+    ("rename f to h in a.py", "I'll rename `a.py` to `h.py`."),
+    ("fix the name in a.txt", "I'll rename `a.txt` to `name.txt`."),
+    ("rename a.txt to z.txt next week", "I'll rename `a.txt` to `z.txt`."),
+    ("estimate how long it takes to rename a.txt to z.txt", "I'll rename `a.txt` to `z.txt`."),
+    ("append 'x' to a.txt... or maybe better not", "I'll append 'x' to `a.txt`."),
+    ("append 'x' to a.txt. Just kidding.", "I'll append 'x' to `a.txt`."),
+    ("create c.txt with 'hi'. Edit: not needed anymore.", "I'll create `c.txt` with 'hi'."),
+    ("rename a.txt to z.txt. Cancel that.", "I'll rename `a.txt` to `z.txt`."),
+    ("he told me: append 'x' to a.txt. I refused.", "I'll append 'x' to `a.txt`."),
+    ("the docs say to create c.txt with 'hi', but why?", "I'll create `c.txt` with 'hi'."),
+    ("the task was: rename a.txt to z.txt", "I'll rename `a.txt` to `z.txt`."),
+    ("My boss wrote to me, create c.txt with 'hi'. Is he serious?", "I'll create `c.txt` with 'hi'.")]
+TOLD += [(words, "I'll delete `a.txt`.", delete("a.txt")) for words in (
+    "tidy up, remove the old file a.txt too", "Clean this up by deleting the unused file a.txt.",
+    "get rid of that annoying a.txt", "a.txt is empty and useless. Remove it.",
+    "Please clean up: b.txt and a.txt are obsolete, remove them.")]
+TOLD += [("rewrite g in a.py", f"**a.py**\n{FENCE}", create("a.py", "print('hi')\n")),
+         ("rewrite a.py in a better style", f"**a.py**\n{FENCE}", write("a.py", "print('hi')\n"))]
