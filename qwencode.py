@@ -6290,6 +6290,7 @@ filenoun    ( (file|document|script)('s)?)?(,? in (this|the current) (folder|dir
 foldernoun  ( (folder|directory|dir|subfolder|subdirectory)s?)?
 file        (?P<file_marks>{fill})(?P<file>((?<=called\s)|(?<=named\s))([\w-]+ )
   {1,4}[\w-]+\.[\w-]+|{token}){filenoun}
+name        ([\ue000-\uefff]|[^\s()]*\.\w+)
 names       {token}((,? and |, ?)(the )?(file )?{token}){0,9}
 files       (?P<files_marks>((the|both|two|three|these|following|files|documents) )*{fill})
   (?P<files>{names}){filenoun}
@@ -6542,9 +6543,8 @@ def _rows_from(rules: str, word: str) -> Tuple[Tuple[str, str], ...]:
 
 def _fits(shape: str, core: str) -> Optional[re.Match[str]]:
     first = WORD.match(core)
-    if first is None or first.group().lower() not in _first_words(shape):
-        return None
-    return _shape(shape).fullmatch(core)
+    begins = first is not None and first.group().lower() in _first_words(shape)
+    return _shape(shape).fullmatch(core) if begins else None
 
 
 def _ordered(core: str) -> str:
@@ -7236,8 +7236,7 @@ def _asked_for(words: str, answer: Masked, scope: Scope) -> Optional[Rescue]:
 
 
 # ------------------------------ described ------------------------------
-# An answer of more characters to a request that changes nothing is an answer: reading
-# one of 200,000 takes 60 to 140 ms.
+# A longer answer to a request that changes nothing is an answer: 200,000 take 60 to 140 ms.
 MAX_LOOK_ANSWER_CHARS = 32_000
 MAX_LOOK_CHARS = 4_000  # of an answer in which the model may announce that it looks
 MAX_SENTENCES = 40  # of one answer that are read; more are no plan but prose
@@ -7291,7 +7290,8 @@ HOW_TO = Shape(r"""\bhow to\b|\b(no|nothing|none)\b.{0,30}\b(should|must|may|ha(
     never ?mind|nvm|no,? wait|on second thoughts?|(better|rather|maybe|perhaps) not|not sure (about|
     if|whether)|(no longer|not) needed any ?more|(sa(id|ys?)|told \w+|wrote|writes|suggest(s|ed)|
     ask(s|ed)( \w+)?|recommend(s|ed)|(task|plan|idea|instruction)s? (was|were))( to|:) ({verbs}))\b|
-    [.!,;] ?((oh|no|wait|ok|actually),? ){0,3}(cancel|forget|scratch) (it|that|this)\b""")
+    [.!,;\u2014-] ?((oh|no|wait|ok|actually|sorry)[,!]? ){0,3}(cancel|forget|scratch|strike|ignore|
+    keep|leave|skip) (it|that|this)( message)?[.!]?\Z""")
 CONDITION = Shape(r"""(\A|[.,;!\n][^\S\n]*|\b(but|and|only)\s+)(if|unless|when|once|in case|
     provided|as soon as|whenever|tomorrow|later)\b|\bif (it|they|there|the file|not|needed|
     necessary|possible|you)\b|\bunless\b|\b(tomorrow|next (week|month)|later( on)?)\Z""")
@@ -7361,15 +7361,14 @@ RUN_ONLY = Pattern(r"\s*(?:\$ )?(?:python3?|node|npm (?:start|test|run)|cd|ls|tr
                    r"cargo run|pytest|flask run) ?[\w./ -]*\s*\Z")
 # A described deletion needs an order whose object is the file itself, not what is in it.
 DELETES = Shape(r"""(\A|[.!?;,\n] ?|\b(and|then|please|also|just|by|so) )((delet|remov|eras|
-    discard|purg|trash|drop)\w*|get(ting)? rid of|throw(ing)? (away|out)|rm|clean(ing)? up)( that)?
-    ( (?!(in|on|at|of|from|to|for|by|with|about|that|which|how|what|where|using)\b)[\w'-]+){0,5}
-    (?P<files> {names})(?= ?(\Z|[,.;!\n]|(and|too|as well|please|because|since|file|now)\b))|
-    (?<!\S)(?P<late>{names}) ((is|are) {useless}|(is|are|isn't|aren't|should|can|
-    must) [^.!?]{0,60}([.!] )?\b(delete|remove|erase|drop|trash|get rid of) (it|them))\b""")
+    discard|purg|trash|drop)\w*|get(ting)? rid of|rm|clean(ing)? up)( that)?( (?!(in|on|at|of|from|
+    to|for|by|with|about|that|which|how|what|using|and)\b)[\w'-]+){0,5}(?= {name})\s+(?P<files>
+    {names})(?= ?(\Z|[,.;!\n]|(and|too|as well|please|because|since|file|now)\b))|(?<!\S)
+    (?P<late>{names}) ((is|are) {useless}|(is|are|isn't|aren't|should|can|must) [^.!?]{0,60}([.!] )?
+    \b(delete|remove|erase|drop|trash|get rid of) (it|them))\b""")
 # What shall change is in a file: it is not renamed or written anew.
-PLACE = Shape(r"\b(in|inside|within) ((the|my|our|this) )?(file )?([\ue000-\uefff]|\S*\.\w)")
-# Words that leave open which file is meant.
-CHOICE = Shape(r"\b(or|one of|either|any of|some of|which(ever)?)\b")
+PLACE = Shape(r"\b(in|inside|within) ((the|my|our|this) )?(file )?{name}|\({name}\)|\.\w+'s\b")
+CHOICE = Shape(r"\b(or|one of|either|any of|some of|which(ever)?)\b")  # the file is left open
 # A request for one new file, by name, that says only what it shall do.
 NEW_NAMED = Shape(r"""(create|write|generate|produce|implement|code|develop|make(?= an? | me ))
     ( me)? ({fill}|([\w-]+ ){1,5}(called|named) )(?P<file>{token})(?=\Z|:|,? (that|which|
@@ -7478,7 +7477,8 @@ def _shown_files(masked: Masked, wishes: Wishes, scope: Scope) -> Ops:
                        or (edits and _names(wishes.words, path))):
             return ()
         elif path:
-            found[path] = FileOp("write" if wishes.overwrite else "create", path, fence.text)
+            kind = "write" if wishes.overwrite and _names(wishes.words, path) else "create"
+            found[path] = FileOp(kind, path, fence.text)
     return (*folders, *found.values()) if found else ()
 
 

@@ -2288,3 +2288,11 @@ TOLD += [(words, "I'll delete `a.txt`.", delete("a.txt")) for words in (
     "Please clean up: b.txt and a.txt are obsolete, remove them.")]
 TOLD += [("rewrite g in a.py", f"**a.py**\n{FENCE}", create("a.py", "print('hi')\n")),
          ("rewrite a.py in a better style", f"**a.py**\n{FENCE}", write("a.py", "print('hi')\n"))]
+NOT_TOLD += [(words, "I'll delete `a.txt`.") for words in (
+    "delete the print and run a.txt", "delete trailing whitespace, a.txt please", "delete a.txt... no! keep it",
+    "please delete old entries and save a.txt", "delete a.txt. Strike that.", "delete a.txt - no, sorry, ignore this message.")]
+NOT_TOLD += [
+    ("move a.py's helper into helper.py", "I'll move `a.py` to `helper.py`."),
+    ("rename f everywhere (a.py)", "I'll rename `a.py` to `f.py`.")]
+TOLD += [("rewrite f so that it returns 2", f"Here is `a.py`:\n\n{FENCE}", create("a.py", "print('hi')\n")),
+         ("rewrite f (a.py)", f"**a.py**\n{FENCE}", create("a.py", "print('hi')\n"))]
