@@ -10342,8 +10342,7 @@ class Exchange:
                 until: float) -> Optional[Rendered]:
         """Have Ollama render the prompt; None where it cannot, and chat serves instead."""
         try:
-            answer = self.server.upstream.ask(
-                "/api/chat", render_body(body), self.audience, until)
+            answer = self.server.upstream.ask("/api/chat", render_body(body), self.audience, until)
         except UpstreamBrokenError as problem:  # chat tells what is wrong, if it lasts
             self.notes.append(f"not verbatim: {problem.message}")
             return None
@@ -11921,8 +11920,7 @@ class Doctor:
 
     def chat(self, messages: List[Json], tokens: int, what: str) -> Json:
         """Ask the model; raise a ShimError where that fails."""
-        return self.ask_well(
-            "/api/chat", self.body(tokens, messages=messages, think=False), what)
+        return self.ask_well("/api/chat", self.body(tokens, messages=messages, think=False), what)
 
     def learn(self) -> None:
         """Ask what the model is; raise ModelMissingError where it is not there."""
