@@ -866,13 +866,14 @@ def test_a_rescue_never_holds_up_the_other_streams(monkeypatch, name, way):
 
 @both_ways
 def test_a_retry_outlives_a_first_client_that_resets_in_mid_stream():
-    tokens = 20
-    reply = text("t0 ")
-    for token in range(1, tokens):
-        reply = reply + delay(0.01) + text(f"t{token} ")
-    got = []
-    with MockOllama([reply + done()] * 5, model=MODEL) as mock, running_shim(mock.url) as shim:
-        for turn in range(5):
+    replies, listened, got = [], [threading.Event() for _ in range(5)], []
+    for event in listened:
+        reply = text("t0 ") + hold(event)
+        for token in range(1, 20):
+            reply = reply + delay(0.01) + text(f"t{token} ")
+        replies.append(reply + done())
+    with MockOllama(replies, model=MODEL) as mock, running_shim(mock.url) as shim:
+        for turn, event in enumerate(listened):
             session = f"s{turn}"
             with socket.create_connection(("127.0.0.1", shim.port), 5) as first:
                 first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -883,9 +884,10 @@ def test_a_retry_outlives_a_first_client_that_resets_in_mid_stream():
                     {"X-Claude-Code-Session-Id": name})), args=(session,))
                 retry.start()
                 wait_until(lambda: listening(shim) == 1)
+                event.set()
             retry.join(10)
     assert [joined(answer.events)[1] for answer in got] == [
-        ("text_delta", "".join(f"t{token} " for token in range(tokens)))] * 5
+        ("text_delta", "".join(f"t{token} " for token in range(20)))] * 5
 
 
 @needs_epoll

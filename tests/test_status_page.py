@@ -90,6 +90,7 @@ def busy(site):
 
 
 def open_page(browser, site, **window):
+    browser.call("Page.navigate", url="about:blank")  # the last test's page still asks its site
     browser.errors.clear()
     browser.requests.clear()
     browser.open(site.url, **window)
