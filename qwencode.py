@@ -9127,7 +9127,7 @@ class Upstream:
             while True:
                 with contextlib.suppress(*WOULD_BLOCK):
                     sock.do_handshake()
-                    return sock  # type: ignore[no-any-return]
+                    return sock  # type: ignore[no-any-return]  # ssl is imported late
                 if not waiter.wait(sock, False, until):
                     raise TimeoutError("no answer in time")
         except BaseException as problem:

@@ -28,7 +28,7 @@ PROGRAM = Path(q.__file__).resolve()
 ESCAPES = re.compile(r"\x1b(?:\[[0-9;?<>=]*[a-zA-Z]|\][^\x07]*\x07|[=>78])|\s")
 # What a claude would see: its arguments, its environment, and whether the shim answers.
 FAKE = """#!{python} -IS
-import json, os, signal, sys, time, urllib.request
+import json, os, signal, sys, urllib.request
 base = os.environ["ANTHROPIC_BASE_URL"]
 try:
     with urllib.request.urlopen(base + "/health", timeout=10) as reply:
@@ -39,11 +39,14 @@ with open(os.environ["SEEN"], "w") as file:
     json.dump({{"args": sys.argv[1:], "env": dict(os.environ), "health": health,
                "folder": os.getcwd()}}, file)
 if "wait" in sys.argv:
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(42))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(43))
+    # Blocked and awaited: a handler would miss a signal that comes just before a sleep.
+    codes = {{signal.SIGINT: 42, signal.SIGTERM: 43}}
+    signal.pthread_sigmask(signal.SIG_BLOCK, codes)
+    for one in codes:  # a shell lets background programs ignore Ctrl-C
+        signal.signal(one, signal.SIG_DFL)
+    signal.alarm(60)
     print("waiting", flush=True)
-    for _ in range(600):  # a signal that comes just before a sleep waits for its end
-        time.sleep(0.1)
+    sys.exit(codes[signal.sigwait(codes)])
 if "die" in sys.argv:
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(7)
