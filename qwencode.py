@@ -559,8 +559,7 @@ class Config(NamedTuple):
 
     host: str = option("HOST", "127.0.0.1", read_needed,
         "address to listen on; anything but loopback needs SHIM_API_KEY")
-    port: int = option("PORT", "8000", read_port,
-        "port to listen on; 0 takes a free one")
+    port: int = option("PORT", "8000", read_port, "port to listen on; 0 takes a free one")
     base_url: str = option("OLLAMA_BASE_URL", "http://127.0.0.1:11434", read_url,
         "where Ollama answers; OLLAMA_HOST counts when this is unset")
     model: str = option("OLLAMA_MODEL", "qwen2.5-coder:14b", read_needed, "the model that answers")
@@ -9080,21 +9079,22 @@ class Upstream:
         """Look the name up, on a thread: a resolver may take half a minute to give up."""
         found: List[Any] = [TimeoutError("the lookup takes too long")]
 
-        def look_up(then: Callable[[], object] = int) -> None:
+        def look_up(wake: Optional[socket.socket] = None) -> None:
             try:
                 # As bytes: a text loads the codec of international names, which takes 1.5 ms.
                 found.append(socket.getaddrinfo(
                     self.host.encode(), self.port, type=socket.SOCK_STREAM))
             except (OSError, UnicodeError) as problem:
                 found.append(problem)
-            then()
+            if wake:
+                wake.close()
 
         if self.host in LOCAL_NAMES:
             look_up()
         else:
             mine, wake = socket.socketpair()
             with mine:
-                threading.Thread(target=look_up, args=(wake.close,), daemon=True).start()
+                threading.Thread(target=look_up, args=(wake,), daemon=True).start()
                 waiter.wait(mine, False, until)
         answer = found[-1]
         if isinstance(answer, Exception):
